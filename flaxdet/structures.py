@@ -1,0 +1,148 @@
+"""Padded arrays with validity masks, as pytrees: what goes in and out of the models.
+
+Letters used throughout the library:
+
+- ``B`` images in a batch, ``H, W`` rows and columns of the bucket (the static array), ``C`` channels
+- ``L`` feature levels, ``h, w`` rows and columns of one level, ``A`` anchors per location
+- ``N`` boxes or anchors of one image, ``R`` proposal slots, ``K`` detection slots, ``G`` ground-truth slots
+- ``k`` classes (label 0 is torchvision's background, or "N/A")
+
+Boxes are xyxy in absolute pixels. Which image they refer to, the resized one or the original, is said
+where they appear; sizes and extents are (rows, columns).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+from flax import struct
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array
+
+
+@struct.dataclass
+class ImageBatch:
+    """Normalised images, each on its own canvas inside one bucket. ``flaxdet.transform`` builds it.
+
+    Attributes:
+        pixels: [B, H, W, 3], normalised; zero outside each image.
+        size: [B, 2] int32, (rows, columns) of each resized image.
+        original_size: [B, 2] int32, (rows, columns) before the resize.
+        canvas: [B, 2] int32, the padded size that each image counts as having: everything beyond it is
+            masked. ``None`` says, statically, that every canvas is the whole array, and traces no masks.
+        roi_reference_height: [B] int32, the largest resized height among the images that share the
+            canvas; ``MultiScaleRoIAlign`` of torchvision infers its scales from it.
+    """
+
+    pixels: Float[Array, "B H W 3"]
+    size: Int[Array, "B 2"]
+    original_size: Int[Array, "B 2"]
+    canvas: Int[Array, "B 2"] | None
+    roi_reference_height: Int[Array, " B"]
+
+
+@struct.dataclass
+class Targets:
+    """Ground truth in the pixels of the resized image.
+
+    Attributes:
+        boxes: [B, G, 4] xyxy.
+        labels: [B, G] int32, 1..k-1 (FCOS: 0..k-1).
+        valid: [B, G], False for padding.
+    """
+
+    boxes: Float[Array, "B G 4"]
+    labels: Int[Array, "B G"]
+    valid: Bool[Array, "B G"]
+
+
+@struct.dataclass
+class Proposals:
+    """Region proposals in the pixels of the resized image, best first; padding is zero and not valid.
+
+    Attributes:
+        boxes: [B, R, 4] xyxy.
+        scores: [B, R] objectness in [0, 1].
+        valid: [B, R].
+    """
+
+    boxes: Float[Array, "B R 4"]
+    scores: Float[Array, "B R"]
+    valid: Bool[Array, "B R"]
+
+
+@struct.dataclass
+class Detections:
+    """Detections in the pixels of the resized image, best first.
+
+    Attributes:
+        boxes: [B, K, 4] xyxy; padding is 0.
+        scores: [B, K] in [0, 1]; padding is 0.
+        labels: [B, K] int32; padding is -1.
+        valid: [B, K].
+        overflow: [B], True where a capacity was too small to hold every candidate, so that a detection
+            may be missing. The default capacities cannot overflow.
+    """
+
+    boxes: Float[Array, "B K 4"]
+    scores: Float[Array, "B K"]
+    labels: Int[Array, "B K"]
+    valid: Bool[Array, "B K"]
+    overflow: Bool[Array, " B"]
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """How images are resized, normalised and padded: torchvision's GeneralizedRCNNTransform.
+
+    Attributes:
+        min_size: pixels of the shorter side after the resize. Several: one is chosen at random in
+            training, the last is used in evaluation.
+        max_size: the longer side never exceeds it; the shorter is then below ``min_size``.
+        image_mean: of each channel, for values in [0, 1].
+        image_std: of each channel, for values in [0, 1].
+        size_divisible: canvases are padded to a multiple of it.
+        fixed_size: (width, height) of every resized image, whatever its shape; overrides the two sizes.
+
+    Raises:
+        ValueError: for values that no image could be resized with.
+    """
+
+    min_size: int | Sequence[int] = 800
+    max_size: int = 1333
+    image_mean: Sequence[float] | None = None
+    image_std: Sequence[float] | None = None
+    size_divisible: int = 32
+    fixed_size: Sequence[int] | None = None
+
+    def __post_init__(self):
+        min_size = self.min_size if isinstance(self.min_size, (list, tuple)) else (self.min_size,)
+        mean = (0.485, 0.456, 0.406) if self.image_mean is None else self.image_mean
+        std = (0.229, 0.224, 0.225) if self.image_std is None else self.image_std
+        normalised = {
+            "min_size": tuple(min_size),  # pyright: ignore[reportArgumentType]
+            "image_mean": tuple(float(value) for value in mean),
+            "image_std": tuple(float(value) for value in std),
+            "fixed_size": None if self.fixed_size is None else tuple(self.fixed_size),
+        }
+        for name, value in normalised.items():
+            object.__setattr__(self, name, value)
+        if not normalised["min_size"] or not all(size > 0 for size in normalised["min_size"]):
+            raise ValueError(f"min_size should be one or more positive numbers, got {self.min_size!r}")
+        if self.max_size <= 0:
+            raise ValueError(f"max_size should be positive, got {self.max_size!r}")
+        if len(normalised["image_mean"]) != 3 or len(normalised["image_std"]) != 3:
+            raise ValueError(
+                "image_mean and image_std should have 3 values, for red, green and blue, got "
+                f"{self.image_mean!r} and {self.image_std!r}"
+            )
+        if not all(value > 0 for value in normalised["image_std"]):
+            raise ValueError(f"image_std should be positive, got {self.image_std!r}")
+        if self.size_divisible < 1 or int(self.size_divisible) != self.size_divisible:
+            raise ValueError(f"size_divisible should be a positive integer, got {self.size_divisible!r}")
+        fixed = normalised["fixed_size"]
+        if fixed is not None and (len(fixed) != 2 or not all(side > 0 for side in fixed)):
+            raise ValueError(f"fixed_size should be (width, height), both positive, got {self.fixed_size!r}")

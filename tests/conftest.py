@@ -1,0 +1,34 @@
+"""Strict settings for the whole suite, and the fixtures that more than one file uses."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# One thread a worker: xdist runs a worker a core, and thread pools that fight cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def x64():
+    """Runs the test in float64 mode (threads and other tests are not affected)."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data and checkpoints that lies beside a developer's checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the data folder ../shared, which is not part of the repository")
+    return SHARED
