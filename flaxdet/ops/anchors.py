@@ -1,0 +1,136 @@
+"""Anchors of one image, on feature levels that may be padded to a bucket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+from numpy.typing import ArrayLike
+
+
+@dataclass(frozen=True)
+class AnchorGenerator:
+    """Boxes of fixed sizes and shapes around the locations of each feature level.
+
+    Reproduces ``torchvision.models.detection.anchor_utils.AnchorGenerator``, with one difference: the
+    image's canvas and each level's extent are arguments, so that an image padded to a larger bucket gets
+    the anchors that it would have alone. Frozen and hashable; lists are accepted and kept as tuples.
+
+    Attributes:
+        sizes: for each level, the anchors' sizes (square roots of their areas) in pixels. A flat sequence
+            means one size a level.
+        aspect_ratios: for each level, height / width. A flat sequence means the same ratios on every level.
+
+    Raises:
+        ValueError: if there is not one sequence of aspect ratios for each level, or one is empty or has a
+            number that is not above 0.
+    """
+
+    sizes: Sequence[Sequence[float]] | Sequence[float] = ((128, 256, 512),)
+    aspect_ratios: Sequence[Sequence[float]] | Sequence[float] = ((0.5, 1.0, 2.0),)
+
+    def __post_init__(self):
+        sizes, ratios = tuple(self.sizes), tuple(self.aspect_ratios)
+        if sizes and not isinstance(sizes[0], (list, tuple)):
+            sizes = tuple((size,) for size in sizes)
+        if ratios and not isinstance(ratios[0], (list, tuple)):
+            ratios = (ratios,) * len(sizes)
+        for name, levels in (("sizes", sizes), ("aspect_ratios", ratios)):
+            if not levels or not all(level and min(level) > 0 for level in levels):  # pyright: ignore
+                raise ValueError(f"{name} must hold numbers above 0 for every level, found {levels!r}")
+        if len(sizes) != len(ratios):
+            raise ValueError(f"sizes and aspect_ratios must name the same levels, found {len(sizes)} and {len(ratios)}")
+        object.__setattr__(self, "sizes", tuple(tuple(level) for level in sizes))  # pyright: ignore
+        object.__setattr__(self, "aspect_ratios", tuple(tuple(level) for level in ratios))  # pyright: ignore
+
+    def num_anchors_per_location(self) -> list[int]:
+        """Number of anchors at each location of each level."""
+        return [len(base) for base in self.base_anchors()]
+
+    def base_anchors(self) -> list[np.ndarray]:
+        """For each level the anchors around the origin: [A, 4] float32 xyxy, whole pixels.
+
+        Sizes vary fastest. Computed and rounded (half to even) in float32 whatever the model's dtype, as
+        torchvision does.
+        """
+        levels = []
+        for sizes, ratios in zip(self.sizes, self.aspect_ratios, strict=True):
+            h_ratios = np.sqrt(np.asarray(ratios, np.float32))
+            w_ratios = np.float32(1) / h_ratios
+            w, h = ((r[:, None] * np.asarray(sizes, np.float32)[None]).ravel() for r in (w_ratios, h_ratios))
+            levels.append(np.round(np.stack((-w, -h, w, h), axis=1) / np.float32(2)))
+        return levels
+
+    def __call__(
+        self,
+        canvas: ArrayLike,
+        extents: Sequence[ArrayLike] | ArrayLike,
+        shapes: Sequence[tuple[int, int]],
+        dtype: Any = jnp.float32,
+    ) -> tuple[Float[Array, "hwA 4"], ...]:
+        """The anchors of one image, level by level.
+
+        Args:
+            canvas: [2] int32, (rows, columns) of the padded image; may be traced.
+            extents: for each level [2] int32, the (rows, columns) of it that the canvas fills; may be
+                traced. Anchors lie ``canvas // extent`` pixels apart, rows and columns each by their own
+                quotient (61 and 64, not 64 and 64, on FCOS's P6 at 800x1088).
+            shapes: for each level the static (h, w) of its array, at least the extent.
+            dtype: of the anchors; at least float32.
+
+        Returns:
+            For each level [h*w*A, 4] xyxy in pixels of the canvas, by row, then column, then anchor; not
+            clipped. Those beyond the extent (see :meth:`valid`) lie on the same grid, continued.
+
+        Raises:
+            ValueError: if the number of levels is not that of ``sizes``.
+        """
+        self._check_levels(extents, shapes)
+        dtype = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+        canvas = jnp.asarray(canvas, jnp.int32)
+        levels = []
+        for base, extent, (h, w) in zip(self.base_anchors(), extents, shapes, strict=True):  # pyright: ignore
+            # an empty padding slot of a batch has extent 0; any finite anchor will do there
+            stride = canvas // jnp.maximum(jnp.asarray(extent, jnp.int32), 1)
+            y = jnp.broadcast_to((jnp.arange(h, dtype=jnp.int32) * stride[0])[:, None], (h, w))
+            x = jnp.broadcast_to((jnp.arange(w, dtype=jnp.int32) * stride[1])[None, :], (h, w))
+            shifts = jnp.stack((x, y, x, y), axis=-1).astype(dtype)
+            anchors = shifts[:, :, None, :] + jnp.asarray(base, dtype)[None, None]
+            levels.append(anchors.reshape(-1, 4))
+        return tuple(levels)
+
+    def valid(
+        self, extents: Sequence[ArrayLike] | ArrayLike, shapes: Sequence[tuple[int, int]]
+    ) -> tuple[Bool[Array, " hwA"], ...]:
+        """Which anchors belong to the image's own canvas.
+
+        Args:
+            extents: as for :meth:`__call__`.
+            shapes: as for :meth:`__call__`.
+
+        Returns:
+            For each level [h*w*A] in the anchors' order, True where the location lies within the extent.
+
+        Raises:
+            ValueError: if the number of levels is not that of ``sizes``.
+        """
+        self._check_levels(extents, shapes)
+        levels = []
+        for count, extent, (h, w) in zip(self.num_anchors_per_location(), extents, shapes, strict=True):  # pyright: ignore
+            extent = jnp.asarray(extent, jnp.int32)
+            rows = jnp.arange(h, dtype=jnp.int32) < extent[0]
+            columns = jnp.arange(w, dtype=jnp.int32) < extent[1]
+            inside = rows[:, None, None] & columns[None, :, None]
+            levels.append(jnp.broadcast_to(inside, (h, w, count)).reshape(-1))
+        return tuple(levels)
+
+    def _check_levels(self, extents: Any, shapes: Sequence[tuple[int, int]]) -> None:
+        if not len(self.sizes) == len(extents) == len(shapes):
+            raise ValueError(
+                f"the anchor generator has sizes for {len(self.sizes)} levels, "
+                f"found {len(extents)} extents and {len(shapes)} shapes: one of each is needed a level"
+            )

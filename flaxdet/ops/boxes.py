@@ -1,0 +1,169 @@
+"""Box algebra: areas, conversions, clipping, resizing. Overlaps are in ``iou``.
+
+Boxes are xyxy in absolute pixels (x to the right, y downwards) unless a format is named; sizes are (rows,
+columns). Functions take the boxes of one image and have static shapes; ``vmap`` them over a batch. All work
+under ``jit`` and ``grad``.
+
+Half-precision boxes are computed in float32, as in torchvision, since areas leave their range. torchvision's
+rotated formats (``xywhr``, ``cxcywhr``, ``xyxyxyxy``) are left out: none of its detectors uses them.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num
+from numpy.typing import ArrayLike
+
+FORMATS = ("xyxy", "xywh", "cxcywh")
+
+
+def upcast_float(x: jax.Array) -> jax.Array:
+    """An array as float32, unless it is float64 already: the precision that boxes and losses need."""
+    return x if x.dtype in (jnp.float32, jnp.float64) else x.astype(jnp.float32)
+
+
+def box_area(boxes: Num[Array, "*N 4"], fmt: str = "xyxy") -> Num[Array, "*N"]:
+    """Areas of boxes. Reproduces ``torchvision.ops.box_area``.
+
+    Args:
+        boxes: [N, 4] in ``fmt``.
+        fmt: "xyxy", "xywh" or "cxcywh".
+
+    Returns:
+        [N], signed: negative where exactly one side of an xyxy box is reversed. Float types narrower than
+        float32 come back as float32, integers narrower than int32 as int32.
+
+    Raises:
+        ValueError: if ``fmt`` is unknown or ``boxes`` don't have 4 coordinates.
+    """
+    check_boxes(boxes=boxes)
+    _check_format(fmt=fmt)
+    boxes = upcast(boxes)
+    if fmt == "xyxy":
+        return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    return boxes[..., 2] * boxes[..., 3]
+
+
+def box_convert(boxes: Num[Array, "*N 4"], in_fmt: str, out_fmt: str) -> Num[Array, "*N 4"]:
+    """Boxes in another format. Reproduces ``torchvision.ops.box_convert``, without the rotated formats.
+
+    Args:
+        boxes: [N, 4] in ``in_fmt``.
+        in_fmt: "xyxy" (two corners), "xywh" (left upper corner, size) or "cxcywh" (centre, size).
+        out_fmt: the same.
+
+    Returns:
+        [N, 4] in ``out_fmt``. To or from "cxcywh", integers become float32.
+
+    Raises:
+        ValueError: if a format is unknown or ``boxes`` don't have 4 coordinates.
+    """
+    check_boxes(boxes=boxes)
+    _check_format(in_fmt=in_fmt, out_fmt=out_fmt)
+    if in_fmt == out_fmt:
+        return boxes
+    if "cxcywh" in (in_fmt, out_fmt) and not jnp.issubdtype(boxes.dtype, jnp.floating):
+        boxes = boxes.astype(jnp.float32)
+    a, b = boxes[..., :2], boxes[..., 2:]
+    if in_fmt == "xywh":
+        b = a + b
+    elif in_fmt == "cxcywh":
+        a, b = a - 0.5 * b, a + 0.5 * b
+    if out_fmt == "xywh":
+        b = b - a
+    elif out_fmt == "cxcywh":
+        a, b = (a + b) / 2, b - a
+    return jnp.concatenate((a, b), axis=-1)
+
+
+def clip_boxes_to_image(boxes: Float[Array, "*N 4"], size: ArrayLike) -> Float[Array, "*N 4"]:
+    """Moves what lies outside an image onto its border. Reproduces ``torchvision.ops.clip_boxes_to_image``.
+
+    Args:
+        boxes: [N, 4] xyxy.
+        size: [2], the image's (rows, columns); may be a traced int32 array.
+
+    Returns:
+        [N, 4] with x in [0, columns] and y in [0, rows]; NaN stays.
+
+    Raises:
+        ValueError: if ``boxes`` don't have 4 coordinates.
+    """
+    check_boxes(boxes=boxes)
+    rows, columns = _pair(size, boxes.dtype)
+    limits = jnp.stack((columns, rows, columns, rows)).reshape((1,) * (boxes.ndim - 1) + (4,))
+    # `where` rather than `clip`: as in torch, the gradient is whole for a corner on the border itself
+    boxes = jnp.where(boxes < 0, 0, boxes)
+    return jnp.where(boxes > limits, limits, boxes)
+
+
+def remove_small_boxes(boxes: Num[Array, "*N 4"], min_size: float) -> Bool[Array, "*N"]:
+    """Which boxes have both sides of at least ``min_size``.
+
+    ``torchvision.ops.remove_small_boxes`` as a mask: its list of indices has no static shape.
+
+    Args:
+        boxes: [N, 4] xyxy.
+        min_size: in pixels; compared in the boxes' dtype.
+
+    Returns:
+        [N], True for the boxes to keep.
+
+    Raises:
+        ValueError: if ``boxes`` don't have 4 coordinates.
+    """
+    check_boxes(boxes=boxes)
+    w, h = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
+    return (w >= min_size) & (h >= min_size)
+
+
+def resize_boxes(boxes: Float[Array, "*N 4"], original_size: ArrayLike, new_size: ArrayLike) -> Float[Array, "*N 4"]:
+    """Boxes after their image changed its size.
+
+    Reproduces ``torchvision.models.detection.transform.resize_boxes``, whose quotient of sizes is a float32
+    even where the boxes are float64.
+
+    Args:
+        boxes: [N, 4] xyxy in the original image.
+        original_size: [2], (rows, columns); may be a traced int32 array.
+        new_size: [2], the same after the resize.
+
+    Returns:
+        [N, 4] xyxy in the resized image.
+
+    Raises:
+        ValueError: if ``boxes`` don't have 4 coordinates.
+    """
+    check_boxes(boxes=boxes)
+    new, original = _pair(new_size, jnp.float32), _pair(original_size, jnp.float32)
+    ratio_y, ratio_x = (n / o for n, o in zip(new, original, strict=True))
+    ratios = jnp.stack((ratio_x, ratio_y, ratio_x, ratio_y)).astype(boxes.dtype)
+    return boxes * ratios.reshape((1,) * (boxes.ndim - 1) + (4,))
+
+
+def upcast(x: jax.Array) -> jax.Array:
+    """An array in a type whose products don't overflow: narrow floats as float32, narrow integers as int32."""
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return upcast_float(x)
+    return x if x.dtype in (jnp.int32, jnp.int64) else x.astype(jnp.int32)
+
+
+def _pair(size: ArrayLike, dtype: jnp.dtype | type) -> tuple[jax.Array, jax.Array]:
+    pair = jnp.asarray(size)
+    if pair.shape != (2,):
+        raise ValueError(f"a size must be two numbers, (rows, columns), found shape {list(pair.shape)}")
+    return pair[0].astype(dtype), pair[1].astype(dtype)
+
+
+def check_boxes(**named: jax.Array) -> None:
+    """Raises ValueError, naming the argument, unless every array has 4 coordinates in its last axis."""
+    for name, boxes in named.items():
+        if boxes.ndim == 0 or boxes.shape[-1] != 4:
+            raise ValueError(f"{name} must have 4 coordinates in the last axis, found shape {list(boxes.shape)}")
+
+
+def _check_format(**named: str) -> None:
+    for name, fmt in named.items():
+        if fmt not in FORMATS:
+            raise ValueError(f"{name} must be one of {', '.join(FORMATS)}, found {fmt!r}")

@@ -1,0 +1,267 @@
+"""Exact greedy non-maximum suppression with static shapes: torchvision's answers, inside ``jit``.
+
+How it works ("lazy tiles"). Candidates are taken best first, a chunk at a time, by ``top_k``; a chunk is
+worked through in tiles of 64 boxes. A tile first loses the boxes that an already kept box suppresses, then
+resolves itself by a fixpoint (at most 64 rounds, however the boxes overlap), and appends what is left to the
+kept ones. It stops at ``max_output`` kept, or when no candidate is left. So the work follows the number of
+boxes kept, not the square of the number of candidates, and there is no capacity that could overflow.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+TILE = 64
+BLOCK = 512  # kept boxes that a tile is compared with at a time
+MIN_CHUNK = 512  # candidates sorted at a time, at least: fewer mean more passes over all scores
+
+
+def nms(
+    boxes: Float[Array, "N 4"],
+    scores: Float[Array, " N"],
+    iou_threshold: float | Float[Array, ""],
+    *,
+    max_output: int | None = None,
+    valid: Bool[Array, " N"] | None = None,
+) -> Int[Array, " K"]:
+    """Keeps the best boxes, dropping those that overlap a better kept box too much.
+
+    Reproduces ``torchvision.ops.nms`` (the C++ one), ties included: boxes are visited in stable descending
+    order of score (among equal scores the lowest index first; NaN counts as the highest score, as in
+    ``torch.sort``), and a kept box drops every later box whose IoU with it is greater than the threshold.
+    Areas are signed, and a NaN IoU (two boxes without area, a NaN or infinite coordinate) drops nothing.
+
+    Works under ``jit`` and ``vmap``. The result is an index, so no gradient flows to boxes or scores.
+
+    Args:
+        boxes: [N, 4] xyxy, any unit. float32 or float64; narrower floats are computed in float32.
+        scores: [N], any range; infinities and NaN are allowed.
+        iou_threshold: in [0, 1]. A Python float is compared as torchvision does, in double precision: with
+            float32 boxes, an IoU of float32(0.6) is above 0.6, one of float32(0.7) below 0.7. May be traced.
+        max_output: K, how many indices to return; default N.
+        valid: [N], False for boxes that don't take part; default all True.
+
+    Returns:
+        [K] int32 indices into ``boxes``, best first, then -1.
+
+    Raises:
+        TypeError: if ``boxes`` or ``scores`` are not floating point, or ``valid`` is not boolean.
+        ValueError: if a shape does not fit, or ``max_output`` is negative.
+    """
+    return _checked("nms", boxes, scores, None, iou_threshold, max_output, valid)
+
+
+def batched_nms(
+    boxes: Float[Array, "N 4"],
+    scores: Float[Array, " N"],
+    idxs: Int[Array, " N"],
+    iou_threshold: float | Float[Array, ""],
+    *,
+    max_output: int | None = None,
+    valid: Bool[Array, " N"] | None = None,
+) -> Int[Array, " K"]:
+    """:func:`nms` in which boxes suppress only boxes of their own category (class, pyramid level, ...).
+
+    Reproduces ``torchvision.ops.batched_nms`` in its exact, per-category form, the one it uses for large
+    inputs. (For small ones torchvision shifts each category's boxes far apart, whose rounding changes a few
+    per cent of its float32 answers.) There is one pass over all categories, however many they are.
+
+    Args:
+        boxes: [N, 4] xyxy, as for :func:`nms`.
+        scores: [N].
+        idxs: [N] integers, the category of each box.
+        iou_threshold: in [0, 1], as for :func:`nms`.
+        max_output: K, how many indices to return, of all categories together; default N.
+        valid: [N], False for boxes that don't take part; default all True.
+
+    Returns:
+        [K] int32 indices into ``boxes``, best first over all categories, then -1.
+
+    Raises:
+        TypeError: if ``boxes`` or ``scores`` are not floating point, ``idxs`` are not integer, or ``valid``
+            is not boolean.
+        ValueError: if a shape does not fit, or ``max_output`` is negative.
+    """
+    return _checked("batched_nms", boxes, scores, jnp.asarray(idxs), iou_threshold, max_output, valid)
+
+
+def _checked(name, boxes, scores, idxs, iou_threshold, max_output, valid) -> jax.Array:
+    boxes, scores = jnp.asarray(boxes), jnp.asarray(scores)
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{name}: boxes must have shape [N, 4], got {list(boxes.shape)}")
+    n = boxes.shape[0]
+    wanted = {"scores": (scores, jnp.floating), "idxs": (idxs, jnp.integer), "valid": (valid, jnp.bool_)}
+    for argument, (value, kind) in wanted.items():
+        if value is None:
+            continue
+        if value.shape != (n,):
+            raise ValueError(f"{name}: {argument} must have shape [{n}] as boxes has, got {list(value.shape)}")
+        if not jnp.issubdtype(value.dtype, kind):
+            raise TypeError(f"{name}: {argument} must be {kind.__name__}, got {value.dtype}")
+    if not jnp.issubdtype(boxes.dtype, jnp.floating):
+        raise TypeError(f"{name}: boxes must be floating, got {boxes.dtype}")
+    if max_output is not None and max_output < 0:
+        raise ValueError(f"{name}: max_output must not be negative, got {max_output}")
+    capacity = n if max_output is None else int(max_output)
+    if n == 0 or capacity == 0:
+        return jnp.full((capacity,), -1, jnp.int32)
+    boxes = lax.stop_gradient(boxes).astype(_compute_dtype(boxes.dtype))
+    keys = _sort_keys(lax.stop_gradient(scores), valid)
+    return _greedy(boxes, keys, idxs, _threshold(iou_threshold, boxes.dtype), capacity=capacity)
+
+
+def _compute_dtype(dtype):
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def _sort_keys(scores, valid):
+    """Scores as numbers that every backend's ``top_k`` orders as torch orders scores; -inf means "not there".
+
+    NaN comes first, then +inf (which takes the largest finite value's place), -inf last of those present.
+    """
+    scores = scores.astype(_compute_dtype(scores.dtype))
+    largest = jnp.finfo(scores.dtype).max
+    keys = jnp.where(jnp.isnan(scores), jnp.inf, jnp.clip(scores, -largest, largest))
+    keys = jnp.where(keys == 0, jnp.zeros_like(keys), keys)  # top_k would rank 0.0 above -0.0
+    return keys if valid is None else jnp.where(valid, keys, -jnp.inf)
+
+
+def _threshold(iou_threshold, dtype):
+    """The largest number of ``dtype`` not above the threshold: ``iou > it`` then decides as in double."""
+    if isinstance(iou_threshold, (int, float, np.floating)):
+        with np.errstate(over="ignore"):
+            rounded = np.asarray(iou_threshold, dtype)
+        above = np.float64(rounded) > np.float64(iou_threshold)
+        return jnp.asarray(np.nextafter(rounded, np.asarray(-np.inf, dtype)) if above else rounded)
+    threshold = lax.stop_gradient(jnp.asarray(iou_threshold))
+    if threshold.ndim != 0 or not jnp.issubdtype(threshold.dtype, jnp.floating):
+        found = f"{threshold.dtype}{list(threshold.shape)}"
+        raise ValueError(f"iou_threshold must be one floating-point number, got {found}")
+    rounded = threshold.astype(dtype)
+    wide = _compute_dtype(threshold.dtype) if dtype == jnp.float32 else jnp.float64
+    below = jnp.nextafter(rounded, jnp.full_like(rounded, -jnp.inf))
+    return jnp.where(rounded.astype(wide) > threshold.astype(wide), below, rounded)
+
+
+class _Boxes(NamedTuple):
+    """Boxes as rows [5, n] of x1, y1, x2, y2 and signed area, so that vector units read them in order."""
+
+    rows: jax.Array
+    idxs: jax.Array | None
+
+    def slice(self, start, size):
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, axis=-1), self)
+
+
+def _suppresses(a: _Boxes, b: _Boxes, threshold):
+    """[m, n] bool: box i of ``a`` is of box j of ``b``'s category, and their IoU is above the threshold."""
+    a_x1, a_y1, a_x2, a_y2, a_area = a.rows[:, :, None]
+    b_x1, b_y1, b_x2, b_y2, b_area = b.rows[:, None, :]
+    zero = jnp.zeros((), a.rows.dtype)
+    width = jnp.maximum(jnp.minimum(a_x2, b_x2) - jnp.maximum(a_x1, b_x1), zero)
+    height = jnp.maximum(jnp.minimum(a_y2, b_y2) - jnp.maximum(a_y1, b_y1), zero)
+    intersection = width * height
+    overlaps = intersection / (a_area + b_area - intersection) > threshold  # False for NaN
+    if a.idxs is None or b.idxs is None:
+        return overlaps
+    return overlaps & (a.idxs[:, None] == b.idxs[None, :])
+
+
+def _resolve_tile(tile: _Boxes, alive, threshold):
+    """Greedy NMS of one tile whose boxes lie best first; ``alive`` says which of them take part."""
+    order = jnp.arange(TILE, dtype=jnp.int32)
+    earlier = order[:, None] < order[None, :]
+    suppresses = _suppresses(tile, tile, threshold) & earlier & alive[:, None]
+
+    def body(state):
+        keep, _ = state
+        after = alive & ~jnp.any(suppresses & keep[:, None], axis=0)
+        return after, jnp.any(after != keep)
+
+    # Box i is settled once all before it are, so each round settles at least one more: TILE rounds at most.
+    keep, _ = lax.while_loop(lambda state: state[1], body, (alive, jnp.any(suppresses)))
+    return keep
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _greedy(boxes, keys, idxs, threshold, *, capacity):
+    n = keys.shape[0]
+    chunk = min(-(-n // TILE) * TILE, max(MIN_CHUNK, -(-2 * capacity // TILE) * TILE))
+    taken = min(chunk, n)
+    slots = -(-capacity // BLOCK) * BLOCK if capacity > BLOCK else capacity
+    block = min(BLOCK, slots)
+    index = jnp.arange(n, dtype=jnp.int32)
+
+    def next_chunk(last_key, last_index):
+        """The best ``chunk`` candidates that come after (last_key, last_index) in the order."""
+        later = (keys < last_key) | ((keys == last_key) & (index > last_index))
+        # Without the barrier XLA slices inside top_k, which it then compiles as a full sort.
+        best, order = lax.optimization_barrier(lax.top_k(jnp.where(later, keys, -jnp.inf), taken))
+        order = order.astype(jnp.int32)
+        x1, y1, x2, y2 = boxes.at[order].get(mode="promise_in_bounds").T
+        rows = jnp.stack([x1, y1, x2, y2, (x2 - x1) * (y2 - y1)])
+        found = _Boxes(rows, None if idxs is None else idxs.at[order].get(mode="promise_in_bounds"))
+        pad = chunk - taken
+        found = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, pad)]), found)
+        present = jnp.pad(best > -jnp.inf, (0, pad))
+        return found, jnp.pad(order, (0, pad)), present, best[-1], order[-1]
+
+    def suppressed_by_kept(tile: _Boxes, kept: _Boxes, count):
+        def body(state):
+            start, dead = state
+            dead |= jnp.any(_suppresses(kept.slice(start, block), tile, threshold), axis=0)
+            return start + block, dead
+
+        start = (jnp.zeros((), jnp.int32), jnp.zeros(TILE, bool))
+        return lax.while_loop(lambda state: state[0] < count, body, start)[1]
+
+    def work_chunk(state):
+        kept, selected, count, last_key, last_index, _ = state
+        found, order, present, last_key, last_index = next_chunk(last_key, last_index)
+        total = jnp.sum(present, dtype=jnp.int32)  # those present come first
+
+        def work_tile(state):
+            start, kept, selected, count = state
+            tile = found.slice(start, TILE)
+            alive = lax.dynamic_slice_in_dim(present, start, TILE)
+            alive &= ~suppressed_by_kept(tile, kept, count)
+            keep = _resolve_tile(tile, alive, threshold)
+            position = count + jnp.cumsum(keep, dtype=jnp.int32) - 1
+            position = jnp.where(keep, position, slots)  # out of range: dropped
+            put = functools.partial(_put, position=position)
+            kept = jax.tree.map(put, kept, tile)
+            selected = put(selected, lax.dynamic_slice_in_dim(order, start, TILE))
+            return start + TILE, kept, selected, count + jnp.sum(keep, dtype=jnp.int32)
+
+        def more_tiles(state):
+            start, _, _, count = state
+            return (start < total) & (count < capacity)
+
+        start = (jnp.zeros((), jnp.int32), kept, selected, count)
+        _, kept, selected, count = lax.while_loop(more_tiles, work_tile, start)
+        # A chunk that is not full has met the last candidate.
+        return kept, selected, count, last_key, last_index, total == taken
+
+    def more_chunks(state):
+        _, _, count, _, _, more = state
+        return more & (count < capacity)
+
+    # Free slots hold NaN boxes, which suppress nothing.
+    kept = _Boxes(
+        jnp.full((5, slots), jnp.nan, boxes.dtype),
+        None if idxs is None else jnp.zeros(slots, idxs.dtype),
+    )
+    selected = jnp.full(slots, -1, jnp.int32)
+    start = (kept, selected, jnp.int32(0), jnp.asarray(jnp.inf, keys.dtype), jnp.int32(-1), jnp.bool_(True))
+    return lax.while_loop(more_chunks, work_chunk, start)[1][:capacity]
+
+
+def _put(buffer, values, *, position):
+    return buffer.at[..., position].set(values, mode="drop")

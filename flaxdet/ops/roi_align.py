@@ -1,0 +1,307 @@
+"""RoIAlign on one feature map or a pyramid: the answers of torchvision's C++ op, NHWC, inside ``jit``.
+
+Letters: ``N`` boxes, ``H, W`` rows and columns of a feature map, ``C`` channels, ``L`` levels, ``h, w`` rows
+and columns of the output, ``S`` samples per bin along one side, ``P`` pixels of all levels together.
+
+How it works. All levels lie end to end in one array [P, C], so that a box's level is only an offset and a
+row length. Each sample is the weighted sum of its four neighbouring pixels; XLA fuses the gathers, the
+weights and the sum into one loop over the output, without temporaries of the output's size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+UNROLLED_SAMPLES = 4  # per bin; with more of them a loop keeps the program small
+
+
+def roi_align(
+    features: Float[Array, "H W C"],
+    boxes: Float[Array, "N 4"],
+    output_size: int | tuple[int, int],
+    *,
+    spatial_scale: float | Float[Array, ""] = 1.0,
+    sampling_ratio: int = 2,
+    aligned: bool = False,
+    extent: tuple[int, int] | Int[Array, "2"] | None = None,
+) -> Float[Array, "N h w C"]:
+    """Averages bilinear samples of ``features`` over a grid of bins inside each box.
+
+    Reproduces ``torchvision.ops.roi_align`` for one image. A sample more than one pixel outside the feature
+    map counts as 0; nearer ones take the border's value. A box with a NaN coordinate gives 0 (torchvision
+    reads arbitrary memory). Works under ``jit`` and ``vmap``; the gradient flows to ``features`` only.
+
+    Args:
+        features: [H, W, C] of one image.
+        boxes: [N, 4] xyxy in absolute pixels of the image. Coordinates are computed in their dtype, in
+            float32 at least.
+        output_size: (h, w), or one int for both.
+        spatial_scale: pixels of ``features`` per pixel of the image. May be traced.
+        sampling_ratio: S, samples per bin along each side, 1 or more.
+        aligned: if True, shifts by half a pixel, so that a box of exactly one feature pixel samples that
+            pixel's centre, and lifts the smallest box of one feature pixel (torchvision's, Detectron2's
+            ``aligned``).
+        extent: (rows, columns) of ``features`` that count, default (H, W): the result is as if the rest had
+            been cut off. May be traced.
+
+    Returns:
+        [N, h, w, C] in the dtype of ``features``; sums are computed in float32 at least.
+
+    Raises:
+        ValueError: if a shape does not fit, or ``sampling_ratio`` is not positive (torchvision then
+            chooses the number of samples by the data, which a static program can't).
+        TypeError: if ``features`` or ``boxes`` are not floating point.
+    """
+    maps, boxes = _checked("roi_align", (features,), boxes)
+    size = _output_size("roi_align", output_size, sampling_ratio)
+    scale = jnp.asarray(spatial_scale, boxes.dtype)[None]
+    counted = None if extent is None else jnp.asarray(extent)[None]
+    if counted is not None and counted.shape != (1, 2):
+        raise ValueError(f"roi_align: extent must be (rows, columns), got shape {list(counted.shape[1:])}")
+    level = jnp.zeros(boxes.shape[0], jnp.int32)
+    return _align(maps, boxes, level, scale, counted, size=size, samples=sampling_ratio, aligned=aligned)
+
+
+def multiscale_roi_align(
+    features: Sequence[Float[Array, "H W C"]],
+    boxes: Float[Array, "N 4"],
+    output_size: int | tuple[int, int],
+    *,
+    scales: Sequence[float] | Float[Array, " L"],
+    sampling_ratio: int,
+    canonical_scale: int = 224,
+    canonical_level: int = 4,
+    extents: Sequence[tuple[int, int]] | Int[Array, "L 2"] | None = None,
+) -> Float[Array, "N h w C"]:
+    """RoIAlign of each box on the pyramid level that suits its size.
+
+    Reproduces ``torchvision.ops.MultiScaleRoIAlign`` for one image, given the levels' scales (torchvision
+    infers them from the first images it sees); :func:`assign_levels` tells which level a box takes. With more
+    than one level, a box whose area is negative or NaN belongs to none and gives 0, as in torchvision.
+
+    Args:
+        features: L feature maps [H_l, W_l, C], finest first.
+        boxes: [N, 4] xyxy in absolute pixels of the image.
+        output_size: (h, w), or one int for both.
+        scales: [L] pixels of each level per pixel of the image: 1/4, 1/8, ... May be traced, per image.
+        sampling_ratio: S, samples per bin along each side, 1 or more.
+        canonical_scale: side in pixels of the box that takes ``canonical_level``.
+        canonical_level: -log2 of the scale of the level that such a box takes.
+        extents: [L, 2] (rows, columns) of each level that count, default all. May be traced.
+
+    Returns:
+        [N, h, w, C] in the dtype of ``features``.
+
+    Raises:
+        ValueError: if there is no level, a shape does not fit, or ``sampling_ratio`` is not positive.
+        TypeError: if ``features`` or ``boxes`` are not floating point, or the levels' dtypes differ.
+    """
+    maps, boxes = _checked("multiscale_roi_align", tuple(features), boxes)
+    size = _output_size("multiscale_roi_align", output_size, sampling_ratio)
+    scale = jnp.asarray(scales, boxes.dtype)
+    if scale.shape != (len(maps),):
+        raise ValueError(
+            f"multiscale_roi_align: scales must have one number for each of the {len(maps)} levels, "
+            f"got shape {list(scale.shape)}"
+        )
+    extent = None if extents is None else jnp.asarray(extents)
+    if extent is not None and extent.shape != (len(maps), 2):
+        raise ValueError(f"multiscale_roi_align: extents must have shape [{len(maps)}, 2], got {list(extent.shape)}")
+    align = functools.partial(_align, size=size, samples=sampling_ratio, aligned=False)
+    if len(maps) == 1:
+        return align(maps, boxes, jnp.zeros(boxes.shape[0], jnp.int32), scale, extent)
+    levels = assign_levels(boxes, scale, canonical_scale=canonical_scale, canonical_level=canonical_level)
+    # NaN coordinates sample nothing, so a box without a level comes out as 0.
+    boxes = jnp.where(_area(boxes)[:, None] >= 0, boxes, jnp.nan)
+    return align(maps, boxes, levels, scale, extent)
+
+
+def assign_levels(
+    boxes: Float[Array, "N 4"],
+    scales: Sequence[float] | Float[Array, " L"],
+    *,
+    canonical_scale: int = 224,
+    canonical_level: int = 4,
+) -> Int[Array, " N"]:
+    """The pyramid level that each box is pooled from.
+
+    Reproduces torchvision's ``LevelMapper``: ``floor(canonical_level + log2(sqrt(area) / canonical_scale) +
+    1e-6)``, clipped to the levels there are, which are taken to lie a factor of 2 apart. In float32 the area
+    is compared with the very numbers at which torchvision's rounded formula changes, since logarithms differ
+    between backends; in float64 the formula itself is used.
+
+    Args:
+        boxes: [N, 4] xyxy in absolute pixels of the image.
+        scales: [L] pixels of each level per pixel of the image, finest first. May be traced.
+        canonical_scale: side in pixels of the box that takes ``canonical_level``.
+        canonical_level: -log2 of the scale of the level that such a box takes.
+
+    Returns:
+        [N] int32 in [0, L - 1]; 0 for a box whose area is negative or NaN.
+    """
+    boxes = lax.stop_gradient(jnp.asarray(boxes))
+    boxes = boxes.astype(_compute_dtype(boxes.dtype))
+    scale = lax.stop_gradient(jnp.asarray(scales, boxes.dtype))
+    # Truncated as torchvision does, but a power of two may come out an ulp off its integer.
+    exponents = -jnp.log2(scale[jnp.array([0, -1])])
+    nearest = jnp.round(exponents)
+    exponents = jnp.where(jnp.abs(exponents - nearest) < 1e-4, nearest, jnp.trunc(exponents))
+    lowest, highest = exponents.astype(jnp.int32)
+    side = jnp.sqrt(_area(boxes))
+    if boxes.dtype == jnp.float64:
+        level = jnp.floor(canonical_level + jnp.log2(side / canonical_scale) + 1e-6)
+        level = jnp.clip(level, lowest.astype(side.dtype), highest.astype(side.dtype))
+        level = jnp.where(jnp.isnan(side), 0, level).astype(jnp.int32)
+    else:
+        first, thresholds = _level_thresholds(canonical_scale, canonical_level)
+        level = first - 1 + jnp.sum(side[:, None] >= thresholds[None], axis=1, dtype=jnp.int32)
+        level = jnp.clip(level, lowest, highest)
+    return jnp.clip(level - lowest, 0, scale.shape[0] - 1)
+
+
+@functools.cache
+def _level_thresholds(canonical_scale: float, canonical_level: int, reach: int = 16):
+    """The float32 sides at which torchvision's float32 formula steps to the next level.
+
+    Returns:
+        The level that begins at the first of them, and the [2 * reach + 1] ascending sides, one for each
+        level from ``canonical_level - reach`` to ``canonical_level + reach``.
+    """
+    wanted = np.arange(canonical_level - reach, canonical_level + reach + 1)
+
+    def level(side):  # every step rounded to float32, as torch does; the logarithm correctly rounded
+        ratio = (side / np.float32(canonical_scale)).astype(np.float64)
+        return np.floor(np.float32(canonical_level) + np.log2(ratio).astype(np.float32) + np.float32(1e-6))
+
+    # Bisection on the bits of a float, which are in the order of the (positive) floats.
+    middle = (canonical_scale * 2.0 ** (wanted - canonical_level)).astype(np.float32)
+    low, high = ((middle * np.float32(factor)).view(np.int32) for factor in (0.75, 1.25))
+    while np.any(high - low > 1):
+        half = low + (high - low) // 2
+        reached = level(half.view(np.float32)) >= wanted
+        low, high = np.where(reached, low, half), np.where(reached, half, high)
+    return int(wanted[0]), high.view(np.float32)
+
+
+def _compute_dtype(dtype):
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+def _area(boxes):
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+
+
+def _checked(name, features, boxes):
+    if not features:
+        raise ValueError(f"{name}: features must have at least one level, got none")
+    features, boxes = tuple(jnp.asarray(level) for level in features), jnp.asarray(boxes)
+    for level in features:
+        if level.ndim != 3 or 0 in level.shape[:2] or level.shape[2] != features[0].shape[2]:
+            shapes = [list(level.shape) for level in features]
+            raise ValueError(f"{name}: features must have shape [H, W, C], none empty, the same C; got {shapes}")
+        if not jnp.issubdtype(level.dtype, jnp.floating) or level.dtype != features[0].dtype:
+            dtypes = ", ".join(str(level.dtype) for level in features)
+            raise TypeError(f"{name}: features must be floating, all of one dtype; got {dtypes}")
+    if boxes.ndim != 2 or boxes.shape[1] != 4:
+        raise ValueError(f"{name}: boxes must have shape [N, 4], got {list(boxes.shape)}")
+    if not jnp.issubdtype(boxes.dtype, jnp.floating):
+        raise TypeError(f"{name}: boxes must be floating, got {boxes.dtype}")
+    boxes = lax.stop_gradient(boxes)
+    return features, boxes.astype(_compute_dtype(boxes.dtype))
+
+
+def _output_size(name, output_size, sampling_ratio) -> tuple[int, int]:
+    if sampling_ratio <= 0:
+        raise ValueError(
+            f"{name}: sampling_ratio must be 1 or more, got {sampling_ratio} (torchvision then samples by "
+            "the size of each box, which has no static shape)"
+        )
+    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
+    if height < 1 or width < 1:
+        raise ValueError(f"{name}: output_size must be positive, got {output_size}")
+    return height, width
+
+
+class _Samples(NamedTuple):
+    """Where each box's samples lie along one axis, [N, bins, S], and how they weigh the pixels around."""
+
+    low: jax.Array
+    high: jax.Array
+    low_weight: jax.Array
+    high_weight: jax.Array
+
+
+def _samples(start, end, bins, samples, extent, aligned, dtype) -> _Samples:
+    """Samples along one axis of boxes from ``start`` to ``end`` [N] on a level ``extent`` [N] pixels long."""
+    length = end - start
+    if not aligned:
+        length = jnp.maximum(length, 1)
+    # XLA would turn a division by a constant into a product with its reciprocal, an ulp off torchvision's
+    # quotient; so the divisor is made to look like data.
+    bin_length = length / jnp.where(jnp.isnan(length), 1, jnp.asarray(bins, length.dtype))
+    bin_index = jnp.arange(bins, dtype=length.dtype)[None, :, None]
+    offset = jnp.arange(samples, dtype=length.dtype)[None, None, :] + 0.5
+    bin_length = bin_length[:, None, None]
+    position = start[:, None, None] + bin_index * bin_length + offset * bin_length / samples
+    extent = extent[:, None, None]
+    inside = (position >= -1) & (position <= extent.astype(position.dtype))  # False for NaN
+    last = jnp.maximum(extent - 1, 0)
+    position = jnp.where(inside, jnp.clip(position, 0, last.astype(position.dtype)), 0)
+    low = position.astype(jnp.int32)
+    fraction = (position - low.astype(position.dtype)).astype(dtype)
+    zero = jnp.zeros((), dtype)
+    return _Samples(
+        low,
+        jnp.minimum(low + 1, last),
+        jnp.where(inside, 1 - fraction, zero),
+        jnp.where(inside, fraction, zero),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("size", "samples", "aligned"))
+def _align(features, boxes, levels, scales, extents, *, size, samples, aligned):
+    shapes = np.array([level.shape[:2] for level in features], np.int32)
+    offsets = jnp.asarray(np.cumsum([0, *shapes[:-1].prod(1)]), jnp.int32)
+    extents = jnp.asarray(shapes) if extents is None else extents.astype(jnp.int32)
+    channels, dtype = features[0].shape[2], features[0].dtype
+    compute = _compute_dtype(dtype)
+    pixels = jnp.concatenate([level.reshape(-1, channels) for level in features])
+
+    edges = boxes * lax.stop_gradient(scales)[levels][:, None]
+    x1, y1, x2, y2 = (edges - 0.5 if aligned else edges).T
+    extents = extents[levels]
+    y = _samples(y1, y2, size[0], samples, extents[:, 0], aligned, compute)
+    x = _samples(x1, x2, size[1], samples, extents[:, 1], aligned, compute)
+    row_length = jnp.asarray(shapes[:, 1])[levels][:, None]
+    first = offsets[levels][:, None]
+
+    def corner(row, column, row_weight, column_weight):
+        index = (first + row * row_length)[:, :, None] + column[:, None, :]
+        weight = row_weight[:, :, None] * column_weight[:, None, :]
+        found = pixels.at[index].get(mode="promise_in_bounds").astype(compute)
+        return weight[..., None] * found
+
+    def sample(i, j):
+        rows, columns = (_Samples(*(part[:, :, k] for part in axis)) for axis, k in ((y, i), (x, j)))
+        return (
+            corner(rows.low, columns.low, rows.low_weight, columns.low_weight)
+            + corner(rows.low, columns.high, rows.low_weight, columns.high_weight)
+            + corner(rows.high, columns.low, rows.high_weight, columns.low_weight)
+            + corner(rows.high, columns.high, rows.high_weight, columns.high_weight)
+        )
+
+    count = samples * samples
+    if count <= UNROLLED_SAMPLES:
+        total = sum(sample(k // samples, k % samples) for k in range(count))
+    else:
+        zero = jnp.zeros((boxes.shape[0], *size, channels), compute)
+        total = lax.fori_loop(0, count, lambda k, total: total + sample(k // samples, k % samples), zero)
+    return (total / count).astype(dtype)
