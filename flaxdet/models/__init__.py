@@ -1,0 +1,17 @@
+"""The detectors."""
+
+from flaxdet.models.faster_rcnn import FasterRCNN
+from flaxdet.models.fcos import FCOS, FCOSHead
+from flaxdet.models.roi_heads import FastRCNNConvFCHead, FastRCNNPredictor, MultiScaleRoIAlign, TwoMLPHead
+from flaxdet.models.rpn import RPNHead
+
+__all__ = [
+    "FCOS",
+    "FCOSHead",
+    "FastRCNNConvFCHead",
+    "FastRCNNPredictor",
+    "FasterRCNN",
+    "MultiScaleRoIAlign",
+    "RPNHead",
+    "TwoMLPHead",
+]

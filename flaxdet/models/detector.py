@@ -1,0 +1,161 @@
+"""What both detectors share: geometry options, the call of a replaceable backbone, named stages."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from flaxdet.nn.fpn import BackboneWithFPN, Features
+from flaxdet.nn.layers import Array, Dtype, at_least_float32, default_param_dtype, level_extent
+from flaxdet.structures import Detections, ImageBatch, TransformConfig
+
+Extents = dict[str, Int[Array, "B 2"]] | None
+
+
+def freeze_lists(value: Any) -> Any:
+    """Lists as tuples, all the way down: module fields must be hashable to be static under jit."""
+    return tuple(freeze_lists(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+def call_part(part: Any, *args: Any, role: str, **options: Any) -> Any:
+    """Calls a replaceable part with those options that its signature takes.
+
+    A part of the user's own may ignore the train mode or the canvas; but where a canvas is smaller than
+    its bucket, a part that doesn't take it would see the padding, and the answer would be silently wrong.
+
+    Raises:
+        ValueError: if the part takes no ``canvas``, ``extents`` or ``mask`` and one is needed.
+    """
+    parameters = inspect.signature(type(part).__call__).parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    kept = {name: value for name, value in options.items() if takes_all or name in parameters}
+    for name in ("canvas", "extents"):
+        if options.get(name) is not None and name not in kept:
+            raise ValueError(
+                f"{role} {type(part).__name__} takes no `{name}` argument, so it can only run where the "
+                "canvas is the whole bucket: build the batch with canvas=None"
+            )
+    return part(*args, **kept)
+
+
+class Detector(nn.Module):
+    """Base of ``FCOS`` and ``FasterRCNN``; holds no fields of its own."""
+
+    def __post_init__(self) -> None:
+        fields = ("min_size", "image_mean", "image_std", "fixed_size", "bbox_reg_weights")
+        for name in fields:
+            if hasattr(self, name):
+                object.__setattr__(self, name, freeze_lists(getattr(self, name)))
+        object.__setattr__(self, "param_dtype", default_param_dtype(self.dtype, self.param_dtype))  # pyright: ignore
+        if not hasattr(self.backbone, "out_channels"):  # pyright: ignore[reportAttributeAccessIssue]
+            raise ValueError(
+                "backbone should contain an attribute out_channels specifying the number of output "
+                "channels (assumed to be the same for all the levels)"
+            )
+        super().__post_init__()
+
+    @property
+    def transform(self) -> TransformConfig:
+        """The geometry options of this model."""
+        return TransformConfig(
+            self.min_size,  # pyright: ignore[reportAttributeAccessIssue]
+            self.max_size,  # pyright: ignore[reportAttributeAccessIssue]
+            self.image_mean,  # pyright: ignore[reportAttributeAccessIssue]
+            self.image_std,  # pyright: ignore[reportAttributeAccessIssue]
+            self.size_divisible,  # pyright: ignore[reportAttributeAccessIssue]
+            self.fixed_size,  # pyright: ignore[reportAttributeAccessIssue]
+        )
+
+    @property
+    def box_dtype(self) -> Dtype:
+        """The dtype of boxes, scores and NMS: float64 in a float64 model, else float32."""
+        return at_least_float32(self.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def features(self, batch: ImageBatch, *, train: bool = False) -> Features:
+        """Runs the backbone.
+
+        Args:
+            batch: the images.
+            train: BatchNorm's mode.
+
+        Returns:
+            {name: [B, h, w, C]}, finest first; beyond each canvas the maps hold rubbish.
+
+        Raises:
+            ValueError: if the backbone can't honour canvases smaller than the bucket.
+        """
+        backbone = self.backbone  # pyright: ignore[reportAttributeAccessIssue]
+        pixels = batch.pixels.astype(self.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        if isinstance(backbone, BackboneWithFPN):
+            stages, features = backbone.stages_and_levels(pixels, canvas=batch.canvas, train=train)
+            self.sow_all(stages)
+        else:
+            features = call_part(backbone, pixels, role="backbone", canvas=batch.canvas, train=train)
+            if not isinstance(features, dict):
+                features = {"0": features}
+        self.sow_all(features)
+        return features
+
+    def sow_all(self, arrays: dict[str, Any]) -> None:
+        """Leaves arrays in the collection ``intermediates`` under their names, for whoever asks for it."""
+        for name, value in arrays.items():
+            self.sow("intermediates", name, value)
+
+
+def level_shapes(features: Features) -> tuple[tuple[int, int], ...]:
+    """(h, w) of every map."""
+    return tuple((x.shape[1], x.shape[2]) for x in features.values())
+
+
+def feature_extents(features: Features, batch: ImageBatch) -> Extents:
+    """The part of each map inside each image's canvas, {name: [B, 2] int32}; ``None`` for all of it."""
+    if batch.canvas is None:
+        return None
+    bucket = batch.pixels.shape[1:3]
+    extents = {name: level_extent(batch.canvas, bucket, x.shape[1:3]) for name, x in features.items()}
+    return extents  # pyright: ignore[reportReturnType]
+
+
+def whole_extents(
+    batch: ImageBatch, shapes: tuple[tuple[int, int], ...]
+) -> tuple[Int[Array, "B 2"], Int[Array, "B L 2"]]:
+    """Canvas of each image and extent of each level, as arrays also where every canvas is the bucket."""
+    count = batch.pixels.shape[0]
+    bucket = batch.pixels.shape[1:3]
+    if batch.canvas is None:
+        canvas = jnp.broadcast_to(jnp.asarray(bucket, jnp.int32)[None], (count, 2))
+        extents = jnp.broadcast_to(jnp.asarray(shapes, jnp.int32)[None], (count, len(shapes), 2))
+    else:
+        canvas = batch.canvas
+        levels = [level_extent(canvas, bucket, shape) for shape in shapes]
+        extents = jnp.stack(levels, axis=1)  # pyright: ignore[reportArgumentType]
+    return canvas, extents
+
+
+def example_batch(size: int = 64) -> ImageBatch:
+    """One black image of the given side, for ``model.init``: no variable's shape depends on the images."""
+    sides = jnp.full((1, 2), size, jnp.int32)
+    return ImageBatch(jnp.zeros((1, size, size, 3), jnp.float32), sides, sides, None, sides[:, 0])
+
+
+def gather_detections(
+    boxes: Float[Array, "N 4"],
+    scores: Float[Array, " N"],
+    labels: Int[Array, " N"],
+    keep: Int[Array, " K"],
+    overflow: Bool[Array, ""],
+) -> Detections:
+    """The kept candidates of one image as a row of ``Detections``; ``keep`` has -1 beyond the last."""
+    valid = keep >= 0
+    index = jnp.maximum(keep, 0)
+    return Detections(
+        boxes=jnp.where(valid[:, None], boxes[index], 0),
+        scores=jnp.where(valid, scores[index], 0),
+        labels=jnp.where(valid, labels[index].astype(jnp.int32), -1),
+        valid=valid,
+        overflow=overflow,
+    )

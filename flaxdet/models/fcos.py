@@ -1,0 +1,284 @@
+"""FCOS, after torchvision.models.detection.fcos.
+
+Tian et al., "FCOS: A simple and strong anchor-free object detector" (arXiv 2006.09214).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn.initializers import constant
+from jaxtyping import Float
+
+from flaxdet.models.detector import (
+    Detector,
+    Extents,
+    call_part,
+    feature_extents,
+    gather_detections,
+    level_shapes,
+    whole_extents,
+)
+from flaxdet.nn.fpn import Features
+from flaxdet.nn.layers import Array, Dtype, Precision, conv, mask_beyond, normal_001
+from flaxdet.nn.norm import GroupNorm
+from flaxdet.ops import AnchorGenerator, BoxLinearCoder, clip_boxes_to_image
+from flaxdet.ops.nms import batched_nms
+from flaxdet.structures import Detections, ImageBatch
+
+HeadOutputs = dict[str, Float[Array, "B hwA _"]]
+
+
+class _Tower(nn.Module):
+    """num_convs x (conv3x3 + GroupNorm(32) + ReLU), then the named 3x3 prediction layers."""
+
+    channels: int
+    num_convs: int
+    outputs: tuple[tuple[str, int, float], ...]  # (name, channels, bias)
+    dtype: Dtype
+    param_dtype: Dtype | None
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, features: Features, extents: Extents) -> dict[str, list[Array]]:
+        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv3x3 = functools.partial(
+            conv, kernel_size=3, kernel_init=normal_001, precision=self.precision, **options
+        )
+        layers = [
+            (conv3x3(self.channels, name=f"conv_{i}"), GroupNorm(name=f"norm_{i}", **options))
+            for i in range(self.num_convs)
+        ]
+        predictions = {
+            name: conv3x3(channels, bias_init=constant(bias), name=name)
+            for name, channels, bias in self.outputs
+        }
+        maps: dict[str, list[Array]] = {name: [] for name in predictions}
+        for name, x in features.items():
+            extent = None if extents is None else extents[name]
+            for layer, norm in layers:
+                x = nn.relu(norm(layer(mask_beyond(x, extent)), extent))
+            x = mask_beyond(x, extent)
+            for output, layer in predictions.items():
+                maps[output].append(layer(x))
+        return maps
+
+
+class FCOSHead(nn.Module):
+    """The classification and the regression branch (torchvision's FCOSHead).
+
+    Attributes:
+        in_channels: channels of the features, and of the branches' convolutions.
+        num_anchors: per location; 1 in FCOS.
+        num_classes: including the background.
+        num_convs: convolutions in each branch.
+        prior_probability: of a positive, which the initial classification bias gives.
+    """
+
+    in_channels: int
+    num_anchors: int
+    num_classes: int
+    num_convs: int = 4
+    prior_probability: float = 0.01
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype | None = None
+    precision: Precision = None
+
+    @nn.compact
+    def __call__(self, features: Features, extents: Extents = None) -> HeadOutputs:
+        """Applies both branches to every level.
+
+        Args:
+            features: {name: [B, h, w, C]}, finest first.
+            extents: {name: [B, 2] int32} rows and columns of each map that belong to the canvas.
+
+        Returns:
+            {"cls_logits": [B, hwA, k], "bbox_regression": [B, hwA, 4], "bbox_ctrness": [B, hwA, 1]}, levels
+            one after the other, cells by rows; the distances (l, t, r, b) >= 0 in anchor sizes.
+        """
+        tower = functools.partial(
+            _Tower,
+            self.in_channels,
+            self.num_convs,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+        )
+        prior = -math.log((1 - self.prior_probability) / self.prior_probability)
+        maps = tower(
+            outputs=(("cls_logits", self.num_anchors * self.num_classes, prior),), name="classification_head"
+        )(features, extents)
+        maps |= tower(
+            outputs=(("bbox_reg", self.num_anchors * 4, 0.0), ("bbox_ctrness", self.num_anchors, 0.0)),
+            name="regression_head",
+        )(features, extents)
+
+        def flat(levels: list[Array], width: int) -> Array:
+            return jnp.concatenate([x.reshape(x.shape[0], -1, width) for x in levels], axis=1)
+
+        return {
+            "cls_logits": flat(maps["cls_logits"], self.num_classes),
+            "bbox_regression": nn.relu(flat(maps["bbox_reg"], 4)),
+            "bbox_ctrness": flat(maps["bbox_ctrness"], 1),
+        }
+
+
+class FCOS(Detector):
+    """FCOS on any backbone that returns named feature maps (torchvision's FCOS, names and defaults).
+
+    ``model.apply(variables, batch)`` is ``postprocess(head(features))``; each of these methods can be called
+    alone by ``method=``, and each array is sown in ``intermediates`` under its name: c2..c5, p3..p7,
+    cls_logits, bbox_regression, bbox_ctrness.
+
+    Attributes:
+        backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}`` with an attribute
+            ``out_channels``; it may leave out ``train``, and ``canvas`` if no canvas is smaller than its bucket.
+        num_classes: including the background; a channel of the head is a label.
+        min_size, max_size, image_mean, image_std, size_divisible, fixed_size: see ``TransformConfig``.
+        anchor_generator: one anchor a location, whose size is the unit of distances.
+        head: module ``(features, extents) -> outputs`` as ``FCOSHead``.
+        center_sampling_radius: in anchor sizes, for the training assignment.
+        score_thresh: keeps scores above it.
+        nms_thresh: IoU above which NMS suppresses.
+        detections_per_img: K, detection slots of an image.
+        topk_candidates: candidates kept per level before NMS.
+        trainable_backbone_layers: 0..5, read by the optimiser's mask.
+        dtype: computes. Boxes, scores and NMS are float32 at least.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
+
+    Raises:
+        ValueError: for a backbone without out_channels, or more than one anchor a location.
+        TypeError: for an anchor generator of another kind.
+    """
+
+    backbone: nn.Module
+    num_classes: int
+    min_size: int | tuple[int, ...] = 800
+    max_size: int = 1333
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
+    anchor_generator: AnchorGenerator | None = None
+    head: nn.Module | None = None
+    center_sampling_radius: float = 1.5
+    score_thresh: float = 0.2
+    nms_thresh: float = 0.6
+    detections_per_img: int = 100
+    topk_candidates: int = 1000
+    size_divisible: int = 32
+    fixed_size: tuple[int, int] | None = None
+    trainable_backbone_layers: int = 5
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype | None = None
+    precision: Precision = None
+
+    def __post_init__(self) -> None:
+        if self.anchor_generator is None:
+            sizes = ((8,), (16,), (32,), (64,), (128,))
+            object.__setattr__(self, "anchor_generator", AnchorGenerator(sizes, ((1.0,),) * len(sizes)))
+        if not isinstance(self.anchor_generator, AnchorGenerator):
+            raise TypeError(
+                "anchor_generator should be of type AnchorGenerator or None, instead got "
+                f"{type(self.anchor_generator)}"
+            )
+        anchors = self.anchor_generator.num_anchors_per_location()[0]
+        if anchors != 1:
+            raise ValueError(
+                f"anchor_generator.num_anchors_per_location()[0] should be 1 instead of {anchors}"
+            )
+        if self.head is None and hasattr(self.backbone, "out_channels"):
+            head = FCOSHead(
+                self.backbone.out_channels,  # pyright: ignore[reportAttributeAccessIssue]
+                anchors,
+                self.num_classes,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                precision=self.precision,
+                parent=None,
+            )
+            object.__setattr__(self, "head", head)
+        super().__post_init__()
+
+    def __call__(self, batch: ImageBatch, *, train: bool = False) -> Detections:
+        """Detects.
+
+        Args:
+            batch: images from ``flaxdet.transform``.
+            train: BatchNorm's mode.
+
+        Returns:
+            Detections in the pixels of the resized images.
+        """
+        features = self.features(batch, train=train)
+        outputs = call_part(self.head, features, role="head", extents=feature_extents(features, batch))
+        self.sow_all(outputs)
+        return self.postprocess(outputs, batch, level_shapes(features))
+
+    def postprocess(
+        self, outputs: HeadOutputs, batch: ImageBatch, shapes: tuple[tuple[int, int], ...]
+    ) -> Detections:
+        """Scores, decodes and suppresses (torchvision's FCOS.postprocess_detections).
+
+        Args:
+            outputs: of the head.
+            batch: the images that they belong to (sizes and canvases are read).
+            shapes: (h, w) of each level's map.
+
+        Returns:
+            Detections in the pixels of the resized images; ``overflow`` is never set.
+        """
+        canvas, extents = whole_extents(batch, shapes)
+        outputs = {name: x.astype(self.box_dtype) for name, x in outputs.items()}
+        return jax.vmap(functools.partial(self._postprocess_image, shapes))(
+            outputs, batch.size, canvas, extents
+        )
+
+    def _postprocess_image(
+        self,
+        shapes: tuple[tuple[int, int], ...],
+        outputs: dict[str, Array],
+        size: Array,
+        canvas: Array,
+        extents: Array,
+    ) -> Detections:
+        assert self.anchor_generator is not None
+        anchors = self.anchor_generator(canvas, extents, shapes, self.box_dtype)
+        admitted = self.anchor_generator.valid(extents, shapes)
+        coder = BoxLinearCoder(normalize_by_size=True)
+        num_classes = outputs["cls_logits"].shape[-1]
+        threshold = jnp.asarray(self.score_thresh, self.box_dtype)
+
+        candidates: list[tuple[Array, Array, Array]] = []
+        start = 0
+        for level_anchors, level_admitted in zip(anchors, admitted, strict=True):
+            level = slice(start, start + len(level_anchors))
+            start = level.stop
+            scores = jnp.sqrt(
+                nn.sigmoid(outputs["cls_logits"][level]) * nn.sigmoid(outputs["bbox_ctrness"][level])
+            )
+            kept = (scores > threshold) & level_admitted[:, None]
+            scores = jnp.where(kept, scores, -1).reshape(-1)
+            # without the barrier XLA:CPU may fuse a slice into the top-k and sort everything
+            best, index = lax.optimization_barrier(
+                lax.top_k(scores, min(self.topk_candidates, scores.shape[0]))
+            )
+            cell = index // num_classes
+            boxes = coder.decode(outputs["bbox_regression"][level][cell], level_anchors[cell])
+            candidates.append((clip_boxes_to_image(boxes, size), best, index % num_classes))
+
+        boxes, scores, labels = (jnp.concatenate(parts) for parts in zip(*candidates, strict=True))
+        keep = batched_nms(
+            boxes,
+            scores,
+            labels,
+            self.nms_thresh,
+            max_output=self.detections_per_img,
+            valid=scores >= 0,
+        )
+        return gather_detections(boxes, scores, labels, keep, jnp.zeros((), bool))

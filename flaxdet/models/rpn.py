@@ -1,0 +1,158 @@
+"""The region proposal network, after torchvision.models.detection.rpn."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Float, Int
+
+from flaxdet.models.detector import Extents
+from flaxdet.nn.fpn import Features
+from flaxdet.nn.layers import Array, Dtype, Precision, conv, mask_beyond, normal_001
+from flaxdet.ops import AnchorGenerator, BoxCoder, clip_boxes_to_image, remove_small_boxes
+from flaxdet.ops.nms import batched_nms
+from flaxdet.structures import Proposals
+
+MIN_SIZE = 1e-3  # pixels; smaller proposals are dropped
+
+
+class RPNHead(nn.Module):
+    """Objectness and box offsets at every location (torchvision's RPNHead).
+
+    Attributes:
+        in_channels: channels of the features and of the convolutions.
+        num_anchors: A, anchors per location.
+        conv_depth: 3x3 convolutions before the two predictions.
+    """
+
+    in_channels: int
+    num_anchors: int
+    conv_depth: int = 1
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype | None = None
+    precision: Precision = None
+
+    @nn.compact
+    def __call__(
+        self, features: Features, extents: Extents = None
+    ) -> tuple[list[Float[Array, "B hwA"]], list[Float[Array, "B hwA 4"]]]:
+        """Applies the head to every level.
+
+        Args:
+            features: {name: [B, h, w, C]}, finest first.
+            extents: {name: [B, 2] int32} rows and columns of each map that belong to the canvas.
+
+        Returns:
+            Per level the objectness logits [B, hwA] and the offsets [B, hwA, 4], cells by rows.
+        """
+        options: dict[str, Any] = {
+            "kernel_init": normal_001,
+            "dtype": self.dtype,
+            "param_dtype": self.param_dtype,
+            "precision": self.precision,
+        }
+        convs = [conv(self.in_channels, 3, name=f"conv_{i}", **options) for i in range(self.conv_depth)]
+        cls_logits = conv(self.num_anchors, 1, name="cls_logits", **options)
+        bbox_pred = conv(self.num_anchors * 4, 1, name="bbox_pred", **options)
+        objectness, deltas = [], []
+        for name, x in features.items():
+            for layer in convs:
+                x = nn.relu(layer(mask_beyond(x, None if extents is None else extents[name])))
+            objectness.append(cls_logits(x).reshape(x.shape[0], -1))
+            deltas.append(bbox_pred(x).reshape(x.shape[0], -1, 4))
+        return objectness, deltas
+
+
+def filter_proposals(
+    objectness: list[Float[Array, "B hwA"]],
+    deltas: list[Float[Array, "B hwA 4"]],
+    anchor_generator: AnchorGenerator,
+    shapes: tuple[tuple[int, int], ...],
+    size: Int[Array, "B 2"],
+    canvas: Int[Array, "B 2"],
+    extents: Int[Array, "B L 2"],
+    *,
+    pre_nms_top_n: int,
+    post_nms_top_n: int,
+    nms_thresh: float,
+    score_thresh: float,
+) -> Proposals:
+    """The best boxes of every image (torchvision's RegionProposalNetwork.filter_proposals).
+
+    Args:
+        objectness: logits of each level.
+        deltas: offsets from the anchors, of each level.
+        anchor_generator: the anchors.
+        shapes: (h, w) of each level's map.
+        size: [B, 2] (rows, columns) of the resized images, to which boxes are clipped.
+        canvas: [B, 2] (rows, columns) of the canvases.
+        extents: [B, L, 2] (rows, columns) of each map inside the canvas.
+        pre_nms_top_n: candidates kept a level.
+        post_nms_top_n: proposals kept an image.
+        nms_thresh: IoU above which NMS, a level at a time, suppresses.
+        score_thresh: keeps objectness (sigmoid) of at least this.
+
+    Returns:
+        Proposals in R = min(post_nms_top_n, all candidates) slots, in the pixels of the resized images.
+        No gradient flows through them.
+    """
+    select = functools.partial(
+        _filter_image,
+        anchor_generator=anchor_generator,
+        shapes=shapes,
+        pre_nms_top_n=pre_nms_top_n,
+        post_nms_top_n=post_nms_top_n,
+        nms_thresh=nms_thresh,
+        score_thresh=score_thresh,
+    )
+    return jax.vmap(select)(lax.stop_gradient((objectness, deltas)), size, canvas, extents)
+
+
+def _filter_image(
+    outputs: tuple[list[Array], list[Array]],
+    size: Array,
+    canvas: Array,
+    extents: Array,
+    *,
+    anchor_generator: AnchorGenerator,
+    shapes: tuple[tuple[int, int], ...],
+    pre_nms_top_n: int,
+    post_nms_top_n: int,
+    nms_thresh: float,
+    score_thresh: float,
+) -> Proposals:
+    dtype = outputs[0][0].dtype
+    anchors = anchor_generator(canvas, extents, shapes, dtype)
+    admitted = anchor_generator.valid(extents, shapes)
+    coder = BoxCoder()
+    candidates: list[tuple[Array, ...]] = []
+    for level, (logits, deltas, boxes, inside) in enumerate(zip(*outputs, anchors, admitted, strict=True)):
+        count = min(pre_nms_top_n, logits.shape[0])
+        # The canvas's anchors come first whatever their logits: sigmoid(-inf) = 0 would pass a threshold of 0,
+        # so what was padding is told by the mask and not by the score.
+        ranked = jnp.where(inside, logits, -jnp.inf)
+        _, index = lax.optimization_barrier(lax.top_k(ranked, count))
+        boxes = clip_boxes_to_image(coder.decode(deltas[index], boxes[index]), size)
+        levels = jnp.full((count,), level, jnp.int32)
+        candidates.append((boxes, nn.sigmoid(logits[index]), levels, inside[index]))
+
+    boxes, scores, levels, inside = (jnp.concatenate(parts) for parts in zip(*candidates, strict=True))
+    valid = inside & remove_small_boxes(boxes, MIN_SIZE) & (scores >= jnp.asarray(score_thresh, dtype))
+    keep = batched_nms(
+        boxes,
+        scores,
+        levels,
+        nms_thresh,
+        max_output=min(post_nms_top_n, boxes.shape[0]),
+        valid=valid,
+    )
+    kept = keep >= 0
+    index = jnp.maximum(keep, 0)
+    return Proposals(
+        boxes=jnp.where(kept[:, None], boxes[index], 0), scores=jnp.where(kept, scores[index], 0), valid=kept
+    )

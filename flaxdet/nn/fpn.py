@@ -1,0 +1,220 @@
+"""Feature pyramid network with both of torchvision's kinds of extra level, and the backbone that ends in it."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from flaxdet.nn.layers import Array, Dtype, Precision, conv, kaiming_uniform_a1, level_extent, mask_beyond
+from flaxdet.nn.norm import BatchNorm, apply_norm
+
+Features = dict[str, Float[Array, "B h w C"]]
+
+
+def _nearest(size: int, out: int) -> np.ndarray:
+    """Source index of each output cell in torch's ``interpolate(mode="nearest")``, which floors in float32."""
+    scale = np.float32(size) / np.float32(out)
+    return np.minimum(np.floor(np.arange(out, dtype=np.float32) * scale).astype(np.int32), size - 1)
+
+
+def upsample_nearest(x: Float[Array, "B h w C"], shape: tuple[int, int]) -> Float[Array, "B H W C"]:
+    """``torch.nn.functional.interpolate(x, size=shape, mode="nearest")`` on an NHWC array."""
+    batch, height, width, channels = x.shape
+    if shape == (2 * height, 2 * width):
+        x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
+        return x.reshape(batch, *shape, channels)
+    return x[:, _nearest(height, shape[0])][:, :, _nearest(width, shape[1])]
+
+
+class LastLevelMaxPool(nn.Module):
+    """The extra level "pool": every second cell of the coarsest map (torchvision's LastLevelMaxPool)."""
+
+    @nn.compact
+    def __call__(
+        self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, int]
+    ) -> Features:
+        """Returns the one new level from the pyramid [B, h, w, C]."""
+        del stages, canvas, bucket
+        return {"pool": list(pyramid.values())[-1][:, ::2, ::2]}
+
+
+class LastLevelP6P7(nn.Module):
+    """The extra levels p6 = conv(P5 or C5) and p7 = conv(relu(p6)), stride 2 (torchvision's LastLevelP6P7).
+
+    As in torchvision, p6 reads P5 where ``in_channels == out_channels`` and C5 otherwise.
+    """
+
+    in_channels: int = 256
+    out_channels: int = 256
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype | None = None
+    precision: Precision = None
+
+    @nn.compact
+    def __call__(
+        self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, int]
+    ) -> Features:
+        """Returns the two new levels [B, h, w, out_channels]."""
+        source = pyramid if self.in_channels == self.out_channels else stages
+        conv_ = functools.partial(
+            conv,
+            self.out_channels,
+            3,
+            strides=2,
+            kernel_init=kaiming_uniform_a1,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+        )
+        x = list(source.values())[-1]
+        p6 = conv_(name="p6")(mask_beyond(x, level_extent(canvas, bucket, x.shape[1:3])))
+        p7 = conv_(name="p7")(mask_beyond(nn.relu(p6), level_extent(canvas, bucket, p6.shape[1:3])))
+        return {"p6": p6, "p7": p7}
+
+
+class FeaturePyramidNetwork(nn.Module):
+    """``torchvision.ops.FeaturePyramidNetwork`` on NHWC maps, finest first.
+
+    Attributes:
+        out_channels: channels of every output level.
+        extra_blocks: module that adds levels, e.g. ``LastLevelMaxPool()`` or ``LastLevelP6P7()``.
+        use_norm: live BatchNorm after each convolution, which then has no bias (torchvision's
+            ``norm_layer=nn.BatchNorm2d``).
+        freeze_bn: as in ``ResNet``.
+    """
+
+    out_channels: int = 256
+    extra_blocks: nn.Module | None = None
+    use_norm: bool = False
+    freeze_bn: bool = False
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype | None = None
+    precision: Precision = None
+
+    @nn.compact
+    def __call__(
+        self,
+        stages: Features,
+        *,
+        canvas: Int[Array, "B 2"] | None = None,
+        bucket: tuple[int, int],
+        train: bool = False,
+    ) -> Features:
+        """Builds the pyramid.
+
+        Args:
+            stages: feature maps by name, finest first; c3 becomes p3 and so on, other names are kept.
+            canvas: [B, 2] int32 (rows, columns) inside the bucket; ``None`` for all of it.
+            bucket: (H, W) of the pixels that the stages come from.
+            train: BatchNorm's mode.
+
+        Returns:
+            Levels by name, finest first; beyond the canvas they hold rubbish.
+        """
+
+        def block(x: Array, kernel_size: int, name: str) -> Array:
+            x = _ConvNorm(
+                self.out_channels,
+                kernel_size,
+                self.use_norm,
+                self.dtype,
+                self.param_dtype,
+                self.precision,
+                name=name,
+            )(x, level_extent(canvas, bucket, x.shape[1:3]), train and not self.freeze_bn)
+            return x
+
+        names = list(stages)
+        pyramid: Features = {}
+        inner = None
+        for i in reversed(range(len(names))):
+            lateral = block(stages[names[i]], 1, f"inner_blocks_{i}")
+            inner = lateral if inner is None else lateral + upsample_nearest(inner, lateral.shape[1:3])
+            pyramid[level_name(names[i])] = block(inner, 3, f"layer_blocks_{i}")
+        pyramid = dict(reversed(pyramid.items()))
+        if self.extra_blocks is not None:
+            pyramid |= self.extra_blocks(pyramid, stages, canvas=canvas, bucket=bucket)
+        return pyramid
+
+
+def level_name(stage: str) -> str:
+    """The pyramid's name for a backbone stage: p4 for c4; other names stay."""
+    return f"p{stage[1:]}" if stage[:1] == "c" and stage[1:].isdigit() else stage
+
+
+class _ConvNorm(nn.Module):
+    features: int
+    kernel_size: int
+    use_norm: bool
+    dtype: Dtype
+    param_dtype: Dtype | None
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x: Array, extent: Array | None, train: bool) -> Array:
+        if self.kernel_size > 1:
+            x = mask_beyond(x, extent)
+        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = conv(
+            self.features,
+            self.kernel_size,
+            use_bias=not self.use_norm,
+            kernel_init=kaiming_uniform_a1,
+            precision=self.precision,
+            name="conv",
+            **options,
+        )(x)
+        return apply_norm(
+            BatchNorm(name="norm", **options) if self.use_norm else None, x, extent, train=train
+        )
+
+
+class BackboneWithFPN(nn.Module):
+    """A body that returns named stages, and a pyramid on those asked for (torchvision's BackboneWithFPN).
+
+    Attributes:
+        body: module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, e.g. ``ResNet()``.
+        fpn: the ``FeaturePyramidNetwork``.
+        returned_stages: names of the stages that the pyramid reads, finest first.
+    """
+
+    body: nn.Module
+    fpn: FeaturePyramidNetwork
+    returned_stages: tuple[str, ...] = ("c2", "c3", "c4", "c5")
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of every level."""
+        return self.fpn.out_channels
+
+    def stages_and_levels(
+        self, pixels: Array, *, canvas: Array | None = None, train: bool = False
+    ) -> tuple[Features, Features]:
+        """The body's stages and the pyramid's levels, both by name, finest first."""
+        stages = self.body(pixels, canvas=canvas, train=train)
+        read = {name: stages[name] for name in self.returned_stages}
+        return stages, self.fpn(read, canvas=canvas, bucket=pixels.shape[1:3], train=train)
+
+    def __call__(
+        self,
+        pixels: Float[Array, "B H W 3"],
+        *,
+        canvas: Int[Array, "B 2"] | None = None,
+        train: bool = False,
+    ) -> Features:
+        """Computes the levels.
+
+        Args:
+            pixels: [B, H, W, 3], normalised, zero beyond each canvas.
+            canvas: [B, 2] int32 (rows, columns) inside the bucket, multiples of 32; ``None`` for all.
+            train: BatchNorm's mode.
+
+        Returns:
+            {"p3": [B, h, w, out_channels], ...}, finest first.
+        """
+        return self.stages_and_levels(pixels, canvas=canvas, train=train)[1]

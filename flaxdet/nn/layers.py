@@ -1,0 +1,187 @@
+"""Convolution and linear layers with torch's padding and initialisation, and the masks of the canvas.
+
+A canvas (an image's own padded size) lies in the top left corner of a bucket (the static array). What
+lies beyond it must not be seen, so every spatial convolution reads zeros there: ``mask_beyond``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn.initializers import Initializer, normal, uniform, variance_scaling, zeros
+from jaxtyping import Bool, Float, Int
+
+Array = jax.Array
+Dtype = Any
+Precision = Any
+
+# torch's names for the same distributions.
+kaiming_normal_fan_out = variance_scaling(2.0, "fan_out", "normal")  # nonlinearity="relu"
+kaiming_uniform_a1 = variance_scaling(1.0, "fan_in", "uniform")  # a=1: bound sqrt(3 / fan_in)
+torch_default = variance_scaling(1 / 3, "fan_in", "uniform")  # a=sqrt(5): bound 1 / sqrt(fan_in)
+normal_001 = normal(0.01)
+
+
+def symmetric_uniform(bound: float) -> Initializer:
+    """Initialiser of U(-bound, bound), torch's for the biases of its default layers."""
+
+    def init(key: Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> Array:
+        del out_sharding
+        return uniform(2 * bound)(key, shape, dtype) - jnp.asarray(bound, dtype)
+
+    return init
+
+
+def default_param_dtype(dtype: Dtype, param_dtype: Dtype | None) -> Dtype:
+    """The dtype that stores parameters: ``param_dtype``, or float64 if ``dtype`` is, else float32.
+
+    Raises:
+        ValueError: if float64 is asked for while jax runs without x64.
+    """
+    dtype = jnp.dtype(dtype)
+    stored = (
+        jnp.dtype(param_dtype)
+        if param_dtype is not None
+        else (dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32))
+    )
+    for name, asked in (("dtype", dtype), ("param_dtype", stored)):
+        if not jnp.issubdtype(asked, jnp.floating):
+            raise ValueError(f"{name} should be a floating point dtype, got {asked}")
+        if asked == jnp.float64 and not jax.config.jax_enable_x64:
+            raise ValueError(
+                f"{name}=float64 needs jax's 64-bit mode: call inside `with jax.enable_x64(True):` "
+                "or set jax_enable_x64 (without it jax would compute in float32)"
+            )
+    return stored
+
+
+def at_least_float32(dtype: Dtype) -> Dtype:
+    """The dtype in which statistics, boxes and scores are computed: float64 for float64, else float32."""
+    return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+
+
+def _conv_general_dilated(lhs: Array, rhs: Array, strides: Any, padding: Any, **kwargs: Any) -> Array:
+    """``lax.conv_general_dilated``, with plain 1x1 convolutions as a product over the channels.
+
+    XLA:CPU computes the product faster than the convolution (ResNet-50's body by a seventh).
+    """
+    plain = (
+        rhs.shape[:2] == (1, 1)
+        and kwargs.get("feature_group_count", 1) == 1
+        and all(tuple(pair) == (0, 0) for pair in padding)
+    )
+    if not plain:
+        return lax.conv_general_dilated(lhs, rhs, strides, padding, **kwargs)
+    rows, columns = strides
+    if (rows, columns) != (1, 1):
+        lhs = lhs[:, ::rows, ::columns]
+    return lax.dot_general(lhs, rhs[0, 0], (((3,), (0,)), ((), ())), precision=kwargs.get("precision"))
+
+
+def conv(
+    features: int,
+    kernel_size: int,
+    *,
+    strides: int = 1,
+    use_bias: bool = True,
+    kernel_init: Initializer = torch_default,
+    bias_init: Initializer = zeros,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype | None = None,
+    precision: Precision = None,
+    name: str | None = None,
+) -> nn.Conv:
+    """A square NHWC convolution, padded as torch's ``padding=kernel_size // 2`` (never "SAME")."""
+    return nn.Conv(
+        features,
+        (kernel_size, kernel_size),
+        strides=strides,
+        padding=kernel_size // 2,
+        use_bias=use_bias,
+        kernel_init=kernel_init,
+        bias_init=bias_init,
+        dtype=dtype,
+        param_dtype=default_param_dtype(dtype, param_dtype),
+        precision=precision,
+        conv_general_dilated=_conv_general_dilated,
+        name=name,
+    )
+
+
+def linear(
+    features: int,
+    in_features: int,
+    *,
+    dtype: Dtype = jnp.float32,
+    param_dtype: Dtype | None = None,
+    precision: Precision = None,
+    name: str | None = None,
+) -> nn.Dense:
+    """A dense layer initialised as ``torch.nn.Linear``: weight and bias U(±1/sqrt(in_features))."""
+    return nn.Dense(
+        features,
+        kernel_init=torch_default,
+        bias_init=symmetric_uniform(in_features**-0.5),
+        dtype=dtype,
+        param_dtype=default_param_dtype(dtype, param_dtype),
+        precision=precision,
+        name=name,
+    )
+
+
+def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+    """``torch.nn.MaxPool2d(kernel_size=3, stride=2, padding=1)``."""
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def level_extent(
+    canvas: Int[Array, "B 2"] | None, bucket: tuple[int, int], shape: tuple[int, int]
+) -> Int[Array, "B 2"] | None:
+    """Rows and columns of a feature map that belong to each image's canvas.
+
+    Every stride-2 layer halves upwards, so a level of stride s has ceil(canvas / s) of them.
+
+    Args:
+        canvas: [B, 2] int32 (rows, columns), or ``None`` where every canvas is the whole bucket.
+        bucket: (H, W) of the pixels.
+        shape: (h, w) of the feature map.
+
+    Returns:
+        [B, 2] int32, or ``None`` with ``canvas``.
+
+    Raises:
+        ValueError: if the map's stride is no power of two that halving upwards gives.
+    """
+    if canvas is None:
+        return None
+    strides = []
+    for full, part in zip(bucket, shape, strict=True):
+        stride = 1
+        while -(-full // stride) > part:
+            stride *= 2
+        if -(-full // stride) != part:
+            raise ValueError(
+                f"a feature map of {part} cells for {full} pixels has no power-of-two stride, so its share "
+                "of a canvas is unknown; use canvas=None (canvas equal to the bucket) with this backbone"
+            )
+        strides.append(stride)
+    stride = max(strides)  # a side that has shrunk to one cell doesn't tell its stride
+    return -(-canvas // stride)
+
+
+def inside(extent: Int[Array, "B 2"], shape: tuple[int, int]) -> Bool[Array, "B h w"]:
+    """True where a cell of a map of the given shape lies inside its image's extent."""
+    rows = jnp.arange(shape[0], dtype=jnp.int32)[None, :, None] < extent[:, 0, None, None]
+    columns = jnp.arange(shape[1], dtype=jnp.int32)[None, None, :] < extent[:, 1, None, None]
+    return rows & columns
+
+
+def mask_beyond(x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None) -> Float[Array, "B h w C"]:
+    """Zero beyond the extent, as the padding that a convolution at the canvas's border would read."""
+    if extent is None:
+        return x
+    return jnp.where(inside(extent, x.shape[1:3])[..., None], x, jnp.zeros((), x.dtype))

@@ -1,0 +1,190 @@
+"""BatchNorm (live and frozen) and GroupNorm with torch's arithmetic, their statistics masked to the canvas."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax import lax
+from jax.nn.initializers import ones, zeros
+from jaxtyping import Bool, Float, Int
+
+from flaxdet.nn.layers import Array, Dtype, at_least_float32, default_param_dtype, inside
+
+
+def _affine(x: Array, scale: Array, shift: Array, dtype: Dtype) -> Array:
+    """x * scale + shift with the per-channel factors rounded once, to the compute dtype."""
+    shape = (1,) * (x.ndim - scale.ndim) + scale.shape
+    return x.astype(dtype) * scale.astype(dtype).reshape(shape) + shift.astype(dtype).reshape(shape)
+
+
+class BatchNorm(nn.Module):
+    """``torch.nn.BatchNorm2d`` on channels-last arrays.
+
+    In training it normalises with the biased variance of the batch and, as torch, moves the running
+    variance by the *unbiased* one (Flax's own does not). Statistics are taken over all axes but the last,
+    over the cells that ``mask`` admits; under ``jit`` with a sharded batch they are the global batch's.
+
+    Attributes:
+        momentum: share of the new batch in the running statistics (torch's convention, 1 - Flax's).
+    """
+
+    eps: float = 1e-5
+    momentum: float = 0.1
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "... C"],
+        *,
+        train: bool = False,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "... C"]:
+        """Normalises ``x``.
+
+        Args:
+            x: [..., C].
+            train: use and update the batch's statistics instead of the running ones.
+            mask: [...], True where a cell counts for the statistics; default everywhere.
+
+        Returns:
+            [..., C] in ``dtype``.
+
+        Raises:
+            ValueError: in training with a single value a channel, as torch.
+        """
+        stored = default_param_dtype(self.dtype, self.param_dtype)
+        features = (x.shape[-1],)
+        scale = self.param("scale", ones, features, stored)
+        bias = self.param("bias", zeros, features, stored)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, stored)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features, stored)
+        if not train:
+            mean, var = running_mean.value, running_var.value
+        else:
+            if x.size == x.shape[-1]:
+                raise ValueError(
+                    f"Expected more than 1 value per channel when training, got input size {x.shape}"
+                )
+            mean, var, count = self._batch_statistics(x, mask)
+            if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
+                unbiased = var * (count / jnp.maximum(count - 1, 1))
+                for running, new in ((running_mean, mean), (running_var, unbiased)):
+                    moved = (1 - self.momentum) * running.value + self.momentum * new.astype(stored)
+                    running.value = lax.stop_gradient(moved)
+        factor = scale.astype(var.dtype) * lax.rsqrt(var + self.eps)
+        return _affine(x, factor, bias.astype(var.dtype) - mean * factor, self.dtype)
+
+    def _batch_statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+        x = x.astype(at_least_float32(x.dtype))
+        axes = tuple(range(x.ndim - 1))
+        if mask is None:
+            count = jnp.asarray(x.size // x.shape[-1], x.dtype)
+            mean = jnp.mean(x, axes)
+            centred = x - mean.reshape((1,) * len(axes) + mean.shape)
+        else:
+            weight = mask[..., None].astype(x.dtype)
+            count = jnp.maximum(jnp.sum(weight), 1)
+            mean = jnp.sum(jnp.where(mask[..., None], x, 0), axes) / count
+            centred = jnp.where(mask[..., None], x - mean.reshape((1,) * len(axes) + mean.shape), 0)
+        return mean, jnp.sum(centred * centred, axes) / count, count
+
+
+class FrozenBatchNorm(nn.Module):
+    """``torchvision.ops.FrozenBatchNorm2d``: a fixed affine map from four stored vectors.
+
+    All four (scale, bias, mean, var) live in ``batch_stats`` and are never written, so that neither an
+    optimiser nor a parameter count sees them.
+    """
+
+    eps: float = 1e-5
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "... C"],
+        *,
+        train: bool = False,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "... C"]:
+        """Applies the map; ``train`` and ``mask`` are taken and make no difference."""
+        del train, mask
+        stored = default_param_dtype(self.dtype, self.param_dtype)
+        features = (x.shape[-1],)
+        scale, bias, mean, var = (
+            lax.stop_gradient(self.variable("batch_stats", name, init, features, stored).value)
+            for name, init in (
+                ("scale", jnp.ones),
+                ("bias", jnp.zeros),
+                ("mean", jnp.zeros),
+                ("var", jnp.ones),
+            )
+        )
+        factor = scale * lax.rsqrt(var + self.eps)
+        return _affine(x, factor, bias - mean * factor, self.dtype)
+
+
+class GroupNorm(nn.Module):
+    """``torch.nn.GroupNorm`` on NHWC arrays, its statistics over each image's extent alone."""
+
+    num_groups: int = 32
+    eps: float = 1e-5
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
+    ) -> Float[Array, "B h w C"]:
+        """Normalises each image's groups of channels.
+
+        Args:
+            x: [B, h, w, C].
+            extent: [B, 2] int32 (rows, columns) that count for the statistics; default all.
+
+        Returns:
+            [B, h, w, C] in ``dtype``.
+
+        Raises:
+            ValueError: if the groups don't divide the channels.
+        """
+        batch, height, width, channels = x.shape
+        if channels % self.num_groups:
+            raise ValueError(f"num_groups={self.num_groups} should divide the {channels} channels")
+        stored = default_param_dtype(self.dtype, self.param_dtype)
+        scale = self.param("scale", ones, (channels,), stored)
+        bias = self.param("bias", zeros, (channels,), stored)
+
+        wide = x.astype(at_least_float32(x.dtype))
+        size = channels // self.num_groups
+        if extent is None:
+            count = jnp.full((batch, 1), height * width * size, wide.dtype)
+        else:
+            count = (extent[:, :1] * extent[:, 1:] * size).astype(wide.dtype)
+
+        def group_mean(values: Array) -> Array:  # [B, h, w, C] -> [B, C], equal within a group
+            if extent is not None:
+                values = jnp.where(inside(extent, (height, width))[..., None], values, 0)
+            sums = jnp.sum(values, (1, 2)).reshape(batch, self.num_groups, size).sum(-1) / count
+            return jnp.repeat(sums, size, axis=1)
+
+        mean = group_mean(wide)
+        var = group_mean(jnp.square(wide - mean[:, None, None]))
+        factor = scale.astype(wide.dtype)[None] * lax.rsqrt(var + self.eps)
+        shift = bias.astype(wide.dtype)[None] - mean * factor
+        return (wide * factor[:, None, None] + shift[:, None, None]).astype(self.dtype)
+
+
+def apply_norm(norm: nn.Module | None, x: Array, extent: Array | None, *, train: bool) -> Array:
+    """Applies any norm above to a map [B, h, w, C] inside its extent; ``None`` is the identity."""
+    if norm is None:
+        return x
+    if isinstance(norm, GroupNorm):
+        return norm(x, extent)
+    mask = None
+    if train and extent is not None:
+        mask = inside(extent, x.shape[1:3])
+    return norm(x, train=train, mask=mask)

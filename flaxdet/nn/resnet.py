@@ -1,0 +1,142 @@
+"""ResNet 18 to 152 as torchvision builds them, without the classifier, returning every stage by name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Float, Int
+
+from flaxdet.nn.layers import (
+    Array,
+    Dtype,
+    Precision,
+    conv,
+    kaiming_normal_fan_out,
+    level_extent,
+    mask_beyond,
+    max_pool_3x3,
+)
+from flaxdet.nn.norm import BatchNorm, FrozenBatchNorm, apply_norm
+
+STAGE_SIZES = {
+    18: (2, 2, 2, 2),
+    34: (3, 4, 6, 3),
+    50: (3, 4, 6, 3),
+    101: (3, 4, 23, 3),
+    152: (3, 8, 36, 3),
+}
+
+
+class _Block(nn.Module):
+    """What the two residual blocks share: convolutions as (kernel size, stride, channel factor) rows."""
+
+    features: int
+    strides: int
+    convs: tuple[tuple[int, int, int], ...]
+    conv: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x: Array, extent: Array | None, out_extent: Array | None, train: bool) -> Array:
+        residual = x
+        seen = extent
+        for i, (kernel_size, strides, factor) in enumerate(self.convs, start=1):
+            if kernel_size > 1:
+                x = mask_beyond(x, seen)
+            x = self.conv(self.features * factor, kernel_size, strides=strides, name=f"conv{i}")(x)
+            if strides > 1:
+                seen = out_extent
+            x = apply_norm(self.norm(name=f"bn{i}"), x, seen, train=train)
+            if i < len(self.convs):
+                x = nn.relu(x)
+        if residual.shape[-1] != x.shape[-1] or self.strides > 1:
+            residual = self.conv(x.shape[-1], 1, strides=self.strides, name="downsample_conv")(residual)
+            residual = apply_norm(self.norm(name="downsample_bn"), residual, out_extent, train=train)
+        return nn.relu(x + residual)
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet body (v1.5: the stride sits in a bottleneck's 3x3 convolution).
+
+    Attributes:
+        depth: 18, 34, 50, 101 or 152.
+        frozen_bn: ``FrozenBatchNorm`` instead of live ``BatchNorm``.
+        freeze_bn: in training, live BatchNorm normalises with its running statistics and leaves them alone
+            (an addition to torchvision).
+    """
+
+    depth: int = 50
+    frozen_bn: bool = False
+    freeze_bn: bool = False
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype | None = None
+    precision: Precision = None
+
+    @property
+    def stage_channels(self) -> dict[str, int]:
+        """Channels of each returned stage."""
+        expansion = 1 if self.depth < 50 else 4
+        return {f"c{i}": 64 * 2 ** (i - 2) * expansion for i in range(2, 6)}
+
+    @nn.compact
+    def __call__(
+        self,
+        pixels: Float[Array, "B H W 3"],
+        *,
+        canvas: Int[Array, "B 2"] | None = None,
+        train: bool = False,
+    ) -> dict[str, Float[Array, "B h w C"]]:
+        """Computes the stages c2, c3, c4, c5 at strides 4, 8, 16, 32.
+
+        Args:
+            pixels: [B, H, W, 3], zero beyond each canvas.
+            canvas: [B, 2] int32 (rows, columns) inside the bucket, multiples of 32; ``None`` for all.
+            train: BatchNorm's mode.
+
+        Returns:
+            Feature maps by name; beyond the canvas they hold rubbish.
+
+        Raises:
+            ValueError: for an unknown depth.
+        """
+        if self.depth not in STAGE_SIZES:
+            raise ValueError(f"depth should be one of {sorted(STAGE_SIZES)}, got {self.depth}")
+        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv_ = functools.partial(
+            conv,
+            use_bias=False,
+            kernel_init=kaiming_normal_fan_out,
+            precision=self.precision,
+            **options,
+        )
+        norm = functools.partial(FrozenBatchNorm if self.frozen_bn else BatchNorm, **options)
+        norm_train = train and not self.freeze_bn
+        bucket = pixels.shape[1:3]
+
+        def extent(x: Array) -> Array | None:
+            return level_extent(canvas, bucket, x.shape[1:3])
+
+        x = conv_(64, 7, strides=2, name="conv1")(pixels.astype(self.dtype))
+        x = nn.relu(apply_norm(norm(name="bn1"), x, extent(x), train=norm_train))
+        x = max_pool_3x3(x)
+
+        stages = {}
+        for stage, blocks in enumerate(STAGE_SIZES[self.depth], start=1):
+            features = 64 * 2 ** (stage - 1)
+            for i in range(blocks):
+                strides = 2 if stage > 1 and i == 0 else 1
+                if self.depth < 50:
+                    convs = ((3, strides, 1), (3, 1, 1))
+                else:
+                    convs = ((1, 1, 1), (3, strides, 1), (1, 1, 4))
+                before = extent(x)
+                after = before if strides == 1 or before is None else -(-before // 2)
+                x = _Block(features, strides, convs, conv_, norm, name=f"layer{stage}_{i}")(
+                    x, before, after, norm_train
+                )
+            stages[f"c{stage + 1}"] = x
+        return stages
