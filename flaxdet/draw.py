@@ -1,0 +1,195 @@
+"""Detections drawn into pictures."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+Colour = tuple[int, int, int]
+
+
+class _Rectangle(NamedTuple):
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+    def overlaps(self, other: _Rectangle) -> bool:
+        return self.x1 < other.x2 and other.x1 < self.x2 and self.y1 < other.y2 and other.y1 < self.y2
+
+
+def draw_detections(
+    image: UInt8[np.ndarray, "H W 3"],
+    detection: Mapping[str, Any],
+    *,
+    categories: Sequence[str] | Mapping[int, str] | None = None,
+    score_threshold: float = 0.0,
+    line_width: int | None = None,
+    font_size: int | None = None,
+) -> UInt8[np.ndarray, "H W 3"]:
+    """Draws boxes in one colour a class, each with its class and score.
+
+    Args:
+        image: [H, W, 3] uint8 RGB; it is not changed.
+        detection: {"boxes": [N, 4] xyxy in pixels of the image, "labels": [N] integers, and, if there are
+            any, "scores": [N]}, as ``flaxdet.predict`` returns them. Boxes may reach beyond the image; those
+            that are not finite are left out.
+        categories: names by label, a sequence or a mapping. Default, and for labels beyond it: "class 7".
+        score_threshold: draw only what scores at least this.
+        line_width: in pixels. Default: grows with the image.
+        font_size: in pixels. Default: grows with the image.
+
+    Returns:
+        [H, W, 3] uint8, the picture. Captions stay inside it and don't hide each other: where there is no
+        room for all, the lower scores get none.
+
+    Raises:
+        ValueError: if ``image`` is no uint8 [H, W, 3], or boxes, labels and scores don't fit each other.
+    """
+    image = np.asarray(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
+        raise ValueError(f"image must be uint8 [H, W, 3], found {image.dtype} {list(image.shape)}")
+    boxes, labels = np.asarray(detection["boxes"], np.float64), np.asarray(detection["labels"])
+    scores = np.asarray(detection["scores"], np.float64) if "scores" in detection else None
+    if boxes.shape != (len(labels), 4) or (scores is not None and scores.shape != labels.shape):
+        raise ValueError(
+            "boxes must be [N, 4], labels and scores [N], found "
+            f"{list(boxes.shape)}, {list(labels.shape)} and {None if scores is None else list(scores.shape)}"
+        )
+    height, width = image.shape[:2]
+    picture = Image.fromarray(image)
+    canvas = ImageDraw.Draw(picture)
+    line = line_width or max(1, round((height + width) / 700))
+    font = _font(font_size or _default_font_size(height, width))
+
+    shown = np.isfinite(boxes).all(axis=1) if len(boxes) else np.zeros(0, bool)
+    if scores is not None:
+        shown &= scores >= score_threshold
+    order = np.flatnonzero(shown)
+    if scores is not None:
+        order = order[np.argsort(-scores[order], kind="stable")]
+
+    limit = np.array([width, height, width, height])
+    corners = np.clip(boxes, 0, limit)
+    frames = {i: _frame(corners[i], width, height) for i in order}
+    for i in order[::-1]:  # the best last, on top
+        _draw_frame(canvas, frames[i], _colour(int(labels[i])), line)
+
+    taken: list[_Rectangle] = []
+    for i in order:  # the best first: it chooses its place
+        label = int(labels[i])
+        text = _name(label, categories)
+        text, size = _fit(canvas, text if scores is None else f"{text} {scores[i]:.2f}", font, width)
+        place = _place(frames[i], size, (width, height), taken)
+        if place is None:
+            continue
+        taken.append(place)
+        canvas.rectangle((place.x1, place.y1, place.x2 - 1, place.y2 - 1), fill=_colour(label))
+        centre = ((place.x1 + place.x2) / 2, (place.y1 + place.y2) / 2)
+        canvas.text(centre, text, fill=_text_colour(_colour(label)), font=font, anchor="mm")
+    return np.array(picture)
+
+
+def side_by_side(
+    left: UInt8[np.ndarray, "H W 3"], right: UInt8[np.ndarray, "H W 3"], titles: tuple[str, str]
+) -> UInt8[np.ndarray, "H2 W2 3"]:
+    """Two pictures next to each other on white, each under its title.
+
+    Args:
+        left: [H, W, 3] uint8 RGB.
+        right: the same; sizes may differ, both are put at the top.
+        titles: one for each; shortened if it is wider than its picture.
+
+    Returns:
+        uint8 RGB: as high as the higher picture and the titles, as wide as both and a gap.
+    """
+    height = max(left.shape[0], right.shape[0])
+    size = _default_font_size(height, max(left.shape[1], right.shape[1]))
+    font, bar = _font(round(size * 1.2)), round(size * 1.2 * 1.6)
+    gap = max(2, size // 2)
+    picture = Image.new("RGB", (left.shape[1] + gap + right.shape[1], bar + height), "white")
+    canvas = ImageDraw.Draw(picture)
+    x = 0
+    for image, title in zip((left, right), titles, strict=True):
+        picture.paste(Image.fromarray(image), (x, bar))
+        text, _ = _fit(canvas, title, font, image.shape[1])
+        canvas.text((x + image.shape[1] / 2, bar / 2), text, fill="black", font=font, anchor="mm")
+        x += image.shape[1] + gap
+    return np.array(picture)
+
+
+def _default_font_size(height: int, width: int) -> int:
+    # below 9 pixels letters are no longer letters, however small the picture
+    return max(9, min(round((height + width) / 90), round(min(height, width) / 12)))
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size=size)
+
+
+def _colour(label: int) -> Colour:
+    # steps of the golden ratio keep the hues of neighbouring labels apart. They come round after 13, 21, 34, 55
+    # labels, of which 4 divides none, so four kinds of brightness tell those apart
+    hue = (0.02 + label * 0.6180339887) % 1
+    saturation, value = ((0.85, 1.0), (0.5, 1.0), (0.95, 0.75), (0.65, 0.87))[label % 4]
+    r, g, b = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(r * 255), round(g * 255), round(b * 255)
+
+
+def _text_colour(background: Colour) -> Colour:
+    r, g, b = background
+    return (0, 0, 0) if 0.299 * r + 0.587 * g + 0.114 * b > 120 else (255, 255, 255)
+
+
+def _name(label: int, categories: Sequence[str] | Mapping[int, str] | None) -> str:
+    if isinstance(categories, Mapping):
+        return str(categories.get(label, f"class {label}"))
+    if categories is not None and 0 <= label < len(categories):
+        return str(categories[label])
+    return f"class {label}"
+
+
+def _frame(corners: np.ndarray, width: int, height: int) -> _Rectangle:
+    """A box in whole pixels inside the picture, at least one pixel wide and high."""
+    x1, x2 = sorted((round(corners[0]), round(corners[2])))
+    y1, y2 = sorted((round(corners[1]), round(corners[3])))
+    x1, y1 = min(x1, width - 1), min(y1, height - 1)
+    return _Rectangle(x1, y1, max(x2, x1 + 1), max(y2, y1 + 1))
+
+
+def _draw_frame(canvas: ImageDraw.ImageDraw, frame: _Rectangle, colour: Colour, line: int) -> None:
+    canvas.rectangle((frame.x1, frame.y1, frame.x2 - 1, frame.y2 - 1), outline=colour, width=line)
+
+
+def _fit(canvas: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> tuple[str, tuple[float, float]]:
+    """The text, its middle left out where it is wider than the picture, and its size with a margin."""
+    ascent, descent = font.getmetrics()
+    margin = max(2, round(font.size / 4))
+    short = text
+    for kept in range(len(text) - 1, 0, -1):
+        if canvas.textlength(short, font=font) + 2 * margin <= width:
+            break
+        # the end of a caption is its score
+        tail = min(kept // 2, 5)
+        short = f"{text[: kept - tail]}…{text[len(text) - tail :]}"
+    return short, (round(canvas.textlength(short, font=font)) + 2 * margin, ascent + descent + 2)
+
+
+def _place(
+    frame: _Rectangle, size: tuple[float, float], picture: tuple[int, int], taken: list[_Rectangle]
+) -> _Rectangle | None:
+    """Where a caption goes: above its box, else inside at the top, below, inside at the bottom, or nowhere."""
+    w, h = size
+    width, height = picture
+    for y in (frame.y1 - h, frame.y1, frame.y2, frame.y2 - h):
+        for x in (frame.x1, frame.x2 - w):
+            left, top = max(0, min(x, width - w)), max(0, min(y, height - h))
+            place = _Rectangle(left, top, left + w, top + h)
+            if not any(place.overlaps(other) for other in taken):
+                return place
+    return None

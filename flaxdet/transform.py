@@ -1,0 +1,256 @@
+"""The one resize, normalise and pad to a canvas; boxes back to the original image.
+
+Reproduces torchvision.models.detection.transform.GeneralizedRCNNTransform: bilinear with half-pixel centres and
+no antialias, normalised before the resize, zeros beyond the image. Sizes are (rows, columns) in pixels.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int, Shaped
+
+from flaxdet.ops import resize_boxes
+from flaxdet.structures import Detections, ImageBatch, TransformConfig
+
+Array = jax.Array
+Canvas = Literal["image", "batch"]
+
+RAW_STEP = 128  # raw images are padded to multiples of it on their way to the device: fewer compiles
+
+
+def check_image(image: Any, name: str) -> np.ndarray:
+    """Makes sure that something is an image.
+
+    Args:
+        image: [H, W, 3] uint8, or floats in [0, 1].
+        name: what to call it in an error.
+
+    Returns:
+        The same as a numpy array.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for another shape, an empty image, NaN, or floats outside [0, 1].
+    """
+    array = np.asarray(image)
+    if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
+        is_bfloat16 = array.dtype.name == "bfloat16"
+        if not is_bfloat16:
+            raise TypeError(f"{name}: expected uint8, or floats in [0, 1], got dtype {array.dtype}")
+        array = array.astype(np.float32)
+    if array.ndim != 3 or array.shape[-1] != 3:
+        raise ValueError(f"{name}: expected shape [H, W, 3], got {list(array.shape)}")
+    if 0 in array.shape:
+        raise ValueError(f"{name}: expected at least one pixel, got shape {list(array.shape)}")
+    if array.dtype != np.uint8:
+        low, high = array.min(), array.max()  # NaN if there is one
+        if not (low >= 0 and high <= 1):
+            raise ValueError(f"{name}: expected floats in [0, 1], got values from {low:g} to {high:g}")
+    return array
+
+
+def check_images(images: Sequence[Any]) -> list[np.ndarray]:
+    """``check_image`` on a list, whose dtypes must agree.
+
+    Args:
+        images: arrays [H, W, 3] of any sizes, all uint8 or all floats in [0, 1].
+
+    Returns:
+        The same as numpy arrays.
+
+    Raises:
+        TypeError: if dtypes are mixed, or ``images`` is a single array instead of a list.
+        ValueError: as ``check_image``, naming the image by its number.
+    """
+    if hasattr(images, "ndim") and images.ndim == 3:  # pyright: ignore[reportAttributeAccessIssue]
+        raise TypeError("expected a list of images, got one array of rank 3: put it in a list")
+    arrays = [check_image(image, f"image {i}") for i, image in enumerate(images)]
+    for i, array in enumerate(arrays):
+        if array.dtype != arrays[0].dtype:
+            raise TypeError(
+                f"image {i}: expected every image in one dtype, got {array.dtype} after {arrays[0].dtype}"
+            )
+    return arrays
+
+
+def resized_size(
+    size: tuple[int, int], config: TransformConfig, *, min_size: int | None = None, name: str = "image"
+) -> tuple[int, int]:
+    """(rows, columns) of an image after the resize, computed in Python floats as torchvision does.
+
+    Args:
+        size: (rows, columns) of the original image.
+        config: the model's geometry options.
+        min_size: overrides the last of ``config.min_size``.
+        name: what to call the image in an error.
+
+    Raises:
+        ValueError: if a side would have no pixel left (an image of 1x1334, say).
+    """
+    if config.fixed_size is not None:
+        width, height = config.fixed_size
+        return int(height), int(width)
+    sizes: Any = config.min_size
+    scale = min((min_size or sizes[-1]) / min(size), config.max_size / max(size))
+    rows, columns = (math.floor(side * scale) for side in size)
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"{name} of {size[0]}x{size[1]} (rows x columns) would be resized to {rows}x{columns}: it is too "
+            f"elongated for min_size={min_size or sizes[-1]}, max_size={config.max_size}"
+        )
+    return rows, columns
+
+
+def canvas_size(size: tuple[int, int], config: TransformConfig) -> tuple[int, int]:
+    """(rows, columns) of the smallest canvas for a resized image: multiples of ``size_divisible``."""
+    step = int(config.size_divisible)
+    rows, columns = (-(-side // step) * step for side in size)
+    return rows, columns
+
+
+def _raw_bucket(size: tuple[int, int]) -> tuple[int, int]:
+    rows, columns = (-(-side // RAW_STEP) * RAW_STEP for side in size)
+    return rows, columns
+
+
+@functools.partial(jax.jit, static_argnames=("bucket", "mean", "std", "dtype"))
+def resize_image(
+    image: Shaped[Array, "H W 3"],
+    size: Int[Array, " 2"],
+    new_size: Int[Array, " 2"],
+    *,
+    bucket: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: Any,
+) -> Float[Array, "h w 3"]:
+    """Normalises one image, resizes it and pads it with zeros; compiled once a pair of buckets.
+
+    Args:
+        image: [H, W, 3] uint8 or floats in [0, 1], padded in any way beyond ``size``.
+        size: [2] int32 (rows, columns) of the image inside its array.
+        new_size: [2] int32 (rows, columns) of the resized image.
+        bucket: static (h, w) of the result.
+        mean: of each channel.
+        std: of each channel.
+        dtype: of the arithmetic and the result, float32 or float64.
+
+    Returns:
+        [h, w, 3], zero beyond ``new_size``.
+    """
+
+    def lookup(axis: int) -> tuple[Array, Array, Array]:
+        # torch's area_pixel_compute_source_index and guard_index_and_lambda
+        ratio = size[axis].astype(dtype) / new_size[axis].astype(dtype)
+        position = (jnp.arange(bucket[axis], dtype=dtype) + 0.5) * ratio - 0.5
+        position = jnp.maximum(position, 0)
+        low = jnp.minimum(jnp.floor(position).astype(jnp.int32), size[axis] - 1)
+        fraction = jnp.clip(position - low.astype(dtype), 0, 1)
+        return low, jnp.minimum(low + 1, size[axis] - 1), fraction
+
+    def normalise(pixels: Array) -> Array:
+        pixels = pixels.astype(dtype)
+        if image.dtype == jnp.uint8:
+            pixels = pixels / 255
+        return (pixels - jnp.asarray(mean, dtype)[None, None]) / jnp.asarray(std, dtype)[None, None]
+
+    top, bottom, down = lookup(0)
+    left, right, across = lookup(1)
+    down, across = down[:, None, None], across[None, :, None]
+    pixels = normalise(image)
+    rows = pixels[top] * (1 - down) + pixels[bottom] * down
+    resized = rows[:, left] * (1 - across) + rows[:, right] * across
+    rows_inside, columns_inside = (jnp.arange(bucket[i], dtype=jnp.int32) < new_size[i] for i in (0, 1))
+    inside = rows_inside[:, None] & columns_inside[None]
+    return jnp.where(inside[..., None], resized, 0)
+
+
+def transform(
+    images: Sequence[Any],
+    config: TransformConfig,
+    *,
+    canvas: Canvas = "image",
+    bucket: tuple[int, int] | None = None,
+    dtype: Any = jnp.float32,
+) -> ImageBatch:
+    """Builds the batch that a model runs on.
+
+    Args:
+        images: arrays [H, W, 3] of any sizes, all uint8 or all floats in [0, 1].
+        config: ``model.transform``.
+        canvas: "image" pads each image's canvas to its own multiple of ``size_divisible``, so that its
+            answer does not depend on its neighbours; "batch" takes the largest of the batch for all, as
+            torchvision does.
+        bucket: (rows, columns) of the array; default the smallest that holds every canvas.
+        dtype: float32 or float64 (bfloat16 models take float32 pixels).
+
+    Returns:
+        The batch; its canvas is ``None`` where every canvas is the whole bucket.
+
+    Raises:
+        TypeError: for images of another or of mixed dtypes.
+        ValueError: for something that is no image, an empty list, a bucket that is too small, or canvases of
+            a ``size_divisible`` that 32 doesn't divide which are not the whole bucket.
+    """
+    if canvas not in ("image", "batch"):
+        raise ValueError(f'canvas should be "image" or "batch", got {canvas!r}')
+    arrays = check_images(images)
+    if not arrays:
+        raise ValueError("expected at least one image, got an empty list")
+    dtype = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
+    original = [(array.shape[0], array.shape[1]) for array in arrays]
+    sizes = [resized_size(size, config, name=f"image {i}") for i, size in enumerate(original)]
+    canvases = [canvas_size(size, config) for size in sizes]
+    largest = (max(rows for rows, _ in canvases), max(columns for _, columns in canvases))
+    heights = [rows for rows, _ in sizes]
+    if canvas == "batch":
+        canvases = [largest] * len(arrays)
+        heights = [max(heights)] * len(arrays)
+    bucket = largest if bucket is None else (int(bucket[0]), int(bucket[1]))
+    if bucket[0] < largest[0] or bucket[1] < largest[1]:
+        raise ValueError(f"bucket should hold {largest[0]}x{largest[1]} (rows x columns), got {bucket}")
+    whole = all(own == bucket for own in canvases)
+    if not whole and any(side % 32 for side in (*bucket, *(side for own in canvases for side in own))):
+        raise ValueError(
+            f"canvases smaller than their bucket need multiples of 32, got size_divisible={config.size_divisible} "
+            f'and bucket {bucket}: use canvas="batch", or a multiple of 32'
+        )
+
+    pixels = []
+    for array, size, new_size in zip(arrays, original, sizes, strict=True):
+        raw = _raw_bucket(size)
+        if raw != size:
+            array = np.pad(array, ((0, raw[0] - size[0]), (0, raw[1] - size[1]), (0, 0)))
+        if array.dtype != np.uint8:
+            array = array.astype(dtype)
+        pixels.append(
+            resize_image(
+                array,
+                np.asarray(size, np.int32),
+                np.asarray(new_size, np.int32),
+                bucket=bucket,
+                mean=config.image_mean,
+                std=config.image_std,
+                dtype=dtype,
+            )
+        )
+    return ImageBatch(
+        pixels=jnp.stack(pixels),
+        size=jnp.asarray(sizes, jnp.int32),
+        original_size=jnp.asarray(original, jnp.int32),
+        canvas=None if whole else jnp.asarray(canvases, jnp.int32),
+        roi_reference_height=jnp.asarray(heights, jnp.int32),
+    )
+
+
+def to_original(detections: Detections, batch: ImageBatch) -> Detections:
+    """Detections in the pixels of the original images (torchvision's GeneralizedRCNNTransform.postprocess)."""
+    boxes = jax.vmap(resize_boxes)(detections.boxes, batch.size, batch.original_size)
+    return detections.replace(boxes=boxes)  # pyright: ignore[reportAttributeAccessIssue]
