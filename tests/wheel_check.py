@@ -1,0 +1,72 @@
+"""Run by .ci/run in a clean environment that holds the built wheel and no torch, outside the checkout.
+
+    python wheel_check.py
+
+Builds a small detector, writes it as torchvision's file and as our own, reads both back, and detects.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import jax
+import numpy as np
+
+import flaxdet
+import flaxdet.convert
+
+
+def check_installation() -> None:
+    """The package comes from the wheel, the converter with it, and there is no torch."""
+    site = Path(sysconfig.get_path("purelib"))
+    for module in (flaxdet, flaxdet.convert):
+        assert module.__file__ is not None
+        assert site in Path(module.__file__).parents, f"{module.__name__} is not the wheel's: {module.__file__}"
+    assert (site / "flaxdet" / "py.typed").is_file()
+    assert not (site / "flaxdet" / "convert").is_symlink()
+    assert importlib.util.find_spec("convert") is None, "the wheel installs a top-level package convert"
+    assert importlib.util.find_spec("torch") is None, "this environment was to have no torch"
+
+
+def check_models(folder: Path) -> None:
+    """A model goes through both kinds of file unchanged and detects."""
+    model, variables = flaxdet.fcos_resnet50_fpn(
+        num_classes=4, weights_backbone=None, min_size=64, max_size=96, score_thresh=0.01
+    )
+    state_dict = flaxdet.convert.to_torchvision(model, variables)
+    flaxdet.convert.write_pth(folder / "theirs.pth", state_dict)
+    flaxdet.save(folder / "ours.safetensors", model, variables, categories=["background", "a", "b", "c"])
+    assert flaxdet.load_categories(folder / "ours.safetensors") == ["background", "a", "b", "c"]
+
+    image = np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)
+    (expected,) = flaxdet.predict(model, variables, [image])
+    assert len(expected["boxes"]) > 0
+    options = {"min_size": 64, "max_size": 96, "score_thresh": 0.01}
+    for file, overrides in (("theirs.pth", options), ("ours.safetensors", {})):
+        again, restored = flaxdet.load(folder / file, **overrides)
+        assert jax.tree.structure(variables) == jax.tree.structure(restored)
+        jax.tree.map(np.testing.assert_array_equal, variables, restored)
+        (found,) = flaxdet.predict(again, restored, [image])
+        for name in expected:
+            np.testing.assert_array_equal(found[name], expected[name])
+
+
+def check_command() -> None:
+    """The command is installed and explains itself."""
+    command = Path(sysconfig.get_path("scripts")) / "flaxdet"
+    result = subprocess.run([command, "--help"], capture_output=True, text=True, check=True)
+    assert "detect" in result.stdout
+
+
+if __name__ == "__main__":
+    check_installation()
+    with TemporaryDirectory() as folder:
+        check_models(Path(folder))
+    check_command()
+    assert "torch" not in sys.modules
+    print(f"flaxdet {flaxdet.__file__} works without torch")
