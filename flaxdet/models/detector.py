@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from flaxdet.nn.fpn import BackboneWithFPN, Features
-from flaxdet.nn.layers import Array, Dtype, at_least_float32, default_param_dtype, level_extent
+from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, level_extent
 from flaxdet.structures import Detections, ImageBatch, TransformConfig
 
 Extents = dict[str, Int[Array, "B 2"]] | None
@@ -42,7 +41,7 @@ def call_part(part: Any, *args: Any, role: str, **options: Any) -> Any:
     return part(*args, **kept)
 
 
-class Detector(nn.Module):
+class Detector(TypedModule):
     """Base of ``FCOS`` and ``FasterRCNN``; holds no fields of its own."""
 
     def __post_init__(self) -> None:
@@ -50,7 +49,6 @@ class Detector(nn.Module):
         for name in fields:
             if hasattr(self, name):
                 object.__setattr__(self, name, freeze_lists(getattr(self, name)))
-        object.__setattr__(self, "param_dtype", default_param_dtype(self.dtype, self.param_dtype))  # pyright: ignore
         if not hasattr(self.backbone, "out_channels"):  # pyright: ignore[reportAttributeAccessIssue]
             raise ValueError(
                 "backbone should contain an attribute out_channels specifying the number of output "

@@ -26,7 +26,7 @@ from flaxdet.models.detector import (
     whole_extents,
 )
 from flaxdet.nn.fpn import Features
-from flaxdet.nn.layers import Array, Dtype, Precision, conv, mask_beyond, normal_001
+from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, mask_beyond, normal_001
 from flaxdet.nn.norm import GroupNorm
 from flaxdet.ops import AnchorGenerator, BoxLinearCoder, clip_boxes_to_image
 from flaxdet.ops.nms import batched_nms
@@ -35,7 +35,7 @@ from flaxdet.structures import Detections, ImageBatch
 HeadOutputs = dict[str, Float[Array, "B hwA _"]]
 
 
-class _Tower(nn.Module):
+class _Tower(TypedModule):
     """num_convs x (conv3x3 + GroupNorm(32) + ReLU), then the named 3x3 prediction layers."""
 
     channels: int
@@ -48,16 +48,13 @@ class _Tower(nn.Module):
     @nn.compact
     def __call__(self, features: Features, extents: Extents) -> dict[str, list[Array]]:
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv3x3 = functools.partial(
-            conv, kernel_size=3, kernel_init=normal_001, precision=self.precision, **options
-        )
+        conv3x3 = functools.partial(conv, kernel_size=3, kernel_init=normal_001, precision=self.precision, **options)
         layers = [
             (conv3x3(self.channels, name=f"conv_{i}"), GroupNorm(name=f"norm_{i}", **options))
             for i in range(self.num_convs)
         ]
         predictions = {
-            name: conv3x3(channels, bias_init=constant(bias), name=name)
-            for name, channels, bias in self.outputs
+            name: conv3x3(channels, bias_init=constant(bias), name=name) for name, channels, bias in self.outputs
         }
         maps: dict[str, list[Array]] = {name: [] for name in predictions}
         for name, x in features.items():
@@ -70,7 +67,7 @@ class _Tower(nn.Module):
         return maps
 
 
-class FCOSHead(nn.Module):
+class FCOSHead(TypedModule):
     """The classification and the regression branch (torchvision's FCOSHead).
 
     Attributes:
@@ -111,9 +108,9 @@ class FCOSHead(nn.Module):
             precision=self.precision,
         )
         prior = -math.log((1 - self.prior_probability) / self.prior_probability)
-        maps = tower(
-            outputs=(("cls_logits", self.num_anchors * self.num_classes, prior),), name="classification_head"
-        )(features, extents)
+        maps = tower(outputs=(("cls_logits", self.num_anchors * self.num_classes, prior),), name="classification_head")(
+            features, extents
+        )
         maps |= tower(
             outputs=(("bbox_reg", self.num_anchors * 4, 0.0), ("bbox_ctrness", self.num_anchors, 0.0)),
             name="regression_head",
@@ -184,14 +181,11 @@ class FCOS(Detector):
             object.__setattr__(self, "anchor_generator", AnchorGenerator(sizes, ((1.0,),) * len(sizes)))
         if not isinstance(self.anchor_generator, AnchorGenerator):
             raise TypeError(
-                "anchor_generator should be of type AnchorGenerator or None, instead got "
-                f"{type(self.anchor_generator)}"
+                f"anchor_generator should be of type AnchorGenerator or None, instead got {type(self.anchor_generator)}"
             )
         anchors = self.anchor_generator.num_anchors_per_location()[0]
         if anchors != 1:
-            raise ValueError(
-                f"anchor_generator.num_anchors_per_location()[0] should be 1 instead of {anchors}"
-            )
+            raise ValueError(f"anchor_generator.num_anchors_per_location()[0] should be 1 instead of {anchors}")
         if self.head is None and hasattr(self.backbone, "out_channels"):
             head = FCOSHead(
                 self.backbone.out_channels,  # pyright: ignore[reportAttributeAccessIssue]
@@ -220,9 +214,7 @@ class FCOS(Detector):
         self.sow_all(outputs)
         return self.postprocess(outputs, batch, level_shapes(features))
 
-    def postprocess(
-        self, outputs: HeadOutputs, batch: ImageBatch, shapes: tuple[tuple[int, int], ...]
-    ) -> Detections:
+    def postprocess(self, outputs: HeadOutputs, batch: ImageBatch, shapes: tuple[tuple[int, int], ...]) -> Detections:
         """Scores, decodes and suppresses (torchvision's FCOS.postprocess_detections).
 
         Args:
@@ -235,9 +227,7 @@ class FCOS(Detector):
         """
         canvas, extents = whole_extents(batch, shapes)
         outputs = {name: x.astype(self.box_dtype) for name, x in outputs.items()}
-        return jax.vmap(functools.partial(self._postprocess_image, shapes))(
-            outputs, batch.size, canvas, extents
-        )
+        return jax.vmap(functools.partial(self._postprocess_image, shapes))(outputs, batch.size, canvas, extents)
 
     def _postprocess_image(
         self,
@@ -259,15 +249,11 @@ class FCOS(Detector):
         for level_anchors, level_admitted in zip(anchors, admitted, strict=True):
             level = slice(start, start + len(level_anchors))
             start = level.stop
-            scores = jnp.sqrt(
-                nn.sigmoid(outputs["cls_logits"][level]) * nn.sigmoid(outputs["bbox_ctrness"][level])
-            )
+            scores = jnp.sqrt(nn.sigmoid(outputs["cls_logits"][level]) * nn.sigmoid(outputs["bbox_ctrness"][level]))
             kept = (scores > threshold) & level_admitted[:, None]
             scores = jnp.where(kept, scores, -1).reshape(-1)
             # without the barrier XLA:CPU may fuse a slice into the top-k and sort everything
-            best, index = lax.optimization_barrier(
-                lax.top_k(scores, min(self.topk_candidates, scores.shape[0]))
-            )
+            best, index = lax.optimization_barrier(lax.top_k(scores, min(self.topk_candidates, scores.shape[0])))
             cell = index // num_classes
             boxes = coder.decode(outputs["bbox_regression"][level][cell], level_anchors[cell])
             candidates.append((clip_boxes_to_image(boxes, size), best, index % num_classes))

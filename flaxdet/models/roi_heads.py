@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from flaxdet.models.detector import feature_extents, gather_detections
 from flaxdet.nn.fpn import Features
-from flaxdet.nn.layers import Array, Dtype, Precision, conv, kaiming_normal_fan_out, linear
+from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, kaiming_normal_fan_out, linear
 from flaxdet.nn.norm import BatchNorm
 from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
@@ -98,7 +98,7 @@ class MultiScaleRoIAlign:
         )
 
 
-class TwoMLPHead(nn.Module):
+class TwoMLPHead(TypedModule):
     """Two dense layers with ReLU on the flattened pooled maps (torchvision's TwoMLPHead).
 
     Attributes:
@@ -125,7 +125,7 @@ class TwoMLPHead(nn.Module):
         return nn.relu(linear(self.representation_size, self.representation_size, name="fc7", **options)(x))
 
 
-class FastRCNNConvFCHead(nn.Module):
+class FastRCNNConvFCHead(TypedModule):
     """3x3 convolutions with ReLU, then dense layers with ReLU (torchvision's FastRCNNConvFCHead).
 
     Attributes:
@@ -182,7 +182,7 @@ class FastRCNNConvFCHead(nn.Module):
         return x
 
 
-class FastRCNNPredictor(nn.Module):
+class FastRCNNPredictor(TypedModule):
     """Class logits and one box a class (torchvision's FastRCNNPredictor).
 
     Attributes:

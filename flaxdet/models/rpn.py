@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 
 from flaxdet.models.detector import Extents
 from flaxdet.nn.fpn import Features
-from flaxdet.nn.layers import Array, Dtype, Precision, conv, mask_beyond, normal_001
+from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, mask_beyond, normal_001
 from flaxdet.ops import AnchorGenerator, BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Proposals
@@ -21,7 +21,7 @@ from flaxdet.structures import Proposals
 MIN_SIZE = 1e-3  # pixels; smaller proposals are dropped
 
 
-class RPNHead(nn.Module):
+class RPNHead(TypedModule):
     """Objectness and box offsets at every location (torchvision's RPNHead).
 
     Attributes:

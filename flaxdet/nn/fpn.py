@@ -10,7 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from flaxdet.nn.layers import Array, Dtype, Precision, conv, kaiming_uniform_a1, level_extent, mask_beyond
+from flaxdet.nn.layers import (
+    Array,
+    Dtype,
+    Precision,
+    TypedModule,
+    conv,
+    kaiming_uniform_a1,
+    level_extent,
+    mask_beyond,
+)
 from flaxdet.nn.norm import BatchNorm, apply_norm
 
 Features = dict[str, Float[Array, "B h w C"]]
@@ -22,7 +31,7 @@ def _nearest(size: int, out: int) -> np.ndarray:
     return np.minimum(np.floor(np.arange(out, dtype=np.float32) * scale).astype(np.int32), size - 1)
 
 
-def upsample_nearest(x: Float[Array, "B h w C"], shape: tuple[int, int]) -> Float[Array, "B H W C"]:
+def upsample_nearest(x: Float[Array, "B h w C"], shape: tuple[int, ...]) -> Float[Array, "B H W C"]:
     """``torch.nn.functional.interpolate(x, size=shape, mode="nearest")`` on an NHWC array."""
     batch, height, width, channels = x.shape
     if shape == (2 * height, 2 * width):
@@ -36,14 +45,14 @@ class LastLevelMaxPool(nn.Module):
 
     @nn.compact
     def __call__(
-        self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, int]
+        self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, ...]
     ) -> Features:
         """Returns the one new level from the pyramid [B, h, w, C]."""
         del stages, canvas, bucket
         return {"pool": list(pyramid.values())[-1][:, ::2, ::2]}
 
 
-class LastLevelP6P7(nn.Module):
+class LastLevelP6P7(TypedModule):
     """The extra levels p6 = conv(P5 or C5) and p7 = conv(relu(p6)), stride 2 (torchvision's LastLevelP6P7).
 
     As in torchvision, p6 reads P5 where ``in_channels == out_channels`` and C5 otherwise.
@@ -57,7 +66,7 @@ class LastLevelP6P7(nn.Module):
 
     @nn.compact
     def __call__(
-        self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, int]
+        self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, ...]
     ) -> Features:
         """Returns the two new levels [B, h, w, out_channels]."""
         source = pyramid if self.in_channels == self.out_channels else stages
@@ -77,7 +86,7 @@ class LastLevelP6P7(nn.Module):
         return {"p6": p6, "p7": p7}
 
 
-class FeaturePyramidNetwork(nn.Module):
+class FeaturePyramidNetwork(TypedModule):
     """``torchvision.ops.FeaturePyramidNetwork`` on NHWC maps, finest first.
 
     Attributes:
@@ -102,7 +111,7 @@ class FeaturePyramidNetwork(nn.Module):
         stages: Features,
         *,
         canvas: Int[Array, "B 2"] | None = None,
-        bucket: tuple[int, int],
+        bucket: tuple[int, ...],
         train: bool = False,
     ) -> Features:
         """Builds the pyramid.
@@ -147,7 +156,7 @@ def level_name(stage: str) -> str:
     return f"p{stage[1:]}" if stage[:1] == "c" and stage[1:].isdigit() else stage
 
 
-class _ConvNorm(nn.Module):
+class _ConvNorm(TypedModule):
     features: int
     kernel_size: int
     use_norm: bool
@@ -169,9 +178,7 @@ class _ConvNorm(nn.Module):
             name="conv",
             **options,
         )(x)
-        return apply_norm(
-            BatchNorm(name="norm", **options) if self.use_norm else None, x, extent, train=train
-        )
+        return apply_norm(BatchNorm(name="norm", **options) if self.use_norm else None, x, extent, train=train)
 
 
 class BackboneWithFPN(nn.Module):

@@ -51,12 +51,27 @@ def default_param_dtype(dtype: Dtype, param_dtype: Dtype | None) -> Dtype:
     for name, asked in (("dtype", dtype), ("param_dtype", stored)):
         if not jnp.issubdtype(asked, jnp.floating):
             raise ValueError(f"{name} should be a floating point dtype, got {asked}")
-        if asked == jnp.float64 and not jax.config.jax_enable_x64:
+        if asked == jnp.float64 and jax.dtypes.canonicalize_dtype(asked) != asked:
             raise ValueError(
                 f"{name}=float64 needs jax's 64-bit mode: call inside `with jax.enable_x64(True):` "
                 "or set jax_enable_x64 (without it jax would compute in float32)"
             )
     return stored
+
+
+class TypedModule(nn.Module):
+    """Base of modules with ``dtype`` and ``param_dtype``; holds no fields of its own.
+
+    It resolves both at once, so that modules built alike are equal however their dtypes were spelled: equal
+    modules share what jit has compiled, and a file can tell a builder's model.
+    """
+
+    def __post_init__(self) -> None:
+        dtype: Dtype = self.dtype  # pyright: ignore[reportAttributeAccessIssue]
+        stored = default_param_dtype(dtype, self.param_dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        object.__setattr__(self, "dtype", jnp.dtype(dtype))
+        object.__setattr__(self, "param_dtype", stored)
+        super().__post_init__()
 
 
 def at_least_float32(dtype: Dtype) -> Dtype:
@@ -135,11 +150,11 @@ def linear(
 
 def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """``torch.nn.MaxPool2d(kernel_size=3, stride=2, padding=1)``."""
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
 
 def level_extent(
-    canvas: Int[Array, "B 2"] | None, bucket: tuple[int, int], shape: tuple[int, int]
+    canvas: Int[Array, "B 2"] | None, bucket: tuple[int, ...], shape: tuple[int, ...]
 ) -> Int[Array, "B 2"] | None:
     """Rows and columns of a feature map that belong to each image's canvas.
 
@@ -161,7 +176,7 @@ def level_extent(
     strides = []
     for full, part in zip(bucket, shape, strict=True):
         stride = 1
-        while -(-full // stride) > part:
+        while -(-full // stride) > max(part, 1):
             stride *= 2
         if -(-full // stride) != part:
             raise ValueError(
@@ -173,7 +188,7 @@ def level_extent(
     return -(-canvas // stride)
 
 
-def inside(extent: Int[Array, "B 2"], shape: tuple[int, int]) -> Bool[Array, "B h w"]:
+def inside(extent: Int[Array, "B 2"], shape: tuple[int, ...]) -> Bool[Array, "B h w"]:
     """True where a cell of a map of the given shape lies inside its image's extent."""
     rows = jnp.arange(shape[0], dtype=jnp.int32)[None, :, None] < extent[:, 0, None, None]
     columns = jnp.arange(shape[1], dtype=jnp.int32)[None, None, :] < extent[:, 1, None, None]

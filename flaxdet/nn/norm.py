@@ -8,7 +8,7 @@ from jax import lax
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Bool, Float, Int
 
-from flaxdet.nn.layers import Array, Dtype, at_least_float32, default_param_dtype, inside
+from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, inside
 
 
 def _affine(x: Array, scale: Array, shift: Array, dtype: Dtype) -> Array:
@@ -17,7 +17,7 @@ def _affine(x: Array, scale: Array, shift: Array, dtype: Dtype) -> Array:
     return x.astype(dtype) * scale.astype(dtype).reshape(shape) + shift.astype(dtype).reshape(shape)
 
 
-class BatchNorm(nn.Module):
+class BatchNorm(TypedModule):
     """``torch.nn.BatchNorm2d`` on channels-last arrays.
 
     In training it normalises with the biased variance of the batch and, as torch, moves the running
@@ -54,44 +54,43 @@ class BatchNorm(nn.Module):
         Raises:
             ValueError: in training with a single value a channel, as torch.
         """
-        stored = default_param_dtype(self.dtype, self.param_dtype)
         features = (x.shape[-1],)
-        scale = self.param("scale", ones, features, stored)
-        bias = self.param("bias", zeros, features, stored)
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, stored)
-        running_var = self.variable("batch_stats", "var", jnp.ones, features, stored)
+        wide = at_least_float32(self.dtype)
+        scale = self.param("scale", ones, features, self.param_dtype)
+        bias = self.param("bias", zeros, features, self.param_dtype)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features, self.param_dtype)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features, self.param_dtype)
         if not train:
-            mean, var = running_mean.value, running_var.value
+            mean, var = running_mean.value.astype(wide), running_var.value.astype(wide)
         else:
             if x.size == x.shape[-1]:
-                raise ValueError(
-                    f"Expected more than 1 value per channel when training, got input size {x.shape}"
-                )
-            mean, var, count = self._batch_statistics(x, mask)
+                raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+            mean, var, count = _batch_statistics(x.astype(wide), mask)
             if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
                 unbiased = var * (count / jnp.maximum(count - 1, 1))
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
-                    moved = (1 - self.momentum) * running.value + self.momentum * new.astype(stored)
-                    running.value = lax.stop_gradient(moved)
-        factor = scale.astype(var.dtype) * lax.rsqrt(var + self.eps)
-        return _affine(x, factor, bias.astype(var.dtype) - mean * factor, self.dtype)
-
-    def _batch_statistics(self, x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
-        x = x.astype(at_least_float32(x.dtype))
-        axes = tuple(range(x.ndim - 1))
-        if mask is None:
-            count = jnp.asarray(x.size // x.shape[-1], x.dtype)
-            mean = jnp.mean(x, axes)
-            centred = x - mean.reshape((1,) * len(axes) + mean.shape)
-        else:
-            weight = mask[..., None].astype(x.dtype)
-            count = jnp.maximum(jnp.sum(weight), 1)
-            mean = jnp.sum(jnp.where(mask[..., None], x, 0), axes) / count
-            centred = jnp.where(mask[..., None], x - mean.reshape((1,) * len(axes) + mean.shape), 0)
-        return mean, jnp.sum(centred * centred, axes) / count, count
+                    moved = (1 - self.momentum) * running.value.astype(wide) + self.momentum * new
+                    running.value = lax.stop_gradient(moved.astype(running.value.dtype))
+        factor = scale.astype(wide) * lax.rsqrt(var + self.eps)
+        return _affine(x, factor, bias.astype(wide) - mean * factor, self.dtype)
 
 
-class FrozenBatchNorm(nn.Module):
+def _batch_statistics(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
+    """Mean and biased variance of each channel, and the number of cells that they are of."""
+    axes = tuple(range(x.ndim - 1))
+    if mask is None:
+        count = jnp.asarray(x.size // x.shape[-1], x.dtype)
+        mean = jnp.mean(x, axes)
+        centred = x - mean.reshape((1,) * len(axes) + mean.shape)
+    else:
+        weight = mask[..., None].astype(x.dtype)
+        count = jnp.maximum(jnp.sum(weight), 1)
+        mean = jnp.sum(jnp.where(mask[..., None], x, 0), axes) / count
+        centred = jnp.where(mask[..., None], x - mean.reshape((1,) * len(axes) + mean.shape), 0)
+    return mean, jnp.sum(centred * centred, axes) / count, count
+
+
+class FrozenBatchNorm(TypedModule):
     """``torchvision.ops.FrozenBatchNorm2d``: a fixed affine map from four stored vectors.
 
     All four (scale, bias, mean, var) live in ``batch_stats`` and are never written, so that neither an
@@ -112,10 +111,10 @@ class FrozenBatchNorm(nn.Module):
     ) -> Float[Array, "... C"]:
         """Applies the map; ``train`` and ``mask`` are taken and make no difference."""
         del train, mask
-        stored = default_param_dtype(self.dtype, self.param_dtype)
         features = (x.shape[-1],)
+        wide = at_least_float32(self.dtype)
         scale, bias, mean, var = (
-            lax.stop_gradient(self.variable("batch_stats", name, init, features, stored).value)
+            lax.stop_gradient(self.variable("batch_stats", name, init, features, self.param_dtype).value.astype(wide))
             for name, init in (
                 ("scale", jnp.ones),
                 ("bias", jnp.zeros),
@@ -127,7 +126,7 @@ class FrozenBatchNorm(nn.Module):
         return _affine(x, factor, bias - mean * factor, self.dtype)
 
 
-class GroupNorm(nn.Module):
+class GroupNorm(TypedModule):
     """``torch.nn.GroupNorm`` on NHWC arrays, its statistics over each image's extent alone."""
 
     num_groups: int = 32
@@ -136,9 +135,7 @@ class GroupNorm(nn.Module):
     param_dtype: Dtype | None = None
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
-    ) -> Float[Array, "B h w C"]:
+    def __call__(self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None) -> Float[Array, "B h w C"]:
         """Normalises each image's groups of channels.
 
         Args:
@@ -154,11 +151,10 @@ class GroupNorm(nn.Module):
         batch, height, width, channels = x.shape
         if channels % self.num_groups:
             raise ValueError(f"num_groups={self.num_groups} should divide the {channels} channels")
-        stored = default_param_dtype(self.dtype, self.param_dtype)
-        scale = self.param("scale", ones, (channels,), stored)
-        bias = self.param("bias", zeros, (channels,), stored)
+        scale = self.param("scale", ones, (channels,), self.param_dtype)
+        bias = self.param("bias", zeros, (channels,), self.param_dtype)
 
-        wide = x.astype(at_least_float32(x.dtype))
+        wide = x.astype(at_least_float32(self.dtype))
         size = channels // self.num_groups
         if extent is None:
             count = jnp.full((batch, 1), height * width * size, wide.dtype)

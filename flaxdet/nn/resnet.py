@@ -14,6 +14,7 @@ from flaxdet.nn.layers import (
     Array,
     Dtype,
     Precision,
+    TypedModule,
     conv,
     kaiming_normal_fan_out,
     level_extent,
@@ -59,7 +60,7 @@ class _Block(nn.Module):
         return nn.relu(x + residual)
 
 
-class ResNet(nn.Module):
+class ResNet(TypedModule):
     """torchvision's ResNet body (v1.5: the stride sits in a bottleneck's 3x3 convolution).
 
     Attributes:
@@ -129,10 +130,7 @@ class ResNet(nn.Module):
             features = 64 * 2 ** (stage - 1)
             for i in range(blocks):
                 strides = 2 if stage > 1 and i == 0 else 1
-                if self.depth < 50:
-                    convs = ((3, strides, 1), (3, 1, 1))
-                else:
-                    convs = ((1, 1, 1), (3, strides, 1), (1, 1, 4))
+                convs = ((3, strides, 1), (3, 1, 1)) if self.depth < 50 else ((1, 1, 1), (3, strides, 1), (1, 1, 4))
                 before = extent(x)
                 after = before if strides == 1 or before is None else -(-before // 2)
                 x = _Block(features, strides, convs, conv_, norm, name=f"layer{stage}_{i}")(

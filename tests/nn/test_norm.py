@@ -1,0 +1,294 @@
+"""BatchNorm, FrozenBatchNorm and GroupNorm against torch's, and their masks against a crop."""
+
+from __future__ import annotations
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxdet.nn import BatchNorm, FrozenBatchNorm, GroupNorm
+from flaxdet.nn.norm import apply_norm
+
+BARS = {"float32": 2e-5, "float64": 1e-12}  # of values of order 10: sums over 300 cells, and their order
+SHAPE = (3, 7, 5, 8)
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    with jax.enable_x64(True) if request.param == "float64" else contextlib.nullcontext():
+        yield request.param
+
+
+def random(seed: int, shape=SHAPE, dtype="float32", mean=0.0, std=1.0):
+    return np.random.default_rng(seed).normal(mean, std, shape).astype(dtype)
+
+
+def vectors(dtype: str, channels: int = SHAPE[-1]) -> dict[str, np.ndarray]:
+    values = {name: random(i + 10, (channels,), dtype) for i, name in enumerate(("scale", "bias", "mean"))}
+    return {**values, "var": np.abs(random(13, (channels,), dtype)) + np.asarray(0.1, dtype)}
+
+
+def live(values: dict[str, np.ndarray]) -> dict:
+    return {
+        "params": {name: values[name] for name in ("scale", "bias")},
+        "batch_stats": {name: values[name] for name in ("mean", "var")},
+    }
+
+
+def torch_batch_norm(torch, values, dtype, momentum=0.1, eps=1e-5):
+    norm = torch.nn.BatchNorm2d(len(values["scale"]), momentum=momentum, eps=eps).to(getattr(torch, dtype))
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    norm.load_state_dict({key: torch.tensor(values[name]) for key, name in names.items()}, strict=False)
+    return norm
+
+
+def nchw(torch, x):
+    return torch.tensor(np.asarray(x).transpose(0, 3, 1, 2).copy())
+
+
+def nhwc(x):
+    return x.detach().numpy().transpose(0, 2, 3, 1)
+
+
+def close(found, expected, dtype):
+    assert np.asarray(found).dtype == np.dtype(dtype)
+    np.testing.assert_allclose(found, expected, rtol=BARS[dtype], atol=BARS[dtype])
+
+
+@pytest.mark.parametrize(("momentum", "eps"), [(0.1, 1e-5), (0.4, 1e-2)])
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_norm_is_torchs(torch, dtype, train, momentum, eps):
+    values = vectors(dtype)
+    x = random(0, dtype=dtype, mean=3.0, std=2.0)
+    theirs = torch_batch_norm(torch, values, dtype, momentum, eps).train(train)
+    expected = theirs(nchw(torch, x))
+    ours = BatchNorm(eps=eps, momentum=momentum, dtype=dtype)
+    apply = jax.jit(lambda v, x: ours.apply(v, x, train=train, mutable=["batch_stats"]))
+    found, state = apply(live(values), x)
+    close(found, nhwc(expected), dtype)
+    close(state["batch_stats"]["mean"], theirs.running_mean, dtype)
+    close(state["batch_stats"]["var"], theirs.running_var, dtype)
+    moved = not np.allclose(values["var"], state["batch_stats"]["var"])
+    assert moved == train
+
+
+def test_running_variance_is_unbiased():
+    """Two values, 1 and 3: biased variance 1, unbiased 2, and momentum .1 from the initial 1."""
+    norm = BatchNorm()
+    x = jnp.asarray([1.0, 3.0])[:, None]
+    variables = norm.init(jax.random.key(0), x)
+    y, state = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(y[:, 0], [-1, 1], rtol=1e-5)
+    np.testing.assert_allclose(state["batch_stats"]["mean"], [0.2], rtol=1e-6)
+    np.testing.assert_allclose(state["batch_stats"]["var"], [0.9 + 0.2], rtol=1e-6)
+
+
+def masked_case(dtype):
+    extent = np.asarray([[4, 3], [4, 3], [4, 3]], np.int32)
+    x = random(1, dtype=dtype, mean=1.0)
+    x[:, 4:] = x[:, :, 3:] = np.asarray(1e4, dtype)  # what lies beyond would show
+    return x, extent, x[:, :4, :3]
+
+
+def test_masked_batch_norm_is_the_crops(dtype):
+    values = vectors(dtype)
+    x, extent, cropped = masked_case(dtype)
+    norm = BatchNorm(dtype=dtype)
+
+    def run(x, extent=None):
+        bound = norm.bind(live(values), mutable=["batch_stats"])
+        y = apply_norm(bound, x, extent, train=True)
+        return y, bound.variables["batch_stats"]
+
+    expected, expected_state = run(cropped)
+    found, state = run(x, jnp.asarray(extent))
+    close(found[:, :4, :3], expected, dtype)
+    for name in ("mean", "var"):
+        close(state[name], expected_state[name], dtype)
+
+
+def test_unequal_extents_weigh_cells_and_not_images(dtype):
+    x = random(2, (2, 4, 4, 3), dtype)
+    mask = np.zeros((2, 4, 4), bool)
+    mask[0, :1, :2] = mask[1, :3, :4] = True
+    cells = x[mask]
+    norm = BatchNorm(dtype=dtype)
+    variables = norm.init(jax.random.key(0), x)
+    _, state = norm.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
+    close(state["batch_stats"]["mean"], 0.1 * cells.mean(0), dtype)
+    close(state["batch_stats"]["var"], 0.9 + 0.1 * cells.var(0, ddof=1), dtype)
+
+
+def test_empty_mask_stays_finite():
+    """A batch whose proposals are all padding: nothing to normalise with, but no NaN either."""
+    x = random(3)
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x)
+    y, state = norm.apply(variables, x, train=True, mask=np.zeros(SHAPE[:3], bool), mutable=["batch_stats"])
+    assert np.isfinite(y).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_one_value_a_channel_raises_as_torch(torch):
+    x = np.ones((1, 1, 1, 4), np.float32)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        torch.nn.BatchNorm2d(4).train()(nchw(torch, x))
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
+        norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    norm.apply(variables, x)  # evaluation doesn't mind
+
+
+def test_state_is_written_only_in_training_and_where_mutable():
+    x = random(4, mean=5.0)
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x, train=True)
+    np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)  # init leaves torch's initial state
+    np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
+    _, state = norm.apply(variables, x, train=False, mutable=["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
+    alone = norm.apply(variables, x, train=True)  # the batch's statistics, without a place to keep them
+    np.testing.assert_allclose(np.mean(alone, (0, 1, 2)), 0, atol=1e-5)
+
+
+def test_gradient_is_torchs(torch, dtype):
+    values = vectors(dtype)
+    x, weight = random(5, dtype=dtype), random(6, dtype=dtype)
+    theirs = torch_batch_norm(torch, values, dtype).train()
+    there = nchw(torch, x).requires_grad_()
+    (theirs(there) * nchw(torch, weight)).sum().backward()
+    norm = BatchNorm(dtype=dtype)
+
+    def loss(params, x):
+        y = norm.apply({**live(values), "params": params}, x, train=True)
+        return jnp.sum(y * weight)
+
+    grads, grad_x = jax.jit(jax.grad(loss, (0, 1)))(live(values)["params"], x)
+    close(grads["scale"], theirs.weight.grad, dtype)
+    close(grads["bias"], theirs.bias.grad, dtype)
+    close(grad_x, nhwc(there.grad), dtype)
+
+
+@pytest.mark.parametrize("norm", [BatchNorm(), GroupNorm(2)], ids=["batch", "group"])
+def test_gradient_under_a_mask_is_finite_and_the_crops(norm):
+    x, extent, cropped = masked_case("float32")
+    variables = norm.init(jax.random.key(0), x)
+
+    def gradient(x, extent):
+        def loss(params, x):
+            bound = norm.bind({**variables, "params": params})
+            y = apply_norm(bound, x, extent, train=True)
+            return jnp.sum(jnp.sin(y[:, :4, :3]))
+
+        return jax.grad(loss, (0, 1))(variables["params"], x)
+
+    (params, inputs), (expected_params, expected) = gradient(x, jnp.asarray(extent)), gradient(cropped, None)
+    assert np.isfinite(inputs).all()
+    np.testing.assert_array_equal(inputs[:, 4:], 0)
+    np.testing.assert_array_equal(inputs[:, :, 3:], 0)
+    np.testing.assert_allclose(inputs[:, :4, :3], expected, atol=1e-5)
+    for name in params:
+        np.testing.assert_allclose(params[name], expected_params[name], atol=1e-4)
+
+
+def test_frozen_batch_norm_is_torchvisions(torch, dtype):
+    from flaxdet.convert import reference
+
+    kind = reference.torchvision().ops.misc.FrozenBatchNorm2d
+    values = vectors(dtype)
+    x = random(7, dtype=dtype)
+    theirs = kind(SHAPE[-1]).to(getattr(torch, dtype))
+    names = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+    theirs.load_state_dict({key: torch.tensor(values[name]) for key, name in names.items()})
+    norm = FrozenBatchNorm(dtype=dtype)
+    for train in (False, True):
+        found, state = norm.apply({"batch_stats": values}, x, train=train, mutable=["batch_stats"])
+        close(found, nhwc(theirs(nchw(torch, x))), dtype)
+        jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], values)
+
+
+def test_frozen_batch_norm_has_no_params_and_no_gradient():
+    x = random(8)
+    norm = FrozenBatchNorm()
+    variables = norm.init(jax.random.key(0), x)
+    assert set(variables) == {"batch_stats"}
+    assert {name: leaf.shape for name, leaf in variables["batch_stats"].items()} == dict.fromkeys(
+        ("scale", "bias", "mean", "var"), (SHAPE[-1],)
+    )
+    grads = jax.grad(lambda v: jnp.sum(norm.apply(v, x) ** 2))(variables)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_group_norm_is_torchs(torch, dtype, groups):
+    values = vectors(dtype)
+    x = random(9, dtype=dtype, mean=2.0)
+    theirs = torch.nn.GroupNorm(groups, SHAPE[-1]).to(getattr(torch, dtype))
+    theirs.load_state_dict({"weight": torch.tensor(values["scale"]), "bias": torch.tensor(values["bias"])})
+    params = {name: values[name] for name in ("scale", "bias")}
+    found = jax.jit(GroupNorm(groups, dtype=dtype).apply)({"params": params}, x)
+    close(found, nhwc(theirs(nchw(torch, x))), dtype)
+
+
+def test_group_norm_inside_an_extent_is_the_crops(dtype):
+    """Every image has its own extent, and its statistics know of no other cell."""
+    params = {name: vectors(dtype)[name] for name in ("scale", "bias")}
+    extents = np.asarray([[7, 5], [4, 3], [1, 2]], np.int32)
+    x = random(10, dtype=dtype)
+    for image, (rows, columns) in zip(x, extents, strict=True):
+        image[rows:] = image[:, columns:] = 1e4
+    norm = GroupNorm(4, dtype=dtype)
+    found = jax.jit(norm.apply)({"params": params}, x, extents)
+    for i, (rows, columns) in enumerate(extents):
+        expected = norm.apply({"params": params}, x[i : i + 1, :rows, :columns])
+        close(found[i : i + 1, :rows, :columns], expected, dtype)
+
+
+def test_group_norm_checks_its_groups():
+    with pytest.raises(ValueError, match="num_groups=3 should divide the 8 channels"):
+        GroupNorm(3).init(jax.random.key(0), random(11))
+
+
+@pytest.mark.parametrize("norm", [BatchNorm, FrozenBatchNorm, GroupNorm])
+def test_bfloat16_computes_and_float32_stores(norm):
+    options = {"num_groups": 4} if norm is GroupNorm else {}
+    x = random(12, mean=100.0)
+    full, half = norm(**options), norm(dtype=jnp.bfloat16, **options)
+    variables = half.init(jax.random.key(0), x)
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype("float32")}
+    found = half.apply(variables, jnp.asarray(x, jnp.bfloat16))
+    assert found.dtype == jnp.bfloat16
+    expected = full.apply(variables, np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32))
+    bar = 0.02 * max(1, np.abs(expected).max())  # 8 bits
+    np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=bar)
+
+
+def test_bfloat16_storage_is_widened_before_the_root():
+    """1 / sqrt(var + eps) in bfloat16 would be off by a hundredth."""
+    values = {name: jnp.asarray(value, jnp.bfloat16) for name, value in vectors("float32").items()}
+    x = random(13)
+    wide = {name: np.asarray(value, np.float32) for name, value in values.items()}
+    for norm, arrange in ((BatchNorm, live), (FrozenBatchNorm, lambda v: {"batch_stats": v})):
+        found = norm(param_dtype=jnp.bfloat16).apply(arrange(values), x)
+        np.testing.assert_allclose(found, norm().apply(arrange(wide), x), rtol=1e-6, atol=1e-6)
+    _, state = BatchNorm(param_dtype=jnp.bfloat16).apply(live(values), x, train=True, mutable=["batch_stats"])
+    assert state["batch_stats"]["var"].dtype == jnp.bfloat16
+
+
+def test_equal_however_the_dtype_is_spelled():
+    spellings = ["float32", np.float32, jnp.float32, jnp.dtype("float32")]
+    assert len({BatchNorm(dtype=dtype) for dtype in spellings}) == 1
+    assert BatchNorm(param_dtype="float32") == BatchNorm()
+    with pytest.raises(ValueError, match=r"dtype=float64 needs jax's 64-bit mode"):
+        BatchNorm(dtype=jnp.float64)
+    with pytest.raises(ValueError, match="dtype should be a floating point dtype, got int32"):
+        GroupNorm(dtype=jnp.int32)

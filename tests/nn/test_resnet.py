@@ -1,0 +1,143 @@
+"""The ResNet body against torchvision's: every depth by its shapes, one by its numbers."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flaxdet.convert import reference
+from flaxdet.convert.rules import rules
+from flaxdet.nn import ResNet
+from tests.drawn import drawn
+from tests.tolerances import STAGE_F64
+
+DEPTHS = (18, 34, 50, 101, 152)
+STAGES = ("c2", "c3", "c4", "c5")
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def abstract(model: ResNet, size=(64, 96), batch: int = 1):
+    return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((batch, *size, 3), model.dtype))
+
+
+def nested(variables):
+    """The body's variables where a detector has them, for the table of torchvision's names."""
+    return {collection: {"backbone": {"body": leaves}} for collection, leaves in variables.items()}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_tensors_are_torchvisions(torch, depth, frozen):
+    tv = reference.torchvision()
+    norm = tv.ops.misc.FrozenBatchNorm2d if frozen else torch.nn.BatchNorm2d
+    with torch.device("meta"):
+        theirs = getattr(tv.models, f"resnet{depth}")(norm_layer=norm).state_dict()
+    expected = {key: tuple(tensor.shape) for key, tensor in theirs.items() if not key.startswith("fc.")}
+    rows = rules(nested(abstract(ResNet(depth, frozen_bn=frozen))))
+    assert {row.key.removeprefix("backbone.body."): row.shape for row in rows} == expected
+
+
+@pytest.mark.parametrize("depth", DEPTHS)
+@pytest.mark.parametrize("size", [(64, 96), (61, 45), (1, 1)])
+def test_stages_have_torchvisions_sizes(depth, size):
+    model = ResNet(depth)
+    stages = jax.eval_shape(
+        lambda x: model.init_with_output(jax.random.key(0), x)[0], jnp.zeros((2, *size, 3), jnp.float32)
+    )
+    assert tuple(stages) == STAGES == tuple(model.stage_channels)
+    for i, (name, stage) in enumerate(stages.items(), start=2):
+        rows, columns = (-(-side // 2**i) for side in size)
+        assert stage.shape == (2, rows, columns, model.stage_channels[name])
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_resnet18_is_torchvisions(torch, x64, train):
+    """Every stage in float64; in training also the running statistics, 20 BatchNorms deep."""
+    tv = reference.torchvision()
+    torch.manual_seed(0)
+    theirs = tv.models.resnet18().double().train(train)
+    with torch.no_grad():
+        for module in theirs.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.normal_(std=0.3)
+                module.running_mean.normal_(std=0.3)
+                module.running_var.uniform_(0.5, 1.5)
+    model = ResNet(18, dtype=jnp.float64, precision="highest")
+    variables = from_resnet(model, theirs.state_dict())
+
+    nodes = {f"layer{i - 1}": f"c{i}" for i in range(2, 6)}
+    body = tv.models._utils.IntermediateLayerGetter(theirs, nodes)
+    x = np.random.default_rng(0).normal(size=(2, 61, 75, 3))
+    with torch.no_grad():
+        expected = body(torch.tensor(x.transpose(0, 3, 1, 2).copy()))
+    found, state = jax.jit(lambda v, x: model.apply(v, x, train=train, mutable=["batch_stats"]))(variables, x)
+    for name in STAGES:
+        stage = expected[name].numpy().transpose(0, 2, 3, 1)
+        np.testing.assert_allclose(found[name], stage, rtol=0, atol=STAGE_F64 * np.abs(stage).max(), err_msg=name)
+    moved = from_resnet(model, theirs.state_dict())["batch_stats"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), state["batch_stats"], moved)
+
+
+def from_resnet(model, state_dict):
+    """Variables of a body from a classifier's state_dict, by the converter's own table."""
+    variables = {"params": {}, "batch_stats": {}}
+    for row in rules(nested(abstract(model))):
+        if row.collection is not None:
+            *path, leaf = row.path[2:]
+            at = variables[row.collection]
+            for name in path:
+                at = at.setdefault(name, {})
+            at[leaf] = jnp.asarray(row.layout.to_flax(state_dict[row.key.removeprefix("backbone.body.")].numpy()))
+    return variables
+
+
+@pytest.mark.parametrize("option", ["frozen_bn", "freeze_bn"])
+def test_frozen_statistics_in_training(option):
+    """FrozenBatchNorm, and live BatchNorm that is told to hold still: training changes nothing."""
+    model = ResNet(18, **{option: True})
+    x = jax.random.normal(jax.random.key(1), (1, 32, 32, 3))
+    variables = drawn(abstract(model))
+    assert ("bn1" in variables["params"]) == (option == "freeze_bn")
+    run = jax.jit(lambda v, x, train: model.apply(v, x, train=train, mutable=["batch_stats"]), static_argnums=2)
+    (trained, state), (evaluated, _) = run(variables, x, True), run(variables, x, False)
+    jax.tree.map(np.testing.assert_array_equal, trained, evaluated)
+    jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_canvas_is_the_crop(x64, train):
+    """Inside a canvas of 64x32 in a bucket of 96x96 every stage is that of the 64x32 image alone."""
+    model = ResNet(18, dtype=jnp.float64)
+    x = jax.random.normal(jax.random.key(1), (2, 64, 32, 3), jnp.float64)
+    variables = drawn(abstract(model))
+    padded = jnp.pad(x, ((0, 0), (0, 32), (0, 64), (0, 0)))
+    canvas = jnp.asarray([[64, 32]] * 2, jnp.int32)
+    run = jax.jit(lambda x, canvas: model.apply(variables, x, canvas=canvas, train=train, mutable=["batch_stats"]))
+    (alone, alone_state), (found, state) = run(x, None), run(padded, canvas)
+    for name, stage in alone.items():
+        cropped = found[name][:, : stage.shape[1], : stage.shape[2]]
+        np.testing.assert_allclose(cropped, stage, rtol=0, atol=STAGE_F64 * np.abs(stage).max(), err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), state, alone_state)
+
+
+def test_unknown_depth():
+    with pytest.raises(ValueError, match=r"depth should be one of \[18, 34, 50, 101, 152\], got 20"):
+        abstract(ResNet(20))
+
+
+def test_dtypes():
+    """bfloat16 computes and float32 stores, unless told otherwise."""
+    for options, stored in (({}, jnp.float32), ({"param_dtype": jnp.bfloat16}, jnp.bfloat16)):
+        model = ResNet(50, dtype=jnp.bfloat16, **options)
+        stages, variables = jax.eval_shape(
+            lambda x, model=model: model.init_with_output(jax.random.key(0), x), jnp.zeros((1, 64, 64, 3), jnp.float32)
+        )
+        assert {leaf.dtype for leaf in stages.values()} == {jnp.dtype(jnp.bfloat16)}
+        assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(stored)}
