@@ -11,7 +11,7 @@ import numpy as np
 
 from flaxdet.models.detector import Detector
 from flaxdet.structures import Detections, ImageBatch
-from flaxdet.transform import Canvas, check_images, resized_size, to_original, transform
+from flaxdet.transform import Canvas, check_canvas, check_images, resized_size, to_original, transform
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -40,8 +40,10 @@ def predict(
 
     Raises:
         TypeError: for images of another or of mixed dtypes.
-        ValueError: for something that is no image, naming it by its number.
+        ValueError: for something that is no image, naming it by its number, or an unknown ``canvas``.
+        RuntimeError: if candidates overflowed a capacity chosen below the default.
     """
+    check_canvas(canvas)
     arrays = check_images(images)
     config = model.transform
     for i, array in enumerate(arrays):  # every fault shows, by its number, before the first image is computed
@@ -51,15 +53,16 @@ def predict(
     results: list[dict[str, np.ndarray]] = []
     for group in groups:
         batch = transform(group, config, canvas=canvas, dtype=model.box_dtype)
-        results.extend(unpad(detect(model, variables, batch)))
+        results.extend(unpad(detect(model, variables, batch), first=len(results)))
     return results
 
 
-def unpad(detections: Detections) -> list[dict[str, np.ndarray]]:
+def unpad(detections: Detections, *, first: int = 0) -> list[dict[str, np.ndarray]]:
     """``Detections`` as one dict an image, without the padding.
 
     Args:
         detections: of B images.
+        first: number of the first image, for error messages.
 
     Returns:
         For each image {"boxes": [N, 4], "scores": [N], "labels": [N]}, numpy, best first.
@@ -69,9 +72,10 @@ def unpad(detections: Detections) -> list[dict[str, np.ndarray]]:
     """
     host = jax.device_get(detections)
     if host.overflow.any():
+        numbers = (first + np.flatnonzero(host.overflow)).tolist()
         raise RuntimeError(
-            f"images {np.flatnonzero(host.overflow).tolist()}: more candidates than the chosen capacity holds, so "
-            "detections may be missing; choose a larger one"
+            f"images {numbers}: more candidates than the chosen capacity holds, so detections may be missing; "
+            "choose a larger one"
         )
     return [
         {"boxes": boxes[valid], "scores": scores[valid], "labels": labels[valid]}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -39,7 +39,10 @@ def check_image(image: Any, name: str) -> np.ndarray:
         TypeError: for another dtype.
         ValueError: for another shape, an empty image, NaN, or floats outside [0, 1].
     """
-    array = np.asarray(image)
+    try:
+        array = np.asarray(image)
+    except ValueError as error:  # nested lists of unequal lengths
+        raise ValueError(f"{name}: expected an array [H, W, 3], got a {type(image).__name__} ({error})") from None
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
         is_bfloat16 = array.dtype.name == "bfloat16"
         if not is_bfloat16:
@@ -66,18 +69,25 @@ def check_images(images: Sequence[Any]) -> list[np.ndarray]:
         The same as numpy arrays.
 
     Raises:
-        TypeError: if dtypes are mixed, or ``images`` is a single array instead of a list.
+        TypeError: if dtypes are mixed, or ``images`` is a single array or anything else than a list.
         ValueError: as ``check_image``, naming the image by its number.
     """
-    if hasattr(images, "ndim") and images.ndim == 3:  # pyright: ignore[reportAttributeAccessIssue]
-        raise TypeError("expected a list of images, got one array of rank 3: put it in a list")
+    rank = getattr(images, "ndim", None)
+    if rank in (2, 3):
+        raise TypeError(f"expected a list of images, got one array of rank {rank}: put it in a list")
+    if isinstance(images, (str, bytes, Mapping)) or not isinstance(images, Iterable):
+        raise TypeError(f"expected a list of images, got {type(images).__name__}")
     arrays = [check_image(image, f"image {i}") for i, image in enumerate(images)]
     for i, array in enumerate(arrays):
         if array.dtype != arrays[0].dtype:
-            raise TypeError(
-                f"image {i}: expected every image in one dtype, got {array.dtype} after {arrays[0].dtype}"
-            )
+            raise TypeError(f"image {i}: expected every image in one dtype, got {array.dtype} after {arrays[0].dtype}")
     return arrays
+
+
+def check_canvas(canvas: Any) -> None:
+    """Raises ValueError unless ``canvas`` is "image" or "batch"."""
+    if canvas not in ("image", "batch"):
+        raise ValueError(f'canvas should be "image" or "batch", got {canvas!r}')
 
 
 def resized_size(
@@ -199,8 +209,7 @@ def transform(
         ValueError: for something that is no image, an empty list, a bucket that is too small, or canvases of
             a ``size_divisible`` that 32 doesn't divide which are not the whole bucket.
     """
-    if canvas not in ("image", "batch"):
-        raise ValueError(f'canvas should be "image" or "batch", got {canvas!r}')
+    check_canvas(canvas)
     arrays = check_images(images)
     if not arrays:
         raise ValueError("expected at least one image, got an empty list")
