@@ -1,0 +1,406 @@
+"""Runs torchvision's detector and ours on the same photos and compares them, stage by stage.
+
+Needs the extra ``torch``. The stages have the names under which our models sow them: pixels, c2..c5, the pyramid's
+levels, head outputs, proposals, RoI features; so the first one that differs names the layer at fault.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from flaxdet.builders import NUM_COCO_CLASSES, load_categories, make_model
+from flaxdet.convert import checkpoint, from_torchvision, reference
+from flaxdet.convert.identify import identify
+from flaxdet.models.detector import Detector
+from flaxdet.predict import detect, unpad
+from flaxdet.structures import Detections, ImageBatch, Proposals
+from flaxdet.transform import to_original, transform
+from flaxdet.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights
+
+Detection = dict[str, np.ndarray]
+
+# Stages with a row a proposal, and the number of each row's image.
+OF_PROPOSALS = ("proposals", "roi_features", "class_logits", "box_regression", "class_scores")
+PROPOSAL_IMAGE = "proposal_image"
+
+# What counts as the same answer: largest difference of a box (pixels) and of a score. torchvision in float32 differs
+# from itself in float64 by up to .022 px and 1.3e-4; in float64 only the order of sums is left.
+TOLERANCES = {"float32": (0.05, 5e-4), "float64": (1e-6, 1e-9)}
+# The same of a stage, relative to its largest value, hundreds of times what rounding does: so that a difference shows
+# also where nothing is detected.
+STAGE_TOLERANCES = {"float32": 1e-3, "float64": 1e-8}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage on both sides.
+
+    Attributes:
+        name: as sown.
+        shape: of the compared array, [B, h, w, C] for maps.
+        error: largest absolute difference; ``inf`` if shapes differ.
+        scale: largest absolute value of torchvision's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    error: float
+    scale: float
+
+    @property
+    def relative(self) -> float:
+        """Error over scale."""
+        return self.error / self.scale if self.scale else self.error
+
+
+@dataclass(frozen=True)
+class Match:
+    """Detections of one image, paired.
+
+    Attributes:
+        count: torchvision's detections.
+        ours: our detections.
+        matched: pairs with the same label and boxes and scores within tolerance.
+        box_error: largest difference of a coordinate among pairs, in pixels of the original image.
+        score_error: largest difference of a score among pairs.
+    """
+
+    count: int
+    ours: int
+    matched: int
+    box_error: float
+    score_error: float
+
+    @property
+    def same(self) -> bool:
+        """Whether every detection of either side has its counterpart."""
+        return self.count == self.ours == self.matched
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything found on one batch."""
+
+    stages: list[Stage]
+    matches: list[Match]
+    ours: list[Detection]
+    theirs: list[Detection]
+    seconds: float = field(default=0.0)
+    their_seconds: float = field(default=0.0)
+    stage_tolerance: float = STAGE_TOLERANCES["float32"]
+
+    @property
+    def first_difference(self) -> str | None:
+        """The first stage that is not the same; the layer at fault is between it and the one before.
+
+        Only stages before the first selection count: where two proposals' scores nearly tie, rounding may decide
+        which of them is kept, and what follows is of another one.
+        """
+        for stage in self.stages:
+            if stage.name == "proposals":
+                break
+            if not stage.relative <= self.stage_tolerance:  # NaN is no match
+                return stage.name
+        return None
+
+    @property
+    def same(self) -> bool:
+        """The verdict."""
+        return self.first_difference is None and all(match.same for match in self.matches)
+
+
+def match_detections(ours: Detection, theirs: Detection, box_tolerance: float, score_tolerance: float) -> Match:
+    """Pairs the detections of one image, each with the nearest of its label.
+
+    Args:
+        ours: {"boxes": [N, 4] xyxy, "scores": [N], "labels": [N]}.
+        theirs: the same of torchvision.
+        box_tolerance: largest difference of a coordinate, in pixels.
+        score_tolerance: largest difference of a score.
+
+    Returns:
+        The pairs' number and errors. Order doesn't count: equal scores may come in any.
+    """
+    free = np.ones(len(ours["scores"]), bool)
+    matched, box_error, score_error = 0, 0.0, 0.0
+    for box, score, label in zip(theirs["boxes"], theirs["scores"], theirs["labels"], strict=True):
+        candidates = np.flatnonzero(free & (ours["labels"] == label))
+        if not candidates.size:
+            continue
+        gaps = np.abs(ours["boxes"][candidates].astype(np.float64) - box.astype(np.float64)).max(axis=1)
+        score_gaps = np.abs(ours["scores"][candidates].astype(np.float64) - np.float64(score))
+        near = np.flatnonzero((gaps <= box_tolerance) & (score_gaps <= score_tolerance))
+        if near.size:
+            best = near[gaps[near].argmin()]
+            free[candidates[best]] = False
+            matched += 1
+            box_error, score_error = max(box_error, float(gaps[best])), max(score_error, float(score_gaps[best]))
+    return Match(len(theirs["scores"]), len(ours["scores"]), matched, box_error, score_error)
+
+
+def compare(
+    model: Detector,
+    variables: Any,
+    reference_model: torch.nn.Module,
+    images: list[np.ndarray],
+    *,
+    timed: bool = False,
+) -> Comparison:
+    """Runs both sides on one batch, padded as torchvision pads it.
+
+    Args:
+        model: ours.
+        variables: converted from torchvision's.
+        reference_model: torchvision's, in evaluation mode, in the same dtype.
+        images: [H, W, 3] uint8, or floats in [0, 1].
+        timed: run each side once more and take the time, compiled and warm.
+
+    Returns:
+        The comparison; ``model.dtype`` chooses the tolerances.
+    """
+    batch = transform(images, model.transform, canvas="batch", dtype=model.box_dtype)
+    theirs, their_stages = run_reference(reference_model, images)
+    detections, sown = _run(model, variables, batch)
+    ours, our_stages = unpad(detections), _named(batch, sown)
+    seconds = their_seconds = 0.0
+    if timed:
+        detect(model, variables, batch)  # without the stages it is another program, which is compiled here
+        start = time.perf_counter()
+        batch = transform(images, model.transform, canvas="batch", dtype=model.box_dtype)
+        ours = unpad(detect(model, variables, batch))
+        seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        theirs, _ = run_reference(reference_model, images, keep_stages=False)
+        their_seconds = time.perf_counter() - start
+    precision = jnp.dtype(model.box_dtype).name
+    matches = [match_detections(a, b, *TOLERANCES[precision]) for a, b in zip(ours, theirs, strict=True)]
+    return Comparison(
+        compare_stages(our_stages, their_stages),
+        matches,
+        ours,
+        theirs,
+        seconds,
+        their_seconds,
+        STAGE_TOLERANCES[precision],
+    )
+
+
+def compare_stages(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[Stage]:
+    """The errors of every stage that both sides have, in the order of computation.
+
+    Proposals are paired first, each with the nearest of its image: where two objectness scores are equal up to
+    rounding, their order is nobody's fault, and the rows of the stages after them follow it.
+    """
+    order = _pair_proposals(ours, theirs)
+    found = []
+    for name, expected in theirs.items():
+        if name not in ours or name == PROPOSAL_IMAGE:
+            continue
+        scale = float(np.abs(expected).max(initial=0.0))
+        if ours[name].shape != expected.shape:
+            found.append(Stage(name, expected.shape, float("inf"), scale))
+        else:
+            mine = ours[name] if order is None or name not in OF_PROPOSALS else ours[name][order]
+            gap = np.abs(mine.astype(np.float64) - expected.astype(np.float64))
+            found.append(Stage(name, expected.shape, float(gap.max(initial=0.0)), scale))
+    return found
+
+
+def _pair_proposals(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> np.ndarray | None:
+    """For each of their proposals the row of ours; None where there are none or their numbers differ."""
+    if "proposals" not in theirs or ours["proposals"].shape != theirs["proposals"].shape:
+        return None
+    free = np.ones(len(ours["proposals"]), bool)
+    order = np.zeros(len(free), np.int64)
+    for i, (box, image) in enumerate(zip(theirs["proposals"], theirs[PROPOSAL_IMAGE], strict=True)):
+        rows = np.flatnonzero(free & (ours[PROPOSAL_IMAGE] == image))
+        if not rows.size:
+            return None
+        order[i] = rows[np.abs(ours["proposals"][rows] - box).max(axis=1).argmin()]
+        free[order[i]] = False
+    return order
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(model: Detector, variables: Any, batch: ImageBatch) -> tuple[Detections, dict[str, Any]]:
+    """Detections in the original images, and what the model sows."""
+    detections, state = model.apply(variables, batch, mutable=["intermediates"])
+    sown = {name: value[0] for name, value in state["intermediates"].items() if isinstance(value, tuple)}
+    return to_original(detections, batch), sown
+
+
+def stages(model: Detector, variables: Any, batch: ImageBatch) -> dict[str, np.ndarray]:
+    """Our model's stages by name; of proposals and what follows only the valid slots, image after image."""
+    return _named(batch, _run(model, variables, batch)[1])
+
+
+def _named(batch: ImageBatch, sown: dict[str, Any]) -> dict[str, np.ndarray]:
+    sown = jax.device_get(sown)
+    proposals: Proposals | None = sown.pop("proposals", None)
+    found = {"pixels": np.asarray(batch.pixels)}
+    if proposals is None:
+        return found | sown
+    valid = np.asarray(proposals.valid)
+    found |= {name: value[valid] if name in OF_PROPOSALS else value for name, value in sown.items()}
+    return found | {"proposals": np.asarray(proposals.boxes)[valid], PROPOSAL_IMAGE: np.nonzero(valid)[0]}
+
+
+def run_reference(
+    model: torch.nn.Module, images: list[np.ndarray], *, keep_stages: bool = True
+) -> tuple[list[Detection], dict[str, np.ndarray]]:
+    """Runs torchvision's model, with exact per-class NMS and RoI scales inferred anew.
+
+    Args:
+        model: torchvision's, in evaluation mode.
+        images: [H, W, 3] uint8, or floats in [0, 1].
+        keep_stages: record the stages.
+
+    Returns:
+        Detections, and stages in our names and layouts (NHWC), in the order of computation.
+    """
+    dtype = next(model.parameters()).dtype
+    tensors = []
+    for image in images:
+        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        tensors.append(tensor.to(dtype) / 255 if image.dtype == np.uint8 else tensor.to(dtype))
+    reference.reset_roi_scales(model)
+    recorded: dict[str, np.ndarray] = {}
+    recording = _recording(model, recorded) if keep_stages else contextlib.nullcontext()
+    with torch.no_grad(), reference.exact_nms(), recording:
+        outputs = model(tensors)
+    detections = [{name: output[name].numpy() for name in ("boxes", "scores", "labels")} for output in outputs]
+    return detections, recorded
+
+
+@contextlib.contextmanager
+def _recording(model: Any, recorded: dict[str, np.ndarray]) -> Iterator[None]:
+    """While it lasts, the model's stages are written into ``recorded`` under our names."""
+
+    def channels_last(x: torch.Tensor) -> np.ndarray:
+        return x.permute(0, 2, 3, 1).contiguous().numpy()
+
+    def flat(x: torch.Tensor, width: int) -> torch.Tensor:  # [B, A * width, h, w] -> [B, hwA, width]
+        batch, _, height, columns = x.shape
+        x = x.reshape(batch, -1, width, height, columns).permute(0, 3, 4, 1, 2)
+        return x.reshape(batch, -1, width)
+
+    def pixels(_: Any, __: Any, output: Any) -> None:
+        recorded["pixels"] = channels_last(output[0].tensors)
+
+    def stage(name: str) -> Any:
+        def hook(_: Any, __: Any, output: torch.Tensor) -> None:
+            recorded[name] = channels_last(output)
+
+        return hook
+
+    def pyramid(_: Any, __: Any, output: dict[str, torch.Tensor]) -> None:
+        finest = 3 if is_fcos else 2
+        for i, (name, x) in enumerate(output.items()):
+            recorded[name if name in ("p6", "p7", "pool") else f"p{finest + i}"] = channels_last(x)
+
+    def fcos_head(_: Any, __: Any, output: dict[str, torch.Tensor]) -> None:
+        recorded.update({name: x.numpy() for name, x in output.items()})
+
+    def rpn_head(_: Any, __: Any, output: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
+        recorded["objectness"] = torch.cat([flat(x, 1) for x in output[0]], dim=1)[..., 0].numpy()
+        recorded["pred_bbox_deltas"] = torch.cat([flat(x, 4) for x in output[1]], dim=1).numpy()
+
+    def rpn(_: Any, __: Any, output: tuple[list[torch.Tensor], Any]) -> None:
+        recorded["proposals"] = torch.cat(output[0]).numpy()
+        recorded[PROPOSAL_IMAGE] = np.repeat(np.arange(len(output[0])), [len(boxes) for boxes in output[0]])
+
+    def predictor(_: Any, __: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        recorded["class_logits"], recorded["box_regression"] = (x.numpy() for x in output)
+        recorded["class_scores"] = output[0].softmax(dim=-1).numpy()
+
+    reference.torchvision()
+    from torchvision.models import detection
+
+    is_fcos = isinstance(model, detection.FCOS)
+    body = model.backbone.body
+    hooks = [(model.transform, pixels)]
+    hooks += [(body[f"layer{i}"], stage(f"c{i + 1}")) for i in range(1, 5)]
+    hooks += [(model.backbone, pyramid)]
+    if is_fcos:
+        hooks += [(model.head, fcos_head)]
+    else:
+        heads = model.roi_heads
+        hooks += [(model.rpn.head, rpn_head), (model.rpn, rpn)]
+        hooks += [(heads.box_roi_pool, stage("roi_features")), (heads.box_predictor, predictor)]
+    handles = [module.register_forward_hook(hook) for module, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def both_sides(
+    name: str,
+    weights: str,
+    *,
+    dtype: Any = np.float32,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> tuple[Detector, Any, torch.nn.Module, list[str] | None]:
+    """The same detector with the same weights on both sides.
+
+    Args:
+        name: the builder's.
+        weights: "random" (lively, see ``reference.make_lively``), the name of published weights, or a file.
+        dtype: float32 or float64, of both sides.
+        seed: of random weights.
+        progress: bar while downloading.
+        **options: of both models, under torchvision's names.
+
+    Returns:
+        Our model, its variables, torchvision's model in evaluation mode, and the names of the labels if known.
+    """
+    categories = None
+    num_classes, frozen = NUM_COCO_CLASSES, name == "fcos_resnet50_fpn"
+    state_dict: dict[str, Any] | None = None
+    if weights != "random":
+        if name == "fcos_resnet50_fpn":
+            enum: Any = FCOS_ResNet50_FPN_Weights
+        else:
+            enum = FasterRCNN_ResNet50_FPN_V2_Weights
+        if weights.removeprefix(f"{enum.__name__}.") in enum.__members__:
+            member = enum.verify(weights)
+            state_dict, categories = member.get_state_dict(progress=progress), member.meta["categories"]
+        else:
+            state_dict, categories = checkpoint.read(weights), load_categories(weights)
+            _, found = identify(state_dict, source=weights)
+            num_classes, frozen = found["num_classes"], found["frozen_bn"]
+    model = make_model(
+        name,
+        num_classes=num_classes,
+        frozen_bn=frozen,
+        dtype=dtype,
+        precision=jax.lax.Precision.HIGHEST,
+        **options,
+    )
+    theirs = reference.build(name, frozen=frozen, num_classes=num_classes, **options)
+    if state_dict is None:
+        reference.make_lively(theirs, seed)
+        variables = from_torchvision(model, theirs.state_dict())
+    else:
+        variables = from_torchvision(model, state_dict, source=weights)  # its report of faults is the clearer one
+        theirs.load_state_dict({key: _tensor(value) for key, value in state_dict.items()})
+    return model, variables, theirs.to(torch.float64 if dtype == np.float64 else torch.float32), categories
+
+
+def _tensor(array: Any) -> torch.Tensor:
+    """A torch tensor, float32 where it is floating: numpy's bfloat16 is unknown to torch."""
+    array = np.array(array)
+    return torch.from_numpy(array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array)

@@ -1,0 +1,33 @@
+"""torchvision's FCOS and Faster R-CNN v2 detectors in JAX/Flax: the same answers, convertible both ways."""
+
+from flaxdet import convert, ops
+from flaxdet.builders import fasterrcnn_resnet50_fpn_v2, fcos_resnet50_fpn, load, load_categories, save
+from flaxdet.draw import draw_detections
+from flaxdet.models import FCOS, FasterRCNN
+from flaxdet.ops import AnchorGenerator
+from flaxdet.predict import predict
+from flaxdet.structures import Detections, ImageBatch, Proposals, Targets, TransformConfig
+from flaxdet.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights
+
+__all__ = [
+    "FCOS",
+    "AnchorGenerator",
+    "Detections",
+    "FCOS_ResNet50_FPN_Weights",
+    "FasterRCNN",
+    "FasterRCNN_ResNet50_FPN_V2_Weights",
+    "ImageBatch",
+    "Proposals",
+    "ResNet50_Weights",
+    "Targets",
+    "TransformConfig",
+    "convert",
+    "draw_detections",
+    "fasterrcnn_resnet50_fpn_v2",
+    "fcos_resnet50_fpn",
+    "load",
+    "load_categories",
+    "ops",
+    "predict",
+    "save",
+]

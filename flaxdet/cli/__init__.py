@@ -1,0 +1,1 @@
+"""The command line: ``flaxdet detect | convert | verify``, one file a command."""

@@ -1,0 +1,79 @@
+"""``flaxdet convert``: weights from one format to the other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from flaxdet.cli.options import (
+    ModelName,
+    Quiet,
+    Size,
+    check_categories,
+    check_sizes,
+    load_model,
+    read_categories,
+)
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert weights between torchvision's .pth and .safetensors.
+
+    Both hold torchvision's keys and can be loaded there with strict=True; .safetensors also carries the model's options
+    and the names of its classes, so that `flaxdet detect --weights FILE` needs no more. Torch is not needed.
+    """
+
+    source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
+    """A .pth or .safetensors file, or the name of published weights (COCO_V1)."""
+
+    target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
+    """The file to write; its ending, .safetensors or .pth, is the format."""
+
+    model: Annotated[ModelName | None, Quiet] = None
+    """Which detector; told by the file where SOURCE is one. Default fcos_resnet50_fpn."""
+
+    categories: Annotated[Path | None, Quiet] = None
+    """Names of the labels: COCO annotations, a JSON list, or a name a line (label 0, the background, first)."""
+
+    min_size: Size = None
+    """Store this as the model's min_size."""
+
+    max_size: Size = None
+    """Store this as the model's max_size."""
+
+    frozen_bn: Annotated[bool | None, Quiet] = None
+    """Overrule whether FCOS's BatchNorm is frozen; default: as the file's keys tell."""
+
+    progress: bool = True
+    """Show a progress bar while downloading."""
+
+    def run(self) -> int:
+        """Runs the command; returns the exit status."""
+        if self.target.suffix not in (".pth", ".safetensors"):
+            raise ValueError(f"{self.target}: expected a name ending in .safetensors or .pth")
+        if not self.target.parent.is_dir():
+            raise ValueError(f"{self.target}: there is no folder {self.target.parent} to write it to")
+        check_sizes(self.min_size, self.max_size)
+        import jax
+
+        import flaxdet
+
+        names = None if self.categories is None else read_categories(self.categories)
+        model, variables, known = load_model(
+            self.model,
+            self.source,
+            progress=self.progress,
+            min_size=self.min_size,
+            max_size=self.max_size,
+            frozen_bn=self.frozen_bn,
+        )
+        if self.categories is not None and names is not None:
+            check_categories(self.categories, names, model.num_classes)
+        flaxdet.save(self.target, model, variables, categories=names or known)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+        print(f"{type(model).__name__}, {model.num_classes} classes, {parameters:,} parameters -> {self.target}")
+        return 0

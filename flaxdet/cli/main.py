@@ -1,0 +1,87 @@
+"""Entry point: chooses the command, and turns every foreseen error into one line and an exit status.
+
+Exit status: 0 done; 1 it ran, but an image failed or the verdict is "different"; 2 it could not run (no command, bad
+option, file or weights); 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from flaxdet.cli.convert import Convert
+from flaxdet.cli.detect import Detect
+from flaxdet.cli.verify import Verify
+
+COMMANDS = {"detect": Detect, "convert": Convert, "verify": Verify}
+DESCRIPTION = "torchvision's FCOS and Faster R-CNN v2 detectors in JAX: detect, convert weights, verify equality."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        arguments: of the command line, without the program's name; default ``sys.argv``.
+
+    Returns:
+        The exit status.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if not given:
+        with contextlib.redirect_stdout(sys.stderr):  # help, but nothing was done
+            _parse(["--help"])
+        return 2
+    command = _parse(given)
+    if isinstance(command, int):
+        return command
+    try:
+        return command.run()
+    except KeyboardInterrupt:
+        print("flaxdet: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        print(f"flaxdet {given[0]}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parse(given: list[str]) -> Any:
+    """The command; or the exit status, after its help or one line on what is wrong has been printed."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.extras.subcommand_cli_from_dict(
+                COMMANDS,
+                prog="flaxdet",
+                description=DESCRIPTION,
+                args=given,
+                config=(tyro.conf.DisallowNone,),
+                sort_subcommands=False,
+            )
+    except SystemExit as stop:
+        if stop.code:
+            program = f"flaxdet {given[0]}" if given[0] in COMMANDS else "flaxdet"
+            print(f"{program}: error: {_first_paragraph(errors.getvalue())} (see {program} --help)", file=sys.stderr)
+        return int(stop.code or 0)
+
+
+def _first_paragraph(box: str) -> str:
+    """What is wrong, out of tyro's framed message: the text up to the first rule or empty line."""
+    words = []
+    for line in box.splitlines():
+        text = line.strip("│╭╮╰╯ ")
+        if line.startswith("│"):
+            if not text.strip("─"):
+                break
+            words.append(text)
+    paragraph = " ".join(words).removesuffix(".").removesuffix(" (required)") or " ".join(box.split())
+    return re.sub("'None', |, 'None'", "", paragraph)  # of options that can be left out
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""What the commands share: naming a model or a file of weights, names of classes, and files to write."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+ModelName = Literal["fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"]
+SCORE_OPTION = {"fcos_resnet50_fpn": "score_thresh", "fasterrcnn_resnet50_fpn_v2": "box_score_thresh"}
+Quiet = tyro.conf.arg(help_behavior_hint="")  # the help text says the default in words
+Size = Annotated[int | None, Quiet]
+_MOST_LABELS = 100_000  # in a file of annotations: beyond it, ids are no labels
+
+
+def check_sizes(min_size: int | None, max_size: int | None) -> None:
+    """Raises ValueError for sizes that no image could be resized to."""
+    for name, size in (("--min-size", min_size), ("--max-size", max_size)):
+        if size is not None and size < 1:
+            raise ValueError(f"{name} should be at least 1 pixel, got {size}")
+
+
+def make_folder(path: Path) -> None:
+    """Makes sure, before any work is done, that files can be written to a folder; creates it if need be.
+
+    Raises:
+        OSError: if they can't, naming the folder.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OSError(f"{path}: can't be written to ({error.strerror}), expected a folder for the results") from None
+
+
+def free_name(stem: str, suffix: str, taken: set[str]) -> str:
+    """A file name that is not yet taken, numbered if need be; takes it."""
+    name, number = f"{stem}{suffix}", 1
+    while name.casefold() in taken:  # some file systems don't tell a.jpg from A.JPG
+        number += 1
+        name = f"{stem}-{number}{suffix}"
+    taken.add(name.casefold())
+    return name
+
+
+def is_file_name(weights: str) -> bool:
+    """Whether ``--weights`` means a file and not the name of published weights."""
+    if weights.partition(".")[0].endswith("_Weights"):  # an enum's name before its member's
+        return False
+    path = Path(weights)
+    return path.suffix != "" or path.exists() or os.sep in weights
+
+
+def published(weights: str, model: str | None = None) -> tuple[str, Any]:
+    """The builder and the weights that a name means.
+
+    Args:
+        weights: "COCO_V1", or with the enum's name, "FCOS_ResNet50_FPN_Weights.COCO_V1".
+        model: the builder; default what the enum's name says, else fcos_resnet50_fpn.
+
+    Returns:
+        The builder's name, and the member of its enum.
+
+    Raises:
+        ValueError: if there are no such weights, or they are another model's.
+    """
+    import flaxdet
+
+    enums: dict[str, Any] = {
+        "fcos_resnet50_fpn": flaxdet.FCOS_ResNet50_FPN_Weights,
+        "fasterrcnn_resnet50_fpn_v2": flaxdet.FasterRCNN_ResNet50_FPN_V2_Weights,
+    }
+    prefix, _, name = weights.rpartition(".")
+    builder: Any = next((key for key, enum in enums.items() if enum.__name__ == prefix), None)
+    if prefix and builder is None:
+        known = " or ".join(enum.__name__ for enum in enums.values())
+        raise ValueError(f"weights {weights!r}: expected a file, or a member of {known}")
+    if builder and model and builder != model:
+        raise ValueError(f"weights {weights!r}: expected weights of {model}, these are of {builder}")
+    builder = builder or model or "fcos_resnet50_fpn"
+    if name not in enums[builder].__members__:
+        names = ", ".join(enums[builder].__members__)
+        raise ValueError(f"weights {weights!r}: neither a file nor published weights of {builder}, which are {names}")
+    return builder, enums[builder][name]
+
+
+def load_model(
+    model: ModelName | None, weights: str, *, progress: bool = True, **options: Any
+) -> tuple[Any, Any, list[str] | None]:
+    """The model, its variables and the names of its labels.
+
+    Args:
+        model: builder; with a file only checked against it, as the file tells.
+        weights: name of published weights, or a file.
+        progress: bar while downloading.
+        **options: of the model; None values are left out. ``threshold`` is the builder's score threshold.
+
+    Returns:
+        Model, variables, and names (None where a file carries none).
+
+    Raises:
+        ValueError: if the file holds another model than asked for, or the weights have no such name.
+        OSError: if the file can't be read.
+    """
+    import flaxdet
+    from flaxdet.convert import checkpoint
+    from flaxdet.convert.identify import identify
+
+    options = {name: value for name, value in options.items() if value is not None}
+    threshold = options.pop("threshold", None)
+    member, file = None, weights
+    if is_file_name(weights):
+        builder, _ = identify(checkpoint.read(weights), source=weights)
+        if model not in (None, builder):
+            raise ValueError(f"{weights}: expected weights of {model}, found {builder}")
+    else:
+        builder, member = published(weights, model)
+        if "frozen_bn" in options:  # which the builders decide by themselves
+            file = str(member.get_path(progress=progress))
+    if threshold is not None:
+        options[SCORE_OPTION[builder]] = threshold
+    if member is not None and file == weights:
+        made, variables = getattr(flaxdet, builder)(weights=member, progress=progress, **options)
+    else:
+        made, variables = flaxdet.load(file, **options)
+    names = flaxdet.load_categories(file) if member is None else list(member.meta["categories"])
+    return made, variables, names
+
+
+def read_categories(path: Path) -> list[str]:
+    """Names of labels from a file, label 0 (the background) first.
+
+    Args:
+        path: a JSON list of strings, COCO annotations (their ids are the labels), or text with a name a line.
+
+    Raises:
+        OSError: if it can't be read.
+        ValueError: if it is none of these.
+    """
+    expected = 'expected a JSON list of names, COCO annotations with "categories", or text with a name a line'
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise OSError(f"{path}: cannot be read ({error.strerror}), {expected}") from None
+    except ValueError:
+        raise ValueError(f"{path}: {expected}, found something that is no text") from None
+    if path.suffix.lower() != ".json":
+        names = [line.strip() for line in text.strip().splitlines()]
+        if not names:
+            raise ValueError(f"{path}: {expected}, found an empty file")
+        return names
+    try:
+        content = json.loads(text)
+        if isinstance(content, dict):
+            found = {int(row["id"]): str(row["name"]) for row in content["categories"]}
+            if min(found) < 0 or max(found) > _MOST_LABELS:
+                raise ValueError(f"ids from {min(found)} to {max(found)}")
+            return [found.get(label, "__background__" if label == 0 else "N/A") for label in range(max(found) + 1)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: {expected}, found something else ({error})") from None
+    if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
+        raise ValueError(f"{path}: {expected}, found a JSON {type(content).__name__}")
+    return content
+
+
+def check_categories(path: Path, names: Sequence[str], num_classes: int) -> None:
+    """Raises ValueError unless there is a name for every label: without the background's, all would be shifted."""
+    if len(names) != num_classes:
+        raise ValueError(
+            f"{path}: expected {num_classes} names, one for each label of the model, label 0 (the background) first; "
+            f"found {len(names)}"
+        )
+
+
+def labels_of(names: Sequence[str], categories: Sequence[str] | None, num_classes: int) -> set[int] | None:
+    """The labels that classes given by name or number mean; ``None`` if none are given.
+
+    Raises:
+        ValueError: for a name that the model doesn't know, with the nearest that it does, or a number beyond its own.
+    """
+    if not names:
+        return None
+    known = {category.lower(): label for label, category in enumerate(categories or ()) if category != "N/A"}
+    labels = set()
+    for name in names:
+        if name.lower() in known:
+            labels.add(known[name.lower()])
+        elif name.isdecimal():
+            if int(name) >= num_classes:
+                raise ValueError(f"class {name}: expected a label from 0 to {num_classes - 1}")
+            labels.add(int(name))
+        elif categories is None:
+            raise ValueError(
+                f"class {name!r}: these weights carry no names; give the label's number, or --categories FILE"
+            )
+        else:
+            near = difflib.get_close_matches(name.lower(), known, n=3)
+            written = [category for category in categories if category.lower() in (near or list(known)[1:])]
+            hint = f"did you mean {' or '.join(written)}?" if near else f"it knows {', '.join(written)}"
+            raise ValueError(f"class {name!r}: the model knows no such class; {hint}")
+    return labels
