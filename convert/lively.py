@@ -89,10 +89,11 @@ def _draw(model: nn.Module) -> None:
             if module.bias is not None:
                 module.bias.copy_(0.2 * torch.randn_like(module.bias))
         elif _is_norm(module):
+            norm: Any = module
             # The last norm of a residual branch is weaker, so that the sum does not grow from block to block.
             low, high = (0.15, 0.35) if ".body.layer" in name and _ends_branch(model, name) else (0.7, 1.3)
-            module.weight.copy_(torch.empty_like(module.weight).uniform_(low, high))
-            module.bias.copy_(0.2 * torch.randn_like(module.bias))
+            norm.weight.copy_(torch.empty_like(norm.weight).uniform_(low, high))
+            norm.bias.copy_(0.2 * torch.randn_like(norm.bias))
 
 
 def _bell(size: int) -> torch.Tensor:

@@ -6,10 +6,7 @@ levels, head outputs, proposals, RoI features; so the first one that differs nam
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,20 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from flaxdet.builders import NUM_COCO_CLASSES, load_categories, make_model
+from flaxdet.builders import NUM_COCO_CLASSES, make_model
 from flaxdet.convert import checkpoint, from_torchvision, reference
 from flaxdet.convert.identify import identify
+from flaxdet.convert.stages import OF_PROPOSALS, PROPOSAL_IMAGE, Detection, Stages, run, run_reference
+from flaxdet.files import load_categories
 from flaxdet.models.detector import Detector
 from flaxdet.predict import detect, unpad
-from flaxdet.structures import Detections, ImageBatch, Proposals
-from flaxdet.transform import to_original, transform
+from flaxdet.transform import transform
 from flaxdet.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights
-
-Detection = dict[str, np.ndarray]
-
-# Stages with a row a proposal, and the number of each row's image.
-OF_PROPOSALS = ("proposals", "roi_features", "class_logits", "box_regression", "class_scores")
-PROPOSAL_IMAGE = "proposal_image"
 
 # What counts as the same answer: largest difference of a box (pixels) and of a score. torchvision in float32 differs
 # from itself in float64 by up to .022 px and 1.3e-4; in float64 only the order of sums is left.
@@ -170,8 +162,7 @@ def compare(
     """
     batch = transform(images, model.transform, canvas="batch", dtype=model.box_dtype)
     theirs, their_stages = run_reference(reference_model, images)
-    detections, sown = _run(model, variables, batch)
-    ours, our_stages = unpad(detections), _named(batch, sown)
+    ours, our_stages = run(model, variables, batch)
     seconds = their_seconds = 0.0
     if timed:
         detect(model, variables, batch)  # without the stages it is another program, which is compiled here
@@ -195,7 +186,7 @@ def compare(
     )
 
 
-def compare_stages(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> list[Stage]:
+def compare_stages(ours: Stages, theirs: Stages) -> list[Stage]:
     """The errors of every stage that both sides have, in the order of computation.
 
     Proposals are paired first, each with the nearest of its image: where two objectness scores are equal up to
@@ -216,7 +207,7 @@ def compare_stages(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -
     return found
 
 
-def _pair_proposals(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> np.ndarray | None:
+def _pair_proposals(ours: Stages, theirs: Stages) -> np.ndarray | None:
     """For each of their proposals the row of ours; None where there are none or their numbers differ."""
     if "proposals" not in theirs or ours["proposals"].shape != theirs["proposals"].shape:
         return None
@@ -229,120 +220,6 @@ def _pair_proposals(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) 
         order[i] = rows[np.abs(ours["proposals"][rows] - box).max(axis=1).argmin()]
         free[order[i]] = False
     return order
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _run(model: Detector, variables: Any, batch: ImageBatch) -> tuple[Detections, dict[str, Any]]:
-    """Detections in the original images, and what the model sows."""
-    detections, state = model.apply(variables, batch, mutable=["intermediates"])
-    sown = {name: value[0] for name, value in state["intermediates"].items() if isinstance(value, tuple)}
-    return to_original(detections, batch), sown
-
-
-def stages(model: Detector, variables: Any, batch: ImageBatch) -> dict[str, np.ndarray]:
-    """Our model's stages by name; of proposals and what follows only the valid slots, image after image."""
-    return _named(batch, _run(model, variables, batch)[1])
-
-
-def _named(batch: ImageBatch, sown: dict[str, Any]) -> dict[str, np.ndarray]:
-    sown = jax.device_get(sown)
-    proposals: Proposals | None = sown.pop("proposals", None)
-    found = {"pixels": np.asarray(batch.pixels)}
-    if proposals is None:
-        return found | sown
-    valid = np.asarray(proposals.valid)
-    found |= {name: value[valid] if name in OF_PROPOSALS else value for name, value in sown.items()}
-    return found | {"proposals": np.asarray(proposals.boxes)[valid], PROPOSAL_IMAGE: np.nonzero(valid)[0]}
-
-
-def run_reference(
-    model: torch.nn.Module, images: list[np.ndarray], *, keep_stages: bool = True
-) -> tuple[list[Detection], dict[str, np.ndarray]]:
-    """Runs torchvision's model, with exact per-class NMS and RoI scales inferred anew.
-
-    Args:
-        model: torchvision's, in evaluation mode.
-        images: [H, W, 3] uint8, or floats in [0, 1].
-        keep_stages: record the stages.
-
-    Returns:
-        Detections, and stages in our names and layouts (NHWC), in the order of computation.
-    """
-    dtype = next(model.parameters()).dtype
-    tensors = []
-    for image in images:
-        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        tensors.append(tensor.to(dtype) / 255 if image.dtype == np.uint8 else tensor.to(dtype))
-    reference.reset_roi_scales(model)
-    recorded: dict[str, np.ndarray] = {}
-    recording = _recording(model, recorded) if keep_stages else contextlib.nullcontext()
-    with torch.no_grad(), reference.exact_nms(), recording:
-        outputs = model(tensors)
-    detections = [{name: output[name].numpy() for name in ("boxes", "scores", "labels")} for output in outputs]
-    return detections, recorded
-
-
-@contextlib.contextmanager
-def _recording(model: Any, recorded: dict[str, np.ndarray]) -> Iterator[None]:
-    """While it lasts, the model's stages are written into ``recorded`` under our names."""
-
-    def channels_last(x: torch.Tensor) -> np.ndarray:
-        return x.permute(0, 2, 3, 1).contiguous().numpy()
-
-    def flat(x: torch.Tensor, width: int) -> torch.Tensor:  # [B, A * width, h, w] -> [B, hwA, width]
-        batch, _, height, columns = x.shape
-        x = x.reshape(batch, -1, width, height, columns).permute(0, 3, 4, 1, 2)
-        return x.reshape(batch, -1, width)
-
-    def pixels(_: Any, __: Any, output: Any) -> None:
-        recorded["pixels"] = channels_last(output[0].tensors)
-
-    def stage(name: str) -> Any:
-        def hook(_: Any, __: Any, output: torch.Tensor) -> None:
-            recorded[name] = channels_last(output)
-
-        return hook
-
-    def pyramid(_: Any, __: Any, output: dict[str, torch.Tensor]) -> None:
-        finest = 3 if is_fcos else 2
-        for i, (name, x) in enumerate(output.items()):
-            recorded[name if name in ("p6", "p7", "pool") else f"p{finest + i}"] = channels_last(x)
-
-    def fcos_head(_: Any, __: Any, output: dict[str, torch.Tensor]) -> None:
-        recorded.update({name: x.numpy() for name, x in output.items()})
-
-    def rpn_head(_: Any, __: Any, output: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
-        recorded["objectness"] = torch.cat([flat(x, 1) for x in output[0]], dim=1)[..., 0].numpy()
-        recorded["pred_bbox_deltas"] = torch.cat([flat(x, 4) for x in output[1]], dim=1).numpy()
-
-    def rpn(_: Any, __: Any, output: tuple[list[torch.Tensor], Any]) -> None:
-        recorded["proposals"] = torch.cat(output[0]).numpy()
-        recorded[PROPOSAL_IMAGE] = np.repeat(np.arange(len(output[0])), [len(boxes) for boxes in output[0]])
-
-    def predictor(_: Any, __: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        recorded["class_logits"], recorded["box_regression"] = (x.numpy() for x in output)
-        recorded["class_scores"] = output[0].softmax(dim=-1).numpy()
-
-    reference.torchvision()
-    from torchvision.models import detection
-
-    is_fcos = isinstance(model, detection.FCOS)
-    body = model.backbone.body
-    hooks = [(model.transform, pixels)]
-    hooks += [(body[f"layer{i}"], stage(f"c{i + 1}")) for i in range(1, 5)]
-    hooks += [(model.backbone, pyramid)]
-    if is_fcos:
-        hooks += [(model.head, fcos_head)]
-    else:
-        heads = model.roi_heads
-        hooks += [(model.rpn.head, rpn_head), (model.rpn, rpn)]
-        hooks += [(heads.box_roi_pool, stage("roi_features")), (heads.box_predictor, predictor)]
-    handles = [module.register_forward_hook(hook) for module, hook in hooks]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def both_sides(

@@ -1,8 +1,9 @@
 """torchvision's FCOS and Faster R-CNN v2 detectors in JAX/Flax: the same answers, convertible both ways."""
 
 from flaxdet import convert, ops
-from flaxdet.builders import fasterrcnn_resnet50_fpn_v2, fcos_resnet50_fpn, load, load_categories, save
+from flaxdet.builders import fasterrcnn_resnet50_fpn_v2, fcos_resnet50_fpn
 from flaxdet.draw import draw_detections
+from flaxdet.files import load, load_categories, save
 from flaxdet.models import FCOS, FasterRCNN
 from flaxdet.ops import AnchorGenerator
 from flaxdet.predict import predict

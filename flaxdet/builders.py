@@ -1,45 +1,37 @@
-"""torchvision's two builders, and files: ``load`` and ``save``."""
+"""torchvision's two builders."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from flaxdet.convert import checkpoint
-from flaxdet.convert.identify import identify
-from flaxdet.convert.state_dict import backbone_from_torchvision, from_torchvision, to_torchvision
+from flaxdet.convert.state_dict import backbone_from_torchvision, from_torchvision
 from flaxdet.models.detector import example_batch
 from flaxdet.models.faster_rcnn import FasterRCNN, default_anchor_generator
 from flaxdet.models.fcos import FCOS
-from flaxdet.models.roi_heads import FastRCNNConvFCHead, MultiScaleRoIAlign
+from flaxdet.models.roi_heads import FastRCNNConvFCHead
 from flaxdet.models.rpn import RPNHead
 from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 from flaxdet.nn.resnet import ResNet
-from flaxdet.ops import AnchorGenerator
 from flaxdet.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights
 
 Variables = dict[str, Any]
 
 NUM_COCO_CLASSES = 91
-METADATA_KEY = "flaxdet"  # of the JSON in our safetensors files
 # Set by the builders themselves, so not to be passed through **kwargs.
-_OWN_FIELDS = {"backbone", "num_classes", "trainable_backbone_layers", "dtype", "param_dtype", "precision"}
-_OWN_PARTS = {
+OWN_FIELDS = {"backbone", "num_classes", "trainable_backbone_layers", "dtype", "param_dtype", "precision"}
+OWN_PARTS = {
     "fcos_resnet50_fpn": (),
     "fasterrcnn_resnet50_fpn_v2": ("rpn_anchor_generator", "rpn_head", "box_head"),
 }
-_MODELS = {"fcos_resnet50_fpn": FCOS, "fasterrcnn_resnet50_fpn_v2": FasterRCNN}
-# Small frozen dataclasses among the options, which a file's metadata can hold.
-_STORED_PARTS = {"AnchorGenerator": AnchorGenerator, "MultiScaleRoIAlign": MultiScaleRoIAlign}
+BUILDERS = {"fcos_resnet50_fpn": FCOS, "fasterrcnn_resnet50_fpn_v2": FasterRCNN}
 
 
 def fcos_resnet50_fpn(
@@ -239,14 +231,14 @@ def make_model(
         TypeError: for a keyword that is unknown or that the builder sets itself.
         ValueError: for an unknown builder, fewer than one class, or a frozen v2.
     """
-    if builder not in _MODELS:
-        raise ValueError(f"unknown model {builder!r}; expected one of {', '.join(_MODELS)}")
+    if builder not in BUILDERS:
+        raise ValueError(f"unknown model {builder!r}; expected one of {', '.join(BUILDERS)}")
     for name in kwargs:
-        if name in _OWN_PARTS[builder]:
+        if name in OWN_PARTS[builder]:
             raise TypeError(f"{builder}() got multiple values for keyword argument {name!r}: it makes its own")
-        known = {field.name for field in dataclasses.fields(_MODELS[builder])} - {"parent", "name"}
-        if name not in known - _OWN_FIELDS:
-            taken = ", ".join(sorted(known - _OWN_FIELDS - set(_OWN_PARTS[builder])))
+        known = {field.name for field in dataclasses.fields(BUILDERS[builder])} - {"parent", "name"}
+        if name not in known - OWN_FIELDS:
+            taken = ", ".join(sorted(known - OWN_FIELDS - set(OWN_PARTS[builder])))
             raise TypeError(f"{builder}() got an unexpected keyword argument {name!r}; it takes {taken}")
     if num_classes < 1:
         raise ValueError(f"num_classes should be at least 1, got {num_classes}")
@@ -287,7 +279,6 @@ def initial_variables(model: FCOS | FasterRCNN, key: jax.Array) -> Variables:
     Returns:
         {"params": ..., "batch_stats": ...} in the model's ``param_dtype``.
     """
-
     if isinstance(jax.random.key_data(key), Tracer):  # under eval_shape or jit, where only those compile
         return _init(model, key)
     return _jitted_init(jax.default_backend())(model, key)
@@ -303,143 +294,3 @@ def _jitted_init(backend: str) -> Callable[[FCOS | FasterRCNN, jax.Array], Varia
     # Hundreds of small random draws: on a CPU, optimising them takes longer than running them.
     options = {"xla_backend_optimization_level": 0} if backend == "cpu" else None
     return jax.jit(_init, static_argnums=0, compiler_options=options)
-
-
-def load(path: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variables]:
-    """Reads a model from a file: our own .safetensors, or torchvision's .pth or .safetensors.
-
-    Our own files carry builder, options and category names. Of torchvision's, the architecture, the number of
-    classes and the kind of BatchNorm are told from keys and shapes; what a state_dict does not hold, such as
-    ``min_size`` or thresholds, has torchvision's default unless given here.
-
-    Args:
-        path: the file.
-        **overrides: options of the builder that replace the file's or the default: fields of the model's class,
-            ``dtype``, ``param_dtype``, ``precision``, ``trainable_backbone_layers``, and ``frozen_bn``.
-
-    Returns:
-        The model and its variables.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        flaxdet.convert.CheckpointError: if it is no checkpoint of either architecture.
-        flaxdet.convert.StateDictError: if its keys, shapes or values don't fit.
-        TypeError: for an unknown override.
-    """
-    state_dict = checkpoint.read(path)
-    stored = _stored_options(path)
-    builder, found = identify(state_dict, source=str(path))
-    if stored is None:
-        options: dict[str, Any] = found
-    else:
-        if stored["builder"] != builder:
-            raise checkpoint.CheckpointError(
-                f"{path}: its metadata says {stored['builder']}, its keys say {builder}: the file was tampered with"
-            )
-        options = {**found, **{name: _unstore(value) for name, value in stored["options"].items()}}
-    model = make_model(builder, **{**options, **overrides})
-    return model, from_torchvision(model, state_dict, source=str(path))
-
-
-def save(
-    path: str | Path,
-    model: FCOS | FasterRCNN,
-    variables: Variables,
-    *,
-    categories: Sequence[str] | None = None,
-) -> None:
-    """Writes a model to a file that ``load`` and torchvision can read.
-
-    The tensors have torchvision's keys and layouts in both formats: ``.safetensors``, which also carries the
-    builder, its options and category names, or ``.pth``, which ``torch.load`` and
-    ``load_state_dict(strict=True)`` take.
-
-    Args:
-        path: the target, ending in .safetensors or .pth; replaced at once, or not at all.
-        model: a model of one of the two builders.
-        variables: its variables.
-        categories: name of each label, label 0 first.
-
-    Raises:
-        ValueError: for another ending, a number of categories that isn't num_classes, or, with .safetensors, a
-            model that neither builder makes.
-        OSError: if the file can't be written; nothing is left behind then.
-    """
-    path = Path(path)
-    if categories is not None and len(categories) != _num_classes(model):
-        raise ValueError(
-            f"categories should name every label, background included: expected {_num_classes(model)} names, "
-            f"got {len(categories)}"
-        )
-    if path.suffix == ".pth":
-        checkpoint.write_pth(path, to_torchvision(model, variables))
-    elif path.suffix == ".safetensors":
-        description = {**_describe(model), "categories": None if categories is None else list(categories)}
-        metadata = {METADATA_KEY: json.dumps(description)}
-        checkpoint.write_safetensors(path, to_torchvision(model, variables), metadata)
-    else:
-        raise ValueError(f"{path}: expected a name ending in .safetensors or .pth")
-
-
-def load_categories(path: str | Path) -> list[str] | None:
-    """Names of the labels that a file of ours carries, label 0 first; ``None`` where it has none."""
-    stored = _stored_options(path)
-    return None if stored is None else stored["categories"]
-
-
-def _stored_options(path: str | Path) -> dict[str, Any] | None:
-    metadata = checkpoint.read_metadata(path)
-    if METADATA_KEY not in metadata:
-        return None
-    try:
-        stored = json.loads(metadata[METADATA_KEY])
-        return {name: stored[name] for name in ("builder", "options", "categories")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise checkpoint.CheckpointError(
-            f"{path}: expected flaxdet's description of the model in its metadata, got something unreadable ({error})"
-        ) from None
-
-
-def _describe(model: FCOS | FasterRCNN) -> dict[str, Any]:
-    """Builder and options from which ``make_model`` makes this very model again."""
-    builder = next((name for name, kind in _MODELS.items() if type(model) is kind), None)
-    if builder is None:
-        raise ValueError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}")
-    body = getattr(model.backbone, "body", None)
-    options: dict[str, Any] = {
-        "num_classes": _num_classes(model),
-        "frozen_bn": bool(getattr(body, "frozen_bn", False)),
-        "trainable_backbone_layers": model.trainable_backbone_layers,
-    }
-    dtypes = {"dtype": model.dtype, "param_dtype": model.param_dtype, "precision": model.precision}
-    skipped = {*_OWN_FIELDS, *_OWN_PARTS[builder], "head", "box_predictor", "parent", "name"}
-    standard = make_model(builder, **options, **dtypes)
-    for field in dataclasses.fields(model):
-        value = getattr(model, field.name)
-        if field.name not in skipped and value != getattr(standard, field.name):
-            options[field.name] = value
-    if make_model(builder, **options, **dtypes) != model:
-        raise ValueError(
-            f"a .safetensors file stores the options of {builder}, and this model has parts that the builder does "
-            "not make (another backbone, head or predictor); save it as .pth, or its variables on their own"
-        )
-    return {"builder": builder, "options": {name: _store(value) for name, value in options.items()}}
-
-
-def _store(value: Any) -> Any:
-    if type(value).__name__ in _STORED_PARTS:
-        return {"type": type(value).__name__, **dataclasses.asdict(value)}
-    return value
-
-
-def _unstore(value: Any) -> Any:
-    if isinstance(value, dict):
-        fields = dict(value)
-        return _STORED_PARTS[fields.pop("type")](**fields)
-    return value
-
-
-def _num_classes(model: FCOS | FasterRCNN) -> int:
-    if model.num_classes is not None:
-        return model.num_classes
-    return model.box_predictor.num_classes  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]

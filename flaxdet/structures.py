@@ -128,8 +128,6 @@ class TransformConfig:
             "image_std": tuple(float(value) for value in std),
             "fixed_size": None if self.fixed_size is None else tuple(self.fixed_size),
         }
-        for name, value in normalised.items():
-            object.__setattr__(self, name, value)
         if not normalised["min_size"] or not all(size > 0 for size in normalised["min_size"]):
             raise ValueError(f"min_size should be one or more positive numbers, got {self.min_size!r}")
         if self.max_size <= 0:
@@ -146,3 +144,5 @@ class TransformConfig:
         fixed = normalised["fixed_size"]
         if fixed is not None and (len(fixed) != 2 or not all(side > 0 for side in fixed)):
             raise ValueError(f"fixed_size should be (width, height), both positive, got {self.fixed_size!r}")
+        for name, value in normalised.items():
+            object.__setattr__(self, name, value)

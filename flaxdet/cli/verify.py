@@ -129,13 +129,13 @@ class Verify:
             hidden = match.count > _DRAWN or match.ours > _DRAWN
             best = f", the best {_DRAWN} shown" if hidden else ""
             titles = (f"torchvision: {match.count}{best}", f"flaxdet: {match.ours}, {match.matched} matched{best}")
-            pictures = [
+            left, right = (
                 draw_detections(image, _best(detections[0]), categories=categories)
                 for detections in (found.theirs, found.ours)
-            ]
+            )
             stem = f"verify_{name}" if len(images) == 1 else f"verify_{name}_{path.stem}"
             target = self.out / free_name(stem, ".png", taken)
-            picture = Image.fromarray(side_by_side(*pictures, titles))
+            picture = Image.fromarray(side_by_side(left, right, titles))
             with checkpoint.replacing(target) as file:
                 picture.save(file, format="PNG")
             print(f"  picture: {target}")

@@ -55,6 +55,7 @@ class Detector(TypedModule):
                 "channels (assumed to be the same for all the levels)"
             )
         super().__post_init__()
+        _ = self.transform  # a geometry that can't be shows here, not at the first image
 
     @property
     def transform(self) -> TransformConfig:

@@ -1,0 +1,174 @@
+"""Models in files: ``load`` and ``save``.
+
+Every file holds a state_dict with torchvision's keys and layouts. Our own .safetensors also describe the model:
+builder, options and names of the labels, as JSON in the metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from flaxdet.builders import BUILDERS, OWN_FIELDS, OWN_PARTS, Variables, make_model
+from flaxdet.convert import checkpoint
+from flaxdet.convert.identify import identify
+from flaxdet.convert.state_dict import from_torchvision, to_torchvision
+from flaxdet.models.faster_rcnn import FasterRCNN
+from flaxdet.models.fcos import FCOS
+from flaxdet.models.roi_heads import MultiScaleRoIAlign
+from flaxdet.ops import AnchorGenerator
+
+METADATA_KEY = "flaxdet"
+# Small frozen dataclasses among the options, which the description can hold.
+_STORED_PARTS = {"AnchorGenerator": AnchorGenerator, "MultiScaleRoIAlign": MultiScaleRoIAlign}
+
+
+def load(path: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variables]:
+    """Reads a model from a file: our own .safetensors, or torchvision's .pth or .safetensors.
+
+    Our own files carry builder, options and category names. Of torchvision's, the architecture, the number of
+    classes and the kind of BatchNorm are told from keys and shapes; what a state_dict does not hold, such as
+    ``min_size`` or thresholds, has torchvision's default unless given here.
+
+    Args:
+        path: the file.
+        **overrides: options of the builder that replace the file's or the default: fields of the model's class,
+            ``dtype``, ``param_dtype``, ``precision``, ``trainable_backbone_layers``, and ``frozen_bn``.
+
+    Returns:
+        The model and its variables.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        flaxdet.convert.CheckpointError: if it is no checkpoint of either architecture.
+        flaxdet.convert.StateDictError: if its keys, shapes or values don't fit.
+        TypeError: for an unknown override.
+    """
+    state_dict = checkpoint.read(path)
+    stored = _stored_options(path)
+    builder, options = identify(state_dict, source=str(path))
+    if stored is not None:
+        if stored["builder"] != builder:
+            raise checkpoint.CheckpointError(
+                f"{path}: its metadata says {stored['builder']}, its keys say {builder}: the file was tampered with"
+            )
+        options |= stored["options"]
+        try:
+            make_model(builder, **options)
+        except (TypeError, ValueError) as error:
+            raise checkpoint.CheckpointError(f"{path}: the options in its metadata make no model: {error}") from error
+    model = make_model(builder, **{**options, **overrides})
+    return model, from_torchvision(model, state_dict, source=str(path))
+
+
+def save(
+    path: str | Path,
+    model: FCOS | FasterRCNN,
+    variables: Variables,
+    *,
+    categories: Sequence[str] | None = None,
+) -> None:
+    """Writes a model to a file that ``load`` and torchvision can read.
+
+    The tensors have torchvision's keys and layouts in both formats: ``.safetensors``, which also carries the
+    builder, its options and category names, or ``.pth``, which ``torch.load`` and
+    ``load_state_dict(strict=True)`` take.
+
+    Args:
+        path: the target, ending in .safetensors or .pth; replaced at once, or not at all.
+        model: a model of one of the two builders.
+        variables: its variables.
+        categories: name of each label, label 0 first.
+
+    Raises:
+        ValueError: for another ending, a number of categories that isn't num_classes, or, with .safetensors, a
+            model that neither builder makes.
+        OSError: if the file can't be written; nothing is left behind then.
+    """
+    path = Path(path)
+    if categories is not None and len(categories) != _num_classes(model):
+        raise ValueError(
+            f"categories should name every label, background included: expected {_num_classes(model)} names, "
+            f"got {len(categories)}"
+        )
+    if path.suffix == ".pth":
+        checkpoint.write_pth(path, to_torchvision(model, variables))
+    elif path.suffix == ".safetensors":
+        description = {**_describe(model), "categories": None if categories is None else list(categories)}
+        metadata = {METADATA_KEY: json.dumps(description)}
+        checkpoint.write_safetensors(path, to_torchvision(model, variables), metadata)
+    else:
+        raise ValueError(f"{path}: expected a name ending in .safetensors or .pth")
+
+
+def load_categories(path: str | Path) -> list[str] | None:
+    """Names of the labels that a file of ours carries, label 0 first; ``None`` where it has none."""
+    stored = _stored_options(path)
+    return None if stored is None else stored["categories"]
+
+
+def _stored_options(path: str | Path) -> dict[str, Any] | None:
+    metadata = checkpoint.read_metadata(path)
+    if METADATA_KEY not in metadata:
+        return None
+    try:
+        stored = json.loads(metadata[METADATA_KEY])
+        return {
+            "builder": stored["builder"],
+            "options": {name: _unstore(value) for name, value in stored["options"].items()},
+            "categories": stored["categories"],
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise checkpoint.CheckpointError(
+            f"{path}: expected flaxdet's description of the model in its metadata, got something unreadable ({error})"
+        ) from None
+
+
+def _describe(model: FCOS | FasterRCNN) -> dict[str, Any]:
+    """Builder and options from which ``make_model`` makes this very model again."""
+    builder = next((name for name, kind in BUILDERS.items() if type(model) is kind), None)
+    if builder is None:
+        raise ValueError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}")
+    body = getattr(model.backbone, "body", None)
+    options: dict[str, Any] = {
+        "num_classes": _num_classes(model),
+        "frozen_bn": bool(getattr(body, "frozen_bn", False)),
+        "trainable_backbone_layers": model.trainable_backbone_layers,
+    }
+    dtypes = {"dtype": model.dtype, "param_dtype": model.param_dtype, "precision": model.precision}
+    skipped = {*OWN_FIELDS, *OWN_PARTS[builder], "head", "box_predictor", "parent", "name"}
+    standard = make_model(builder, **options, **dtypes)
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if field.name not in skipped and value != getattr(standard, field.name):
+            options[field.name] = value
+    if make_model(builder, **options, **dtypes) != model:
+        raise ValueError(
+            f"a .safetensors file stores the options of {builder}, and this model has parts that the builder does "
+            "not make (another backbone, head or predictor); save it as .pth, or its variables on their own"
+        )
+    return {"builder": builder, "options": {name: _store(value) for name, value in options.items()}}
+
+
+def _store(value: Any) -> Any:
+    if type(value).__name__ in _STORED_PARTS:
+        return {"type": type(value).__name__, **dataclasses.asdict(value)}
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _unstore(value: Any) -> Any:
+    if isinstance(value, dict):
+        fields = dict(value)
+        return _STORED_PARTS[fields.pop("type")](**fields)
+    return value
+
+
+def _num_classes(model: FCOS | FasterRCNN) -> int:
+    if model.num_classes is not None:
+        return model.num_classes
+    return model.box_predictor.num_classes  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]

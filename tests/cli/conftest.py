@@ -1,0 +1,104 @@
+"""One saved model that all tests of the command line share, photos, and a way to run a command."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import flaxdet
+from flaxdet.builders import initial_variables, make_model
+from flaxdet.cli import detect as detect_command
+from flaxdet.cli.main import main
+
+NAMES = ["__background__", "Platelets", "RBC", "white cell"]
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The error message, which has to be one line."""
+        assert self.status != 0
+        assert "Traceback" not in self.err
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        return lines[0]
+
+
+@pytest.fixture
+def run(capfd) -> Callable[..., Result]:
+    """Runs a command in this process."""
+
+    def run(*arguments: object) -> Result:
+        capfd.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return Result(status, *capfd.readouterr())
+
+    return run
+
+
+def random_variables(model, seed: int = 0) -> dict:
+    """Variables under which an FCOS finds things: drawn by numpy, which is quicker than compiling an init."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        names = [entry.key for entry in path]
+        if names[-1] == "kernel":
+            kernel = rng.standard_normal(leaf.shape, np.float32) / np.sqrt(np.prod(leaf.shape[:-1]), dtype=np.float32)
+            if names[-2] == "cls_logits":  # all classes alike, although features after a ReLU have a mean
+                kernel = 2 * (kernel - kernel.mean(axis=(0, 1, 2)))
+            return kernel
+        if names[-1] in ("scale", "var"):
+            return np.full(leaf.shape, 0.5 if names[-2] == "bn3" else 1, np.float32)
+        return np.full(leaf.shape, -4 if names[-2] == "cls_logits" else 0, np.float32)
+
+    abstract = jax.eval_shape(functools.partial(initial_variables, model), jax.random.key(0))
+    return jax.tree_util.tree_map_with_path(draw, abstract)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """An FCOS of 4 classes in our own format, with small images and names of classes in its metadata."""
+    model = make_model("fcos_resnet50_fpn", num_classes=4, min_size=96, max_size=160)
+    path = tmp_path_factory.mktemp("weights") / "cells.safetensors"
+    flaxdet.save(path, model, random_variables(model), categories=NAMES)
+    return path
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Loads the same weights with the same options only once in the session: reading them is another test's."""
+    monkeypatch.setattr(detect_command, "load_model", _load_model)
+
+
+@functools.cache
+def _load_model(*arguments, **options):
+    from flaxdet.cli.options import load_model
+
+    return load_model(*arguments, **options)
+
+
+@pytest.fixture
+def write_photo() -> Callable[..., Path]:
+    """Writes a photo of 60x80 pixels, which a model of 96x160 resizes to one canvas of 96x128."""
+
+    def write(path: Path, seed: int = 0) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rng = np.random.default_rng(seed)
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        image = coarse.resize((80, 60), Image.Resampling.BICUBIC)
+        options = {"quality": 95} if path.suffix == ".jpg" else {}
+        image.save(path, **options)
+        return path
+
+    return write
