@@ -27,7 +27,7 @@ def call_part(part: Any, *args: Any, role: str, **options: Any) -> Any:
     its bucket, a part that doesn't take it would see the padding, and the answer would be silently wrong.
 
     Raises:
-        ValueError: if the part takes no ``canvas``, ``extents`` or ``mask`` and one is needed.
+        ValueError: if the part takes no ``canvas`` or ``extents`` and one is needed.
     """
     parameters = inspect.signature(type(part).__call__).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
