@@ -38,7 +38,8 @@ def load(path: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variabl
     Args:
         path: the file.
         **overrides: options of the builder that replace the file's or the default: fields of the model's class,
-            ``dtype``, ``param_dtype``, ``precision``, ``trainable_backbone_layers``, and ``frozen_bn``.
+            ``dtype``, ``param_dtype``, ``precision``, ``trainable_backbone_layers``, and ``frozen_bn``. The dtype is
+            float32 unless given here, whatever the tensors' in the file.
 
     Returns:
         The model and its variables.
@@ -93,7 +94,7 @@ def save(
     path = Path(path)
     if categories is not None and len(categories) != _num_classes(model):
         raise ValueError(
-            f"categories should name every label, background included: expected {_num_classes(model)} names, "
+            f"{path}: categories should name every label, background included: expected {_num_classes(model)} names, "
             f"got {len(categories)}"
         )
     if path.suffix == ".pth":

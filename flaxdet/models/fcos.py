@@ -151,7 +151,8 @@ class FCOS(Detector):
         precision: of every convolution and product.
 
     Raises:
-        ValueError: for a backbone without out_channels, or more than one anchor a location.
+        ValueError: for a backbone without out_channels, more than one anchor a location, or a head of another
+            number of classes.
         TypeError: for an anchor generator of another kind.
     """
 
@@ -197,6 +198,10 @@ class FCOS(Detector):
                 parent=None,
             )
             object.__setattr__(self, "head", head)
+        if getattr(self.head, "num_classes", self.num_classes) != self.num_classes:
+            raise ValueError(
+                f"head has {self.head.num_classes} classes, num_classes is {self.num_classes}: they should agree"  # pyright: ignore
+            )
         super().__post_init__()
 
     def __call__(self, batch: ImageBatch, *, train: bool = False) -> Detections:
