@@ -165,7 +165,8 @@ def compare(
     ours, our_stages = run(model, variables, batch)
     seconds = their_seconds = 0.0
     if timed:
-        detect(model, variables, batch)  # without the stages it is another program, which is compiled here
+        # without the stages it is another program, which is compiled here, and must have run before the clock starts
+        jax.block_until_ready(detect(model, variables, batch))
         start = time.perf_counter()
         batch = transform(images, model.transform, canvas="batch", dtype=model.box_dtype)
         ours = unpad(detect(model, variables, batch))
