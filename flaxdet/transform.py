@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int, Shaped
 
 from flaxdet.ops import resize_boxes
-from flaxdet.structures import Detections, ImageBatch, TransformConfig
+from flaxdet.structures import Detections, ImageBatch, Targets, TransformConfig
 
 Array = jax.Array
 Canvas = Literal["image", "batch"]
@@ -263,3 +263,71 @@ def to_original(detections: Detections, batch: ImageBatch) -> Detections:
     """Detections in the pixels of the original images (torchvision's GeneralizedRCNNTransform.postprocess)."""
     boxes = jax.vmap(resize_boxes)(detections.boxes, batch.size, batch.original_size)
     return detections.replace(boxes=boxes)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def transform_targets(
+    targets: Sequence[Mapping[str, Any]],
+    batch: ImageBatch,
+    *,
+    max_boxes: int | None = None,
+    num_classes: int | None = None,
+) -> Targets:
+    """Builds the padded ground truth of a batch, in the pixels of its resized images.
+
+    Args:
+        targets: for each image {"boxes": [N, 4] xyxy in pixels of the original image, "labels": [N] integers};
+            an image may have no boxes.
+        batch: the images, from ``transform``.
+        max_boxes: G, slots of an image; default the largest N, at least 1.
+        num_classes: if given, labels must be below it.
+
+    Returns:
+        Targets in the dtype of the batch's pixels.
+
+    Raises:
+        ValueError: for a box without positive height and width (torchvision's error), boxes that are not [N, 4] or
+            not finite, as many labels as there are not boxes, labels out of range, more boxes than ``max_boxes``, or
+            another number of targets than of images; each names the image.
+        TypeError: for labels that are not integers.
+    """
+    dtype = np.dtype(batch.pixels.dtype)
+    count = batch.size.shape[0]
+    if len(targets) != count:
+        raise ValueError(f"expected a target for each of {count} images, got {len(targets)}")
+    rows = [_check_target(target, i, num_classes) for i, target in enumerate(targets)]
+    largest = max(len(boxes) for boxes, _ in rows)
+    slots = max(largest, 1) if max_boxes is None else max_boxes
+    if largest > slots:
+        i = next(i for i, (boxes, _) in enumerate(rows) if len(boxes) > slots)
+        raise ValueError(f"image {i} has {len(rows[i][0])} boxes, more than max_boxes={slots}: raise it")
+    boxes, labels = np.zeros((count, slots, 4), dtype), np.zeros((count, slots), np.int32)
+    valid = np.zeros((count, slots), bool)
+    for i, (own_boxes, own_labels) in enumerate(rows):
+        boxes[i, : len(own_boxes)], labels[i, : len(own_boxes)] = own_boxes, own_labels
+        valid[i, : len(own_boxes)] = True
+    resized = jax.vmap(resize_boxes)(jnp.asarray(boxes), batch.original_size, batch.size)
+    return Targets(boxes=resized, labels=jnp.asarray(labels), valid=jnp.asarray(valid))
+
+
+def _check_target(target: Mapping[str, Any], i: int, num_classes: int | None) -> tuple[np.ndarray, np.ndarray]:
+    boxes, labels = np.asarray(target["boxes"]), np.asarray(target["labels"])
+    if boxes.size == 0:
+        boxes, labels = boxes.reshape(0, 4), labels.reshape(-1)
+    if boxes.ndim != 2 or boxes.shape[-1] != 4:
+        raise ValueError(
+            f"Expected target boxes to be a tensor of shape [N, 4], got {list(boxes.shape)} for target at index {i}."
+        )
+    if labels.shape != boxes.shape[:1]:
+        raise ValueError(f"image {i}: expected a label for each of {len(boxes)} boxes, got {list(labels.shape)}")
+    if labels.size and not np.issubdtype(labels.dtype, np.integer):
+        raise TypeError(f"image {i}: target labels should be integers, got {labels.dtype}")
+    bad = ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
+    if bad.any():
+        raise ValueError(
+            "All bounding boxes should have positive height and width. Found invalid box "
+            f"{boxes[bad.argmax()].tolist()} for target at index {i}."
+        )
+    out = (labels < 0) | (labels >= (np.inf if num_classes is None else num_classes))
+    if out.any():
+        raise ValueError(f"image {i}: label {labels[out.argmax()]} should be from 0 to {num_classes} - 1")
+    return boxes, labels

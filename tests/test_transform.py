@@ -20,6 +20,7 @@ from flaxdet.transform import (
     resized_size,
     to_original,
     transform,
+    transform_targets,
 )
 
 needs_torch = pytest.mark.skipif(
@@ -442,3 +443,42 @@ def test_good_images_pass():
     one = math.nextafter(1, 2)
     with pytest.raises(ValueError, match="expected floats in"):
         check_image(np.full((1, 1, 3), one), "image")
+
+
+def target(boxes, labels):
+    return {"boxes": np.asarray(boxes, np.float32), "labels": np.asarray(labels, np.int64)}
+
+
+def test_targets_are_resized_and_padded():
+    batch = transform([noise(40, 60), noise(30, 30)], TransformConfig(min_size=80, max_size=200))
+    targets = transform_targets([target([[0, 0, 30, 20], [6, 4, 60, 40]], [1, 2]), target([], [])], batch, max_boxes=3)
+    np.testing.assert_array_equal(targets.valid, [[True, True, False], [False] * 3])
+    np.testing.assert_array_equal(targets.labels, [[1, 2, 0], [0, 0, 0]])
+    np.testing.assert_allclose(targets.boxes[0], [[0, 0, 60, 40], [12, 8, 120, 80], [0] * 4], rtol=1e-6)
+    assert transform_targets([target([], []), target([], [])], batch).boxes.shape == (2, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (target([[1, 1, 5, 5], [3, 3, 3, 9]], [1, 1]), r"positive height and width. Found invalid box \[3.0, 3.0, 3.0"),
+        (target([[1, 1, np.nan, 5]], [1]), "Found invalid box .* for target at index 1"),
+        (target([[1, 1, 5]], [1]), r"of shape \[N, 4\], got \[1, 3\] for target at index 1"),
+        (target([[1, 1, 5, 5]], [1, 2]), r"image 1: expected a label for each of 1 boxes, got \[2\]"),
+        (target([[1, 1, 5, 5]], [7]), "image 1: label 7 should be from 0 to 7 - 1"),
+        (target([[1, 1, 5, 5]], [-1]), "image 1: label -1 should be"),
+        (target([[1, 1, 5, 5]] * 4, [1] * 4), "image 1 has 4 boxes, more than max_boxes=3"),
+    ],
+)
+def test_bad_targets(bad, message):
+    batch = transform([noise(40, 60), noise(30, 30)], TransformConfig(min_size=80, max_size=200))
+    with pytest.raises(ValueError, match=message):
+        transform_targets([target([[0, 0, 30, 20]], [1]), bad], batch, max_boxes=3, num_classes=7)
+
+
+def test_targets_need_one_for_each_image_and_integer_labels():
+    batch = transform([noise(40, 60)], TransformConfig(min_size=80, max_size=200))
+    with pytest.raises(ValueError, match="a target for each of 1 images, got 2"):
+        transform_targets([target([], [])] * 2, batch)
+    with pytest.raises(TypeError, match="image 0: target labels should be integers, got float32"):
+        transform_targets([{"boxes": np.array([[1, 1, 2, 2]]), "labels": np.ones(1, np.float32)}], batch)

@@ -22,3 +22,9 @@ OP_F32 = 2e-6  # relative: a handful of operations at 6e-8 each
 # from one pixel to the next.
 ROI_ALIGN_F32 = 3e-5
 ROI_ALIGN_BF16 = 2e-2  # of the largest feature: features and results have 8 bits
+
+# Training in float64, sampling exhaustive on both sides.
+LOSS_F64 = 1e-9  # relative, and absolute where a loss is zero
+GRADIENT_F64 = 1e-7  # of each tensor's norm: thousands of terms that cancel, through 60 layers
+GRADIENT_FLOOR_F64 = 1e-12  # where the norm itself is rounding
+BATCH_STATS_F64 = 1e-9  # relative

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from flaxdet.nn.fpn import BackboneWithFPN, Features
 from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, level_extent
+from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import Detections, ImageBatch, TransformConfig
 
 Extents = dict[str, Int[Array, "B 2"]] | None
@@ -133,6 +135,18 @@ def whole_extents(
         levels = [level_extent(canvas, bucket, shape) for shape in shapes]
         extents = jnp.stack(levels, axis=1)  # pyright: ignore[reportArgumentType]
     return canvas, extents
+
+
+def batch_anchors(
+    generator: AnchorGenerator, batch: ImageBatch, shapes: tuple[tuple[int, int], ...], dtype: Dtype
+) -> tuple[Float[Array, "B N 4"], Bool[Array, "B N"]]:
+    """Anchors of all levels one after the other, xyxy in pixels, and which of them lie inside each canvas."""
+
+    def image(canvas: Array, extents: Array) -> tuple[Array, Array]:
+        anchors = generator(canvas, extents, shapes, dtype)
+        return jnp.concatenate(anchors), jnp.concatenate(generator.valid(extents, shapes))
+
+    return jax.vmap(image)(*whole_extents(batch, shapes))
 
 
 def example_batch(size: int = 64) -> ImageBatch:

@@ -9,10 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from flaxdet.models.detector import Detector, call_part, feature_extents, level_shapes, whole_extents
+from flaxdet.models.detector import Detector, batch_anchors, call_part, feature_extents, level_shapes, whole_extents
+from flaxdet.models.losses import roi_losses, rpn_losses, sample_proposals
 from flaxdet.models.roi_heads import (
     FastRCNNPredictor,
     MultiScaleRoIAlign,
@@ -24,7 +26,7 @@ from flaxdet.models.rpn import RPNHead, filter_proposals
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision
 from flaxdet.ops import AnchorGenerator, BoxCoder
-from flaxdet.structures import Detections, ImageBatch, Proposals
+from flaxdet.structures import Detections, ImageBatch, Proposals, Targets
 
 REPRESENTATION_SIZE = 1024
 
@@ -147,31 +149,54 @@ class FasterRCNN(Detector):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, make())
 
-    def __call__(self, batch: ImageBatch, *, train: bool = False) -> Detections:
-        """Detects.
+    def __call__(
+        self,
+        batch: ImageBatch,
+        targets: Targets | None = None,
+        *,
+        train: bool = False,
+        with_detections: bool = False,
+    ) -> Any:
+        """Detects, or computes the losses.
 
         Args:
             batch: images from ``flaxdet.transform``.
-            train: BatchNorm's mode.
+            targets: ground truth in the pixels of the resized images; needs ``rngs={"sampling": key}``.
+            train: BatchNorm's mode (``mutable=["batch_stats"]`` then keeps its statistics) and the RPN's numbers of
+                candidates. Targets with ``train=False`` give validation losses.
+            with_detections: with targets, return the detections too, those of test-time proposals.
 
         Returns:
-            Detections in the pixels of the resized images.
+            Without targets: ``Detections`` in the pixels of the resized images. With targets: torchvision's losses
+            {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}, or the pair (losses,
+            detections).
         """
         features = self.features(batch, train=train)
-        proposals = self.propose(features, batch, train=train)
+        shapes = level_shapes(features)
+        objectness, deltas = self.rpn(features, batch)
+        losses = {}
+        if targets is not None:
+            keys = jax.random.split(self.make_rng("sampling"), (2, batch.size.shape[0]))
+            proposals = self.filter_proposals(objectness, deltas, batch, shapes, train=train)
+            losses = self.compute_loss(features, objectness, deltas, proposals, batch, targets, keys, train=train)
+            if not with_detections:
+                return losses
+            train = False
+        proposals = self.filter_proposals(objectness, deltas, batch, shapes, train=train)
+        self.sow_all({"proposals": proposals})
         class_logits, box_regression = self.box(features, proposals, batch, train=train)
-        return self.postprocess(class_logits, box_regression, proposals, batch)
+        detections = self.postprocess(class_logits, box_regression, proposals, batch)
+        return detections if targets is None else (losses, detections)
 
-    def propose(self, features: Features, batch: ImageBatch, *, train: bool = False) -> Proposals:
-        """Runs the region proposal network.
+    def rpn(self, features: Features, batch: ImageBatch) -> tuple[list[Array], list[Array]]:
+        """Runs the RPN's head.
 
         Args:
             features: of the backbone.
             batch: the images that they belong to.
-            train: takes the training numbers of candidates and proposals.
 
         Returns:
-            Proposals in the pixels of the resized images.
+            Per level the objectness logits [B, hwA] and the offsets [B, hwA, 4].
         """
         objectness, deltas = call_part(
             self.rpn_head, features, role="rpn_head", extents=feature_extents(features, batch)
@@ -184,24 +209,115 @@ class FasterRCNN(Detector):
                 "pred_bbox_deltas": jnp.concatenate(deltas, axis=1),
             }
         )
-        shapes = level_shapes(features)
-        canvas, extents = whole_extents(batch, shapes)
+        return objectness, deltas
+
+    def propose(self, features: Features, batch: ImageBatch, *, train: bool = False) -> Proposals:
+        """Runs the region proposal network.
+
+        Args:
+            features: of the backbone.
+            batch: the images that they belong to.
+            train: takes the training numbers of candidates and proposals.
+
+        Returns:
+            Proposals in the pixels of the resized images.
+        """
+        objectness, deltas = self.rpn(features, batch)
+        return self.filter_proposals(objectness, deltas, batch, level_shapes(features), train=train)
+
+    def filter_proposals(
+        self,
+        objectness: list[Array],
+        deltas: list[Array],
+        batch: ImageBatch,
+        shapes: tuple[tuple[int, int], ...],
+        *,
+        train: bool = False,
+    ) -> Proposals:
+        """The best boxes of the RPN's outputs.
+
+        Args:
+            objectness: logits of each level.
+            deltas: offsets of each level.
+            batch: the images that they belong to.
+            shapes: (h, w) of each level's map.
+            train: takes the training numbers of candidates and proposals.
+
+        Returns:
+            Proposals in the pixels of the resized images.
+        """
         assert self.rpn_anchor_generator is not None
-        proposals = filter_proposals(
+        return filter_proposals(
             objectness,
             deltas,
             self.rpn_anchor_generator,
             shapes,
             batch.size,
-            canvas,
-            extents,
+            *whole_extents(batch, shapes),
             pre_nms_top_n=self.rpn_pre_nms_top_n_train if train else self.rpn_pre_nms_top_n_test,
             post_nms_top_n=self.rpn_post_nms_top_n_train if train else self.rpn_post_nms_top_n_test,
             nms_thresh=self.rpn_nms_thresh,
             score_thresh=self.rpn_score_thresh,
         )
-        self.sow_all({"proposals": proposals})
-        return proposals
+
+    def compute_loss(
+        self,
+        features: Features,
+        objectness: list[Array],
+        deltas: list[Array],
+        proposals: Proposals,
+        batch: ImageBatch,
+        targets: Targets,
+        keys: Array,
+        *,
+        train: bool,
+    ) -> dict[str, Float[Array, ""]]:
+        """The losses of the RPN and of the box head.
+
+        Args:
+            features: of the backbone.
+            objectness: logits of each level, of the RPN's head.
+            deltas: offsets of each level, of the RPN's head.
+            proposals: what the box head trains on is sampled from these and the ground truth.
+            batch: the images.
+            targets: ground truth in the pixels of the resized images.
+            keys: [2, B] random keys, of the RPN's and the box head's sampling.
+            train: BatchNorm's mode in the box head.
+
+        Returns:
+            {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}.
+        """
+        assert self.rpn_anchor_generator is not None
+        anchors, admitted = batch_anchors(self.rpn_anchor_generator, batch, level_shapes(features), self.box_dtype)
+        proposal_losses = rpn_losses(
+            jnp.concatenate(objectness, axis=1),
+            jnp.concatenate(deltas, axis=1),
+            anchors,
+            admitted,
+            targets,
+            keys[0],
+            fg_iou_thresh=self.rpn_fg_iou_thresh,
+            bg_iou_thresh=self.rpn_bg_iou_thresh,
+            batch_size_per_image=self.rpn_batch_size_per_image,
+            positive_fraction=self.rpn_positive_fraction,
+        )
+        sampled, labels, boxes = sample_proposals(
+            proposals,
+            targets,
+            keys[1],
+            fg_iou_thresh=self.box_fg_iou_thresh,
+            bg_iou_thresh=self.box_bg_iou_thresh,
+            batch_size_per_image=self.box_batch_size_per_image,
+            positive_fraction=self.box_positive_fraction,
+        )
+        class_logits, box_regression = self.box(features, sampled, batch, train=train)
+        losses = roi_losses(class_logits, box_regression, sampled, labels, boxes, self.box_coder)
+        return losses | proposal_losses
+
+    @property
+    def box_coder(self) -> BoxCoder:
+        """Of the box head's offsets."""
+        return BoxCoder(self.bbox_reg_weights or (10.0, 10.0, 5.0, 5.0))  # pyright: ignore[reportArgumentType]
 
     def box(
         self, features: Features, proposals: Proposals, batch: ImageBatch, *, train: bool = False
@@ -257,7 +373,7 @@ class FasterRCNN(Detector):
             box_regression,
             proposals,
             batch.size,
-            coder=BoxCoder(self.bbox_reg_weights or (10.0, 10.0, 5.0, 5.0)),  # pyright: ignore[reportArgumentType]
+            coder=self.box_coder,
             score_thresh=self.box_score_thresh,
             nms_thresh=self.box_nms_thresh,
             detections_per_img=self.box_detections_per_img,

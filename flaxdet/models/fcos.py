@@ -19,18 +19,20 @@ from jaxtyping import Float
 from flaxdet.models.detector import (
     Detector,
     Extents,
+    batch_anchors,
     call_part,
     feature_extents,
     gather_detections,
     level_shapes,
     whole_extents,
 )
+from flaxdet.models.losses import fcos_losses
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, mask_beyond, normal_001
 from flaxdet.nn.norm import GroupNorm
 from flaxdet.ops import AnchorGenerator, BoxLinearCoder, clip_boxes_to_image
 from flaxdet.ops.nms import batched_nms
-from flaxdet.structures import Detections, ImageBatch
+from flaxdet.structures import Detections, ImageBatch, Targets
 
 HeadOutputs = dict[str, Float[Array, "B hwA _"]]
 
@@ -204,20 +206,60 @@ class FCOS(Detector):
             )
         super().__post_init__()
 
-    def __call__(self, batch: ImageBatch, *, train: bool = False) -> Detections:
-        """Detects.
+    def __call__(
+        self,
+        batch: ImageBatch,
+        targets: Targets | None = None,
+        *,
+        train: bool = False,
+        with_detections: bool = False,
+    ) -> Any:
+        """Detects, or computes the losses.
 
         Args:
             batch: images from ``flaxdet.transform``.
-            train: BatchNorm's mode.
+            targets: ground truth in the pixels of the resized images.
+            train: BatchNorm's mode (``mutable=["batch_stats"]`` then keeps its statistics). Targets with
+                ``train=False`` give validation losses.
+            with_detections: with targets, return the detections too.
 
         Returns:
-            Detections in the pixels of the resized images.
+            Without targets: ``Detections`` in the pixels of the resized images. With targets: torchvision's losses
+            {"classification", "bbox_regression", "bbox_ctrness"}, or the pair (losses, detections).
         """
         features = self.features(batch, train=train)
         outputs = call_part(self.head, features, role="head", extents=feature_extents(features, batch))
         self.sow_all(outputs)
-        return self.postprocess(outputs, batch, level_shapes(features))
+        shapes = level_shapes(features)
+        if targets is None:
+            return self.postprocess(outputs, batch, shapes)
+        losses = self.compute_loss(outputs, batch, targets, shapes)
+        return (losses, self.postprocess(outputs, batch, shapes)) if with_detections else losses
+
+    def compute_loss(
+        self, outputs: HeadOutputs, batch: ImageBatch, targets: Targets, shapes: tuple[tuple[int, int], ...]
+    ) -> dict[str, Float[Array, ""]]:
+        """The losses of the head's outputs (torchvision's FCOS.compute_loss).
+
+        Args:
+            outputs: of the head.
+            batch: the images that they belong to.
+            targets: ground truth in the pixels of the resized images.
+            shapes: (h, w) of each level's map.
+
+        Returns:
+            {"classification", "bbox_regression", "bbox_ctrness"}.
+        """
+        assert self.anchor_generator is not None
+        anchors, admitted = batch_anchors(self.anchor_generator, batch, shapes, self.box_dtype)
+        return fcos_losses(
+            {name: x.astype(self.box_dtype) for name, x in outputs.items()},
+            anchors,
+            admitted,
+            targets,
+            tuple(h * w for h, w in shapes),
+            center_sampling_radius=self.center_sampling_radius,
+        )
 
     def postprocess(self, outputs: HeadOutputs, batch: ImageBatch, shapes: tuple[tuple[int, int], ...]) -> Detections:
         """Scores, decodes and suppresses (torchvision's FCOS.postprocess_detections).

@@ -1,0 +1,251 @@
+"""The detectors' training losses on padded batches, after torchvision.models.detection.{fcos,rpn,roi_heads}.
+
+Sums run over the whole batch before they are divided, so under ``jit`` with a sharded batch they are the global
+batch's. Everything beyond an image's canvas, and every padded slot, is selected away before it could reach a sum or
+a gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from flaxdet.nn.layers import Array
+from flaxdet.ops.coders import BoxCoder, BoxLinearCoder
+from flaxdet.ops.iou import box_iou
+from flaxdet.ops.losses import (
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    generalized_box_iou_loss,
+    sigmoid_focal_loss,
+    smooth_l1_loss,
+)
+from flaxdet.ops.matching import BELOW_LOW_THRESHOLD, fcos_match, match
+from flaxdet.ops.sampling import balanced_sample
+from flaxdet.structures import Proposals, Targets
+
+SMOOTH_L1_BETA = 1 / 9
+IGNORED = -1  # label of an anchor or proposal that takes no part in a loss
+
+
+def fcos_losses(
+    outputs: dict[str, Float[Array, "B N _"]],
+    anchors: Float[Array, "B N 4"],
+    admitted: Bool[Array, "B N"],
+    targets: Targets,
+    num_anchors_per_level: tuple[int, ...],
+    *,
+    center_sampling_radius: float,
+) -> dict[str, Float[Array, ""]]:
+    """FCOS's three losses (torchvision's FCOS.compute_loss and FCOSHead.compute_loss).
+
+    Args:
+        outputs: of the head, in the boxes' dtype.
+        anchors: xyxy in pixels of each canvas.
+        admitted: True for anchors inside the canvas.
+        targets: ground truth in the pixels of the resized images.
+        num_anchors_per_level: how N divides into levels, the padding of the bucket included.
+        center_sampling_radius: in anchor sizes.
+
+    Returns:
+        {"classification", "bbox_regression", "bbox_ctrness"}, each a sum over the batch divided by its number of
+        matched anchors (at least 1).
+    """
+    assign = functools.partial(fcos_match, center_sampling_radius=center_sampling_radius)
+    matched = jax.vmap(lambda a, b, gt, ok: assign(a, b, num_anchors_per_level, valid_gt=gt, valid=ok))(
+        anchors, targets.boxes, targets.valid, admitted
+    )
+    foreground = matched >= 0
+    labels, boxes = _of_match(targets, matched)
+    count = jnp.maximum(jnp.sum(foreground, dtype=jnp.int32), 1).astype(anchors.dtype)
+
+    logits = outputs["cls_logits"]
+    one_hot = jax.nn.one_hot(jnp.where(foreground, labels, -1), logits.shape[-1], dtype=logits.dtype)  # -1: all zero
+    focal = sigmoid_focal_loss(logits, one_hot, reduction="none")
+
+    # Anchors without a match stand in for both boxes: a loss of 0 whose gradient is finite.
+    coder = BoxLinearCoder(normalize_by_size=True)
+    chosen = foreground[..., None]
+    boxes = jnp.where(chosen, boxes, anchors)
+    predicted = jnp.where(chosen, coder.decode(outputs["bbox_regression"], anchors), anchors)
+    giou = generalized_box_iou_loss(predicted, boxes, reduction="none")
+
+    sides = coder.encode(anchors, boxes)
+    across, down = sides[..., 0::2], sides[..., 1::2]
+    centerness = jnp.sqrt(
+        (across.min(-1) / across.max(-1)) * (down.min(-1) / down.max(-1)),
+    )
+    ctrness = binary_cross_entropy_with_logits(outputs["bbox_ctrness"][..., 0], centerness, reduction="none")
+    return {
+        "classification": _masked_sum(focal, admitted[..., None]) / count,
+        "bbox_regression": _masked_sum(giou, foreground) / count,
+        "bbox_ctrness": _masked_sum(ctrness, foreground) / count,
+    }
+
+
+def rpn_losses(
+    objectness: Float[Array, "B N"],
+    deltas: Float[Array, "B N 4"],
+    anchors: Float[Array, "B N 4"],
+    admitted: Bool[Array, "B N"],
+    targets: Targets,
+    keys: Array,
+    *,
+    fg_iou_thresh: float,
+    bg_iou_thresh: float,
+    batch_size_per_image: int,
+    positive_fraction: float,
+) -> dict[str, Float[Array, ""]]:
+    """The region proposal network's two losses (torchvision's RegionProposalNetwork.compute_loss).
+
+    Args:
+        objectness: logits of all levels.
+        deltas: offsets from the anchors.
+        anchors: xyxy in pixels of each canvas.
+        admitted: True for anchors inside the canvas; others are neither matched nor sampled.
+        targets: ground truth in the pixels of the resized images.
+        keys: [B] random keys of the sampling.
+        fg_iou_thresh: IoU from which an anchor is positive (and, besides, the best of each ground truth).
+        bg_iou_thresh: IoU below which it is negative; between the two it is ignored.
+        batch_size_per_image: anchors sampled.
+        positive_fraction: of them, at most.
+
+    Returns:
+        {"loss_objectness", "loss_rpn_box_reg"}, over the sampled anchors of the batch.
+    """
+
+    def assign(anchors: Array, admitted: Array, boxes: Array, valid: Array, key: Array) -> tuple[Array, ...]:
+        matched = match(
+            box_iou(boxes, anchors),
+            high_threshold=fg_iou_thresh,
+            low_threshold=bg_iou_thresh,
+            allow_low_quality_matches=True,
+            valid_gt=valid,
+            valid=admitted,
+        )
+        labels = jnp.where(matched >= 0, 1, jnp.where(matched == BELOW_LOW_THRESHOLD, 0, IGNORED))
+        return matched, *balanced_sample(key, labels, batch_size_per_image, positive_fraction)
+
+    matched, positive, negative = jax.vmap(assign)(anchors, admitted, targets.boxes, targets.valid, keys)
+    sampled = positive | negative
+    count = jnp.maximum(jnp.sum(sampled, dtype=jnp.int32), 1).astype(objectness.dtype)
+    _, boxes = _of_match(targets, matched)
+    codes = BoxCoder().encode(jnp.where(positive[..., None], boxes, anchors), anchors)
+    box_loss = smooth_l1_loss(deltas, codes, beta=SMOOTH_L1_BETA, reduction="none")
+    loss = binary_cross_entropy_with_logits(objectness, positive.astype(objectness.dtype), reduction="none")
+    return {
+        "loss_objectness": _masked_sum(loss, sampled) / count,
+        "loss_rpn_box_reg": _masked_sum(box_loss, positive[..., None]) / count,
+    }
+
+
+def sample_proposals(
+    proposals: Proposals,
+    targets: Targets,
+    keys: Array,
+    *,
+    fg_iou_thresh: float,
+    bg_iou_thresh: float,
+    batch_size_per_image: int,
+    positive_fraction: float,
+) -> tuple[Proposals, Int[Array, "B S"], Float[Array, "B S 4"]]:
+    """The proposals that the box head trains on (torchvision's RoIHeads.select_training_samples).
+
+    Args:
+        proposals: of the RPN; the ground truth is added to them.
+        targets: ground truth in the pixels of the resized images.
+        keys: [B] random keys of the sampling.
+        fg_iou_thresh: IoU from which a proposal is positive.
+        bg_iou_thresh: IoU below which it is background; between the two it is ignored.
+        batch_size_per_image: proposals sampled.
+        positive_fraction: of them, at most.
+
+    Returns:
+        The sampled proposals in S = min(batch_size_per_image, R + G) slots, their labels (0 for background) and the
+        box that each is to predict (its own where there is none).
+    """
+    boxes = jnp.concatenate((proposals.boxes, targets.boxes.astype(proposals.boxes.dtype)), axis=1)
+    valid = jnp.concatenate((proposals.valid, targets.valid), axis=1)
+    slots = min(batch_size_per_image, boxes.shape[1])
+
+    def choose(
+        boxes: Array, valid: Array, gt: Array, gt_labels: Array, gt_valid: Array, key: Array
+    ) -> tuple[Array, ...]:
+        matched = match(
+            box_iou(gt, boxes),
+            high_threshold=fg_iou_thresh,
+            low_threshold=bg_iou_thresh,
+            valid_gt=gt_valid,
+            valid=valid,
+        )
+        index = jnp.maximum(matched, 0)
+        labels = jnp.where(matched >= 0, gt_labels[index], jnp.where(matched == BELOW_LOW_THRESHOLD, 0, IGNORED))
+        positive, negative = balanced_sample(key, labels, batch_size_per_image, positive_fraction)
+        sampled = positive | negative
+        (slot,) = jnp.nonzero(sampled, size=slots, fill_value=0)
+        used = jnp.arange(slots, dtype=jnp.int32) < jnp.sum(sampled, dtype=jnp.int32)
+        wanted = jnp.where((labels > 0)[:, None], gt[index], boxes)
+        return (
+            jnp.where(used[:, None], boxes[slot], 0),
+            used,
+            jnp.where(used, labels[slot], IGNORED),
+            jnp.where(used[:, None], wanted[slot], 0),
+        )
+
+    boxes, used, labels, wanted = jax.vmap(choose)(
+        boxes, valid, targets.boxes.astype(boxes.dtype), targets.labels, targets.valid, keys
+    )
+    sampled = Proposals(boxes=boxes, scores=jnp.zeros(used.shape, boxes.dtype), valid=used)
+    return jax.lax.stop_gradient((sampled, labels, wanted))
+
+
+def roi_losses(
+    class_logits: Float[Array, "B S k"],
+    box_regression: Float[Array, "B S k*4"],
+    proposals: Proposals,
+    labels: Int[Array, "B S"],
+    boxes: Float[Array, "B S 4"],
+    coder: BoxCoder,
+) -> dict[str, Float[Array, ""]]:
+    """The box head's two losses (torchvision's fastrcnn_loss).
+
+    Args:
+        class_logits: of each sampled proposal.
+        box_regression: offsets from the proposal, of each class.
+        proposals: sampled by ``sample_proposals``.
+        labels: 0 for background, -1 for empty slots.
+        boxes: what each positive is to predict, xyxy in the pixels of the resized images.
+        coder: of the offsets.
+
+    Returns:
+        {"loss_classifier", "loss_box_reg"}, over the sampled proposals of the batch.
+    """
+    count = jnp.maximum(jnp.sum(proposals.valid, dtype=jnp.int32), 1).astype(class_logits.dtype)
+    positive = proposals.valid & (labels > 0)
+    label = jnp.maximum(labels, 0)
+    classification = cross_entropy(class_logits, label, reduction="none")
+    deltas = box_regression.reshape(*labels.shape, -1, 4)
+    deltas = jnp.take_along_axis(deltas, label[..., None, None], axis=2)[:, :, 0]
+    # A unit box stands in where there is nothing to predict: its offsets from itself are 0.
+    unit = jnp.asarray([0, 0, 1, 1], boxes.dtype)
+    chosen = positive[..., None]
+    codes = coder.encode(jnp.where(chosen, boxes, unit), jnp.where(chosen, proposals.boxes, unit))
+    box_loss = smooth_l1_loss(deltas, codes, beta=SMOOTH_L1_BETA, reduction="none")
+    return {
+        "loss_classifier": _masked_sum(classification, proposals.valid) / count,
+        "loss_box_reg": _masked_sum(box_loss, chosen) / count,
+    }
+
+
+def _of_match(targets: Targets, matched: Int[Array, "B N"]) -> tuple[Int[Array, "B N"], Float[Array, "B N 4"]]:
+    """Label and box of each anchor's match; any where it has none."""
+    index = jnp.maximum(matched, 0)
+    labels = jnp.take_along_axis(targets.labels, index, axis=1)
+    return labels, jnp.take_along_axis(targets.boxes, index[..., None], axis=1)
+
+
+def _masked_sum(x: Array, mask: Array) -> Array:
+    return jnp.sum(jnp.where(mask, x, 0))
