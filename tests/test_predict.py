@@ -15,6 +15,7 @@ from flaxdet.models.detector import example_batch
 from flaxdet.predict import detect, unpad
 from flaxdet.structures import Detections
 from flaxdet.transform import transform
+from tests.tolerances import HAND_F32, LAYERS_F32
 
 module = importlib.import_module("flaxdet.predict")  # `flaxdet.predict` is the function
 
@@ -96,7 +97,7 @@ def test_is_the_models_answer_in_the_original_image(variables, images):
     (resized,) = unpad(detect(model, variables, batch.replace(original_size=batch.size)))
     (found,) = flaxdet.predict(model, variables, images[:1])
     scale = np.float32([60 / 96, 40 / 64] * 2)
-    np.testing.assert_allclose(found["boxes"], resized["boxes"] * scale, rtol=1e-6)
+    np.testing.assert_allclose(found["boxes"], resized["boxes"] * scale, rtol=HAND_F32)
     np.testing.assert_array_equal(found["scores"], resized["scores"])
 
 
@@ -110,7 +111,7 @@ def test_batch_shares_a_canvas(variables, images):
         strict=True,
     ):
         assert len(found["scores"]) == len(expected["scores"])
-        np.testing.assert_allclose(found["scores"], expected["scores"], atol=1e-5)
+        np.testing.assert_allclose(found["scores"], expected["scores"], atol=LAYERS_F32)
     # with a portrait neighbour the canvas is 96x96: torchvision's answers change, and so do these
     mixed = flaxdet.predict(model, variables, images[:2], canvas="batch")
     (alone,) = flaxdet.predict(model, variables, images[:1], canvas="batch")

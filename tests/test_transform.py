@@ -22,15 +22,13 @@ from flaxdet.transform import (
     transform,
     transform_targets,
 )
+from tests.tolerances import HAND_F32, PIXELS_BF16, PIXELS_F32, PIXELS_F64, PIXELS_SCALED_F32
 
 needs_torch = pytest.mark.skipif(
     importlib.util.find_spec("torch") is None or importlib.util.find_spec("torchvision") is None,
     reason="torchvision is the reference",
 )
 
-# Normalised pixels reach 2.6, and both sides do the same handful of operations: seen 1e-6 and 2e-15.
-PIXELS_F32 = 5e-6
-PIXELS_F64 = 1e-13
 RNG = np.random.default_rng(0)
 SMALL = TransformConfig(min_size=48, max_size=80)
 
@@ -173,9 +171,9 @@ def test_uint8_and_its_floats_are_the_same_image():
     image = noise(30, 50)
     whole = transform([image], SMALL)
     for floats in (image.astype(np.float32) / 255, image.astype(np.float64) / 255):
-        np.testing.assert_allclose(transform([floats], SMALL).pixels, whole.pixels, rtol=0, atol=2e-6)
+        np.testing.assert_allclose(transform([floats], SMALL).pixels, whole.pixels, rtol=0, atol=PIXELS_SCALED_F32)
     half = transform([(image / 255).astype(jnp.bfloat16)], SMALL)  # 8 bits of mantissa, normalised by .22
-    np.testing.assert_allclose(half.pixels, whole.pixels, rtol=0, atol=0.02)
+    np.testing.assert_allclose(half.pixels, whole.pixels, rtol=0, atol=PIXELS_BF16)
     assert half.pixels.dtype == jnp.float32
 
 
@@ -193,7 +191,7 @@ def test_a_constant_image_stays_constant():
         rows, columns = batch.size[0].tolist()
         expected = (1 - np.array(SMALL.image_mean)) / np.array(SMALL.image_std)
         inside = np.asarray(batch.pixels[0, :rows, :columns], np.float64)
-        np.testing.assert_allclose(inside, np.broadcast_to(expected, inside.shape), atol=1e-6)
+        np.testing.assert_allclose(inside, np.broadcast_to(expected, inside.shape), atol=HAND_F32)
 
 
 @pytest.mark.parametrize("new_size", [(48, 60), (11, 13), (64, 64)])
@@ -454,7 +452,7 @@ def test_targets_are_resized_and_padded():
     targets = transform_targets([target([[0, 0, 30, 20], [6, 4, 60, 40]], [1, 2]), target([], [])], batch, max_boxes=3)
     np.testing.assert_array_equal(targets.valid, [[True, True, False], [False] * 3])
     np.testing.assert_array_equal(targets.labels, [[1, 2, 0], [0, 0, 0]])
-    np.testing.assert_allclose(targets.boxes[0], [[0, 0, 60, 40], [12, 8, 120, 80], [0] * 4], rtol=1e-6)
+    np.testing.assert_allclose(targets.boxes[0], [[0, 0, 60, 40], [12, 8, 120, 80], [0] * 4], rtol=HAND_F32)
     assert transform_targets([target([], []), target([], [])], batch).boxes.shape == (2, 1, 4)
 
 

@@ -28,3 +28,35 @@ LOSS_F64 = 1e-9  # relative, and absolute where a loss is zero
 GRADIENT_F64 = 1e-7  # of each tensor's norm: thousands of terms that cancel, through 60 layers
 GRADIENT_FLOOR_F64 = 1e-12  # where the norm itself is rounding
 BATCH_STATS_F64 = 1e-9  # relative
+
+# float32 with a known answer, or the same arithmetic in another program.
+HAND_F32 = 1e-6  # relative: answers worked out by hand, a few operations at 6e-8 each
+HAND_EPS_F32 = 1e-5  # relative: the answer worked out by hand leaves out BatchNorm's eps of 1e-5
+LAYERS_F32 = 1e-5  # absolute, values of order 1 after a few layers, whose sums XLA orders by the shape of the array
+NET_F32 = 1e-4  # absolute, values of order 10 at a detector's end, or sums over a whole map in a gradient
+NET_PROPOSALS_F32 = 1e-3  # px, the same after exp() of the offsets and times the anchor
+NORM_F32 = 2e-5  # of values of order 10: sums over 300 cells, and their order
+DECODED_F32 = 1e-2  # px, encoded and decoded again: boxes of 1e5 px keep 7 digits
+DECODED_F64 = 1e-10  # px, the same with 16 digits
+
+# Pixels. Normalised ones reach 2.6, and both sides do the same handful of operations: seen 1e-6 and 2e-15.
+PIXELS_F32 = 5e-6
+PIXELS_F64 = 1e-13
+PIXELS_SCALED_F32 = 2e-6  # uint8 divided by 255 on the device or before: one rounding more
+PIXELS_BF16 = 0.02  # bfloat16 images: 8 bits leave .002 of 1, which a std of .22 turns into .009
+JPEG_LEVELS = 12  # of 255: what lossy compression at quality 95 and more moves a pixel by
+GIF_LEVELS = 4  # of 255: what a palette of 256 colours moves it by
+
+# Inside one model in float64: the same operations on an array of another size.
+CANVAS_STAGE_F64 = 1e-11  # of the stage's largest value
+
+# bfloat16 against float32 through a ResNet-18 detector: 8 bits, errors of a per cent after 20 layers, so that boxes of
+# 100 px move by pixels, and detections near the threshold or an NMS decision come and go.
+BOXES_BF16 = 8.0  # px
+SCORES_BF16 = 0.1
+SHARE_BF16 = 0.7  # of the detections that must be found again
+
+# The reference itself: torchvision in float32 against itself in float64 on lively weights.
+LIVELY_BOXES = 0.02  # px
+LIVELY_SCORES = 1.5e-4
+SUM_OF_16_F32 = 1e-6  # of values of order 1, added in another order than C++'s

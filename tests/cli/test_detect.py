@@ -18,6 +18,7 @@ from flaxdet.cli.options import check_categories, labels_of, read_categories
 from flaxdet.convert import checkpoint
 from flaxdet.data import read_image
 from tests.cli.conftest import NAMES
+from tests.tolerances import HAND_F32
 
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def test_one_photo(run, weights, photo, out):
     rows = record["detections"]
     assert len(rows) == len(expected["scores"]) > 3
     assert f"{len(rows)} detections in 1 images -> {out / 'detections.json'}" in found.out
-    np.testing.assert_allclose([row["box"] for row in rows], expected["boxes"], rtol=1e-6)
-    np.testing.assert_allclose([row["score"] for row in rows], expected["scores"], rtol=1e-6)
+    np.testing.assert_allclose([row["box"] for row in rows], expected["boxes"], rtol=HAND_F32)
+    np.testing.assert_allclose([row["score"] for row in rows], expected["scores"], rtol=HAND_F32)
     assert [row["label"] for row in rows] == expected["labels"].tolist()
     assert [row["category"] for row in rows] == [NAMES[label] for label in expected["labels"]]
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flaxdet.convert import reference
-from tests.tolerances import OP_F64
+from tests.tolerances import LIVELY_BOXES, LIVELY_SCORES, OP_F64, SUM_OF_16_F32
 
 torch = pytest.importorskip("torch")
 torchvision = reference.torchvision()
@@ -20,11 +20,6 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 NMS = np.load(GOLDEN / "nms.npz")
 ROI_ALIGN = np.load(GOLDEN / "roi_align.npz")
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-# torchvision in float32 against itself in float64 on lively weights: what rounding alone may do
-LIVELY_BOXES = 0.02  # px
-LIVELY_SCORES = 1.5e-4
-SUM_OF_16_F32 = 1e-6  # of values of order 1, in another order than C++'s
 
 
 def nms_cases():

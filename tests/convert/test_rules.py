@@ -12,6 +12,7 @@ from flaxdet.convert.rules import COUNTER, canonical_keys, rules
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.models import FCOS, FasterRCNN, FastRCNNConvFCHead, RPNHead
 from flaxdet.nn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7, ResNet
+from tests.tolerances import OP_F64
 
 
 def fcos(depth: int = 50, num_classes: int = 91, **body) -> FCOS:
@@ -166,11 +167,11 @@ def test_layouts_compute_what_torch_computes():
     )
     with jax.enable_x64(True):
         ours = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-        np.testing.assert_allclose(ours, conv.permute(0, 2, 3, 1), rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(ours, conv.permute(0, 2, 3, 1), rtol=OP_F64, atol=OP_F64)
 
     kernel = rng.normal(size=(6 * 7 * 3, 4))
     weight = layouts.flattened(6, 7).to_torch(kernel)
     linear = torch.nn.functional.linear(
         torch.from_numpy(x).permute(0, 3, 1, 2).flatten(1), torch.from_numpy(weight.copy())
     )
-    np.testing.assert_allclose(x.reshape(2, -1) @ kernel, linear, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(x.reshape(2, -1) @ kernel, linear, rtol=OP_F64, atol=OP_F64)

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageFile
 
 from flaxdet.data import ImageError, find_images, read_image
+from tests.tolerances import GIF_LEVELS, JPEG_LEVELS
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_modes_come_in_as_pillow_converts_them(mode, extension, photo, tmp_path)
 def test_cmyk_jpeg(photo, tmp_path):
     path = tmp_path / "print.jpg"
     Image.fromarray(photo).convert("CMYK").save(path, quality=95)
-    np.testing.assert_allclose(read_image(path).astype(int), photo, atol=12)
+    np.testing.assert_allclose(read_image(path).astype(int), photo, atol=JPEG_LEVELS)
 
 
 @pytest.mark.parametrize("transparency", [0, bytes([0, 128] + [255] * 254)])
@@ -98,21 +99,21 @@ def test_orientation_is_applied(orientation, extension, photo, tmp_path):
     path = tmp_path / f"turned.{extension}"
     options = {"quality": 100} if extension in ("jpg", "webp") else {}
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, **options)
-    np.testing.assert_allclose(read_image(path).astype(int), photo, atol=12)
+    np.testing.assert_allclose(read_image(path).astype(int), photo, atol=JPEG_LEVELS)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's own, and welcome
 def test_broken_exif_does_not_hide_a_picture(photo, tmp_path):
     path = tmp_path / "photo.jpg"
     Image.fromarray(photo).save(path, exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12garbage", quality=100)
-    np.testing.assert_allclose(read_image(path).astype(int), photo, atol=12)
+    np.testing.assert_allclose(read_image(path).astype(int), photo, atol=JPEG_LEVELS)
 
 
 def test_first_frame_of_an_animation(photo, tmp_path):
     path = tmp_path / "moving.gif"
     frames = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in (30, 200)]
     frames[0].save(path, save_all=True, append_images=frames[1:])
-    np.testing.assert_allclose(read_image(path).astype(int), 30, atol=4)
+    np.testing.assert_allclose(read_image(path).astype(int), 30, atol=GIF_LEVELS)
 
 
 def test_the_extension_does_not_matter(photo, tmp_path):

@@ -30,6 +30,7 @@ from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import Detections, ImageBatch, Proposals
 from tests.drawn import drawn
 from tests.parity.sides import FCOS_NAME, V2_NAME, flax_detector
+from tests.tolerances import LAYERS_F32, NET_F32, NET_PROPOSALS_F32
 
 WIDTH = 32
 CLASSES = 5
@@ -172,7 +173,7 @@ def test_any_backbone(detector, backbone):
         found = model.apply(variables, batch, train=train, method="features")
         negated = train and isinstance(backbone, (WithTrain, WithBoth))
         for name in ("0", "1", "2"):
-            np.testing.assert_allclose(found[name], -expected[name] if negated else expected[name], atol=1e-5)
+            np.testing.assert_allclose(found[name], -expected[name] if negated else expected[name], atol=LAYERS_F32)
 
 
 @DETECTORS
@@ -342,7 +343,7 @@ def test_fcos_is_composed_of_its_methods():
     features = part(model, "features", variables, batch)
     outputs = part(model, "head", variables, features, feature_extents(features, batch))
     for name, value in {**features, **outputs}.items():
-        np.testing.assert_allclose(value, stages[name], atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(value, stages[name], atol=NET_F32, err_msg=name)
     shapes = level_shapes(features)
     found = jax.jit(lambda v, o, b: model.apply(v, o, b, shapes, method="postprocess"))(variables, outputs, batch)
     same(found, detections, 1e-3)
@@ -355,10 +356,10 @@ def test_faster_rcnn_is_composed_of_its_methods():
     detections, stages = run(model, variables, batch)
     features = part(model, "features", variables, batch)
     proposals = part(model, "propose", variables, features, batch)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3), proposals, stages["proposals"])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=NET_PROPOSALS_F32), proposals, stages["proposals"])
     logits, offsets = part(model, "box", variables, features, proposals, batch)
-    np.testing.assert_allclose(logits, stages["class_logits"], atol=1e-4)
-    np.testing.assert_allclose(offsets, stages["box_regression"], atol=1e-4)
+    np.testing.assert_allclose(logits, stages["class_logits"], atol=NET_F32)
+    np.testing.assert_allclose(offsets, stages["box_regression"], atol=NET_F32)
     same(part(model, "postprocess", variables, logits, offsets, proposals, batch), detections, 1e-3)
 
 
@@ -375,7 +376,7 @@ def test_box_takes_proposals_of_ones_own():
     assert [x.shape for x in outputs] == [(2, 3, CLASSES), (2, 3, CLASSES * 4)]
     turned = jax.tree.map(lambda x: x[:, ::-1], own)
     for x, y in zip(outputs, part(model, "box", variables, features, turned, batch), strict=True):
-        np.testing.assert_allclose(x, y[:, ::-1], atol=1e-5)
+        np.testing.assert_allclose(x, y[:, ::-1], atol=LAYERS_F32)
     found = jax.eval_shape(lambda v: model.apply(v, *outputs, own, batch, method="postprocess"), variables)
     assert found.boxes.shape == (2, 20, 4)
 
@@ -464,7 +465,7 @@ def test_bfloat16_storage_is_rounded_weights():
     outputs, expected = part(model, "head", variables, features), part(fcos(WithBoth()), "head", wide, features)
     for name, value in outputs.items():
         assert value.dtype == jnp.float32
-        np.testing.assert_allclose(value, expected[name], atol=1e-4)
+        np.testing.assert_allclose(value, expected[name], atol=NET_F32)
 
 
 @pytest.mark.parametrize("name", STAGES)

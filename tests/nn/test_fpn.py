@@ -12,7 +12,7 @@ from flaxdet.nn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelMaxPool,
 from flaxdet.nn.fpn import level_name, upsample_nearest
 from flaxdet.nn.layers import inside, level_extent, mask_beyond
 from tests.drawn import drawn
-from tests.tolerances import STAGE_F64
+from tests.tolerances import BATCH_STATS_F64, LAYERS_F32, STAGE_F64
 
 CHANNELS = {"c3": 6, "c4": 10, "c5": 14}
 WIDTH = 8
@@ -124,8 +124,12 @@ def test_pyramid_is_torchvisions(torch, x64, extra, use_norm, train, size):
         np.testing.assert_allclose(level, there, rtol=0, atol=STAGE_F64 * np.abs(there).max(), err_msg=name)
     if train:
         norm = theirs.inner_blocks[0][1]
-        np.testing.assert_allclose(state["batch_stats"]["inner_blocks_0"]["norm"]["mean"], norm.running_mean, rtol=1e-9)
-        np.testing.assert_allclose(state["batch_stats"]["inner_blocks_0"]["norm"]["var"], norm.running_var, rtol=1e-9)
+        np.testing.assert_allclose(
+            state["batch_stats"]["inner_blocks_0"]["norm"]["mean"], norm.running_mean, rtol=BATCH_STATS_F64
+        )
+        np.testing.assert_allclose(
+            state["batch_stats"]["inner_blocks_0"]["norm"]["var"], norm.running_var, rtol=BATCH_STATS_F64
+        )
 
 
 @pytest.mark.parametrize("extra", [LastLevelMaxPool(), LastLevelP6P7(WIDTH, WIDTH), LastLevelP6P7(14, WIDTH)])
@@ -149,9 +153,9 @@ def test_canvas_is_the_crop(extra, canvas):
     found, state = run(inputs, jnp.asarray([canvas] * 2, jnp.int32), (128, 128))
     for name, level in alone.items():
         np.testing.assert_allclose(
-            found[name][:, : level.shape[1], : level.shape[2]], level, rtol=0, atol=1e-5, err_msg=name
+            found[name][:, : level.shape[1], : level.shape[2]], level, rtol=0, atol=LAYERS_F32, err_msg=name
         )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state, alone_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=LAYERS_F32), state, alone_state)
 
 
 def test_max_pool_level_is_subsampling():

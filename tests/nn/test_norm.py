@@ -11,8 +11,9 @@ import pytest
 
 from flaxdet.nn import BatchNorm, FrozenBatchNorm, GroupNorm
 from flaxdet.nn.norm import apply_norm
+from tests.tolerances import HAND_EPS_F32, HAND_F32, LAYERS_F32, NET_F32, NORM_F32, OP_F64
 
-BARS = {"float32": 2e-5, "float64": 1e-12}  # of values of order 10: sums over 300 cells, and their order
+BARS = {"float32": NORM_F32, "float64": OP_F64}
 SHAPE = (3, 7, 5, 8)
 
 
@@ -86,9 +87,9 @@ def test_running_variance_is_unbiased():
     x = jnp.asarray([1.0, 3.0])[:, None]
     variables = norm.init(jax.random.key(0), x)
     y, state = norm.apply(variables, x, train=True, mutable=["batch_stats"])
-    np.testing.assert_allclose(y[:, 0], [-1, 1], rtol=1e-5)
-    np.testing.assert_allclose(state["batch_stats"]["mean"], [0.2], rtol=1e-6)
-    np.testing.assert_allclose(state["batch_stats"]["var"], [0.9 + 0.2], rtol=1e-6)
+    np.testing.assert_allclose(y[:, 0], [-1, 1], rtol=HAND_EPS_F32)
+    np.testing.assert_allclose(state["batch_stats"]["mean"], [0.2], rtol=HAND_F32)
+    np.testing.assert_allclose(state["batch_stats"]["var"], [0.9 + 0.2], rtol=HAND_F32)
 
 
 def masked_case(dtype):
@@ -157,7 +158,7 @@ def test_state_is_written_only_in_training_and_where_mutable():
     _, state = norm.apply(variables, x, train=False, mutable=["batch_stats"])
     jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
     alone = norm.apply(variables, x, train=True)  # the batch's statistics, without a place to keep them
-    np.testing.assert_allclose(np.mean(alone, (0, 1, 2)), 0, atol=1e-5)
+    np.testing.assert_allclose(np.mean(alone, (0, 1, 2)), 0, atol=LAYERS_F32)
 
 
 def test_gradient_is_torchs(torch, dtype):
@@ -195,9 +196,9 @@ def test_gradient_under_a_mask_is_finite_and_the_crops(norm):
     assert np.isfinite(inputs).all()
     np.testing.assert_array_equal(inputs[:, 4:], 0)
     np.testing.assert_array_equal(inputs[:, :, 3:], 0)
-    np.testing.assert_allclose(inputs[:, :4, :3], expected, atol=1e-5)
+    np.testing.assert_allclose(inputs[:, :4, :3], expected, atol=LAYERS_F32)
     for name in params:
-        np.testing.assert_allclose(params[name], expected_params[name], atol=1e-4)
+        np.testing.assert_allclose(params[name], expected_params[name], atol=NET_F32)
 
 
 def test_frozen_batch_norm_is_torchvisions(torch, dtype):
@@ -279,7 +280,7 @@ def test_bfloat16_storage_is_widened_before_the_root():
     wide = {name: np.asarray(value, np.float32) for name, value in values.items()}
     for norm, arrange in ((BatchNorm, live), (FrozenBatchNorm, lambda v: {"batch_stats": v})):
         found = norm(param_dtype=jnp.bfloat16).apply(arrange(values), x)
-        np.testing.assert_allclose(found, norm().apply(arrange(wide), x), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(found, norm().apply(arrange(wide), x), rtol=HAND_F32, atol=HAND_F32)
     _, state = BatchNorm(param_dtype=jnp.bfloat16).apply(live(values), x, train=True, mutable=["batch_stats"])
     assert state["batch_stats"]["var"].dtype == jnp.bfloat16
 

@@ -11,7 +11,7 @@ from flaxdet.convert import reference
 from flaxdet.convert.rules import rules
 from flaxdet.nn import ResNet
 from tests.drawn import drawn
-from tests.tolerances import STAGE_F64
+from tests.tolerances import BATCH_STATS_F64, STAGE_F64
 
 DEPTHS = (18, 34, 50, 101, 152)
 STAGES = ("c2", "c3", "c4", "c5")
@@ -82,7 +82,11 @@ def test_resnet18_is_torchvisions(torch, x64, train):
         stage = expected[name].numpy().transpose(0, 2, 3, 1)
         np.testing.assert_allclose(found[name], stage, rtol=0, atol=STAGE_F64 * np.abs(stage).max(), err_msg=name)
     moved = from_resnet(model, theirs.state_dict())["batch_stats"]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9), state["batch_stats"], moved)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=BATCH_STATS_F64, atol=BATCH_STATS_F64),
+        state["batch_stats"],
+        moved,
+    )
 
 
 def from_resnet(model, state_dict):
@@ -124,7 +128,7 @@ def test_canvas_is_the_crop(x64, train):
     for name, stage in alone.items():
         cropped = found[name][:, : stage.shape[1], : stage.shape[2]]
         np.testing.assert_allclose(cropped, stage, rtol=0, atol=STAGE_F64 * np.abs(stage).max(), err_msg=name)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9), state, alone_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=BATCH_STATS_F64), state, alone_state)
 
 
 def test_unknown_depth():

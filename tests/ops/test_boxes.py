@@ -7,7 +7,6 @@ import pytest
 
 from flaxdet import ops
 from tests.ops.cases import (
-    DTYPES,
     adversarial_boxes,
     assert_close,
     check_transforms,
@@ -17,12 +16,6 @@ from tests.ops.cases import (
 
 PAIRWISE = ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou")
 FORMATS = ("xyxy", "xywh", "cxcywh")
-
-
-@pytest.fixture(params=DTYPES, ids=["float32", "float64"])
-def dtype(request):
-    with jax.enable_x64(request.param is np.float64):
-        yield request.param
 
 
 @pytest.fixture

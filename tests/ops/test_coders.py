@@ -6,15 +6,10 @@ import numpy as np
 import pytest
 
 from flaxdet.ops import BoxCoder, BoxLinearCoder
-from tests.ops.cases import DTYPES, assert_close, check_transforms, random_boxes, torchvision
+from tests.ops.cases import assert_close, check_transforms, random_boxes, torchvision
+from tests.tolerances import DECODED_F32, DECODED_F64
 
 WEIGHTS = ((1.0, 1.0, 1.0, 1.0), (10.0, 10.0, 5.0, 5.0))
-
-
-@pytest.fixture(params=DTYPES, ids=["float32", "float64"])
-def dtype(request):
-    with jax.enable_x64(request.param is np.float64):
-        yield request.param
 
 
 @pytest.fixture
@@ -96,7 +91,7 @@ def test_decode_inverts_encode(coder, dtype, rng):
     codes = jax.jit(coder.encode)(*map(jnp.asarray, arguments))
     back = jax.jit(coder.decode)(codes, jnp.asarray(anchors))
     # offsets of many anchor lengths come back with their rounding in pixels
-    np.testing.assert_allclose(back, boxes, rtol=0, atol=1e-2 if dtype is np.float32 else 1e-10)
+    np.testing.assert_allclose(back, boxes, rtol=0, atol=DECODED_F32 if dtype is np.float32 else DECODED_F64)
 
 
 @pytest.mark.parametrize("coder", [BoxCoder(WEIGHTS[1]), BoxLinearCoder()])

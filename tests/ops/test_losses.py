@@ -9,22 +9,16 @@ import pytest
 
 from flaxdet import ops
 from tests.ops.cases import (
-    DTYPES,
     adversarial_boxes,
     assert_close,
     check_transforms,
     random_boxes,
     torchvision,
 )
+from tests.tolerances import HAND_F32
 
 BOX_LOSSES = ("generalized_box_iou_loss", "distance_box_iou_loss", "complete_box_iou_loss")
 REDUCTIONS = ("none", "mean", "sum")
-
-
-@pytest.fixture(params=DTYPES, ids=["float32", "float64"])
-def dtype(request):
-    with jax.enable_x64(request.param is np.float64):
-        yield request.param
 
 
 @pytest.fixture
@@ -167,7 +161,7 @@ def test_half_precision_is_computed_in_float32(rng):
         assert jax.eval_shape(loss, logits, targets).dtype == jnp.float32
     boxes = jnp.asarray(random_boxes(rng, 4, np.float32)).astype(jnp.bfloat16)
     for name in BOX_LOSSES:
-        np.testing.assert_allclose(jax.jit(getattr(ops, name))(boxes, boxes), 0, atol=1e-6)
+        np.testing.assert_allclose(jax.jit(getattr(ops, name))(boxes, boxes), 0, atol=HAND_F32)
 
 
 def test_transforms(rng):

@@ -8,16 +8,10 @@ import numpy as np
 import pytest
 
 from flaxdet import ops
-from tests.ops.cases import DTYPES, adversarial_boxes, check_transforms, random_boxes, torchvision
+from tests.ops.cases import adversarial_boxes, check_transforms, random_boxes, torchvision
 
 RPN = {"high_threshold": 0.7, "low_threshold": 0.3, "allow_low_quality_matches": True}
 ROI = {"high_threshold": 0.5, "low_threshold": 0.5}
-
-
-@pytest.fixture(params=DTYPES, ids=["float32", "float64"])
-def dtype(request):
-    with jax.enable_x64(request.param is np.float64):
-        yield request.param
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flaxdet.ops.roi_align import assign_levels, multiscale_roi_align, roi_align
-from tests.tolerances import OP_F64, ROI_ALIGN_BF16, ROI_ALIGN_F32
+from tests.tolerances import HAND_F32, OP_F64, ROI_ALIGN_BF16, ROI_ALIGN_F32
 
 with np.load(Path(__file__).parents[1] / "golden" / "roi_align.npz") as _file:
     GOLDEN = dict(_file)
@@ -88,10 +88,10 @@ class TestByHand:
         rows, columns = jnp.meshgrid(*(jnp.arange(n, dtype=dtype) for n in (10, 12)), indexing="ij")
         features = jnp.stack([rows, columns], axis=-1)
         result = roi_align(features, jnp.asarray([[2, 1, 8, 7]], dtype), (2, 3), sampling_ratio=2)
-        np.testing.assert_allclose(result[0, :, 0, 0], [2.5, 5.5], rtol=1e-6)
-        np.testing.assert_allclose(result[0, 0, :, 1], [3, 5, 7], rtol=1e-6)
+        np.testing.assert_allclose(result[0, :, 0, 0], [2.5, 5.5], rtol=HAND_F32)
+        np.testing.assert_allclose(result[0, 0, :, 1], [3, 5, 7], rtol=HAND_F32)
         shifted = roi_align(features, jnp.asarray([[2, 1, 8, 7]], dtype), (2, 3), aligned=True)
-        np.testing.assert_allclose(shifted, result - 0.5, rtol=1e-6)
+        np.testing.assert_allclose(shifted, result - 0.5, rtol=HAND_F32)
 
     def test_one_pixel(self, dtype):
         """A box without area samples as one of a whole pixel does; aligned, it samples its corner alone."""

@@ -11,7 +11,7 @@ from flaxdet.convert.stages import run
 from flaxdet.predict import detect, unpad
 from flaxdet.transform import transform
 from tests.parity import sides
-from tests.tolerances import INVARIANCE_F64
+from tests.tolerances import BOXES_BF16, CANVAS_STAGE_F64, INVARIANCE_F64, SCORES_BF16, SHARE_BF16
 
 FEW = {sides.FCOS_NAME: {}, sides.V2_NAME: {"rpn_post_nms_top_n_test": 60}}
 IMAGE = (100, 150)
@@ -57,7 +57,9 @@ def test_rubbish_beyond_the_canvas_is_not_seen(model_and_variables):
         else:
             continue  # flattened head outputs have the bucket's cells; postprocessing shows them
         compared += 1
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-11 * np.abs(expected).max(), err_msg=stage)
+        np.testing.assert_allclose(
+            found, expected, rtol=0, atol=CANVAS_STAGE_F64 * np.abs(expected).max(), err_msg=stage
+        )
     assert compared >= 9
 
 
@@ -79,7 +81,7 @@ def test_bfloat16(name):
     found = detect(half, variables, batch)
     assert found.boxes.dtype == found.scores.dtype == np.float32
     (found,), (expected,) = unpad(found), unpad(detect(model, variables, batch))
-    match = verify.match_detections(found, expected, box_tolerance=8.0, score_tolerance=0.1)
-    assert match.matched >= 0.7 * match.count
+    match = verify.match_detections(found, expected, BOXES_BF16, SCORES_BF16)
+    assert match.matched >= SHARE_BF16 * match.count
     _, state = jax.eval_shape(lambda *args: half.apply(*args, mutable=["intermediates"]), variables, batch)
     assert state["intermediates"]["p3"][0].dtype == jax.numpy.bfloat16

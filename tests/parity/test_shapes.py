@@ -39,7 +39,7 @@ def test_canvas_in_a_bucket(name, shape, x64):
     assert batch.canvas is not None
     (found,) = unpad(detect(model, variables, batch))
     match = assert_same(found, expected)
-    assert match.count >= 3
+    assert match.count >= 3  # v2 finds just 3 in 1x1, which is one colour throughout
 
 
 @pytest.mark.parametrize("shape", [(67, 1333), (1333, 40)])
@@ -50,7 +50,7 @@ def test_elongated_at_full_size(name, shape, x64):
     (expected,), _ = stages.run_reference(theirs, [image], keep_stages=False)
     (found,) = flaxdet.predict(model, variables, [image])
     match = assert_same(found, expected)
-    assert match.count >= 3
+    assert match.count > 3
 
 
 def test_torchvisions_batch(name, x64):
