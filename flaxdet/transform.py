@@ -155,31 +155,80 @@ def resize_image(
     Returns:
         [h, w, 3], zero beyond ``new_size``.
     """
+    resized = _bilinear(jnp, image, size, new_size, bucket=bucket, mean=mean, std=std, dtype=dtype)
+    rows_inside, columns_inside = (jnp.arange(bucket[i], dtype=jnp.int32) < new_size[i] for i in (0, 1))
+    inside = rows_inside[:, None] & columns_inside[None]
+    return jnp.where(inside[..., None], resized, 0)
 
-    def lookup(axis: int) -> tuple[Array, Array, Array]:
+
+def resize_array(
+    image: np.ndarray,
+    new_size: tuple[int, int],
+    *,
+    bucket: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> np.ndarray:
+    """``resize_image`` in numpy alone, for the processes that read data: the same arithmetic, to float32 rounding.
+
+    Args:
+        image: [H, W, 3] uint8, or floats in [0, 1].
+        new_size: (rows, columns) of the resized image.
+        bucket: (h, w) of the result.
+        mean: of each channel.
+        std: of each channel.
+
+    Returns:
+        [h, w, 3] float32, zero beyond ``new_size``.
+    """
+    size, new = np.asarray(image.shape[:2], np.int32), np.asarray(new_size, np.int32)
+    result = np.zeros((*bucket, 3), np.float32)
+    inside = result[: new_size[0], : new_size[1]]
+    if image.shape[:2] == tuple(new_size):
+        inside[:] = _normalise(np, image, mean, std, np.float32)
+    else:
+        inside[:] = _bilinear(np, image, size, new, bucket=new_size, mean=mean, std=std, dtype=np.float32)
+    return result
+
+
+def _normalise(xp: Any, pixels: Any, mean: Any, std: Any, dtype: Any) -> Any:
+    """(pixels - mean) / std, for values in [0, 1], in ``xp``: jax.numpy or numpy."""
+    values = pixels.astype(dtype)
+    if pixels.dtype == xp.uint8:
+        values = values / 255
+    return (values - xp.asarray(mean, dtype)[None, None]) / xp.asarray(std, dtype)[None, None]
+
+
+def _bilinear(
+    xp: Any, image: Any, size: Any, new_size: Any, *, bucket: tuple[int, int], mean: Any, std: Any, dtype: Any
+) -> Any:
+    """The arithmetic of the resize, in ``xp``: jax.numpy or numpy. What lies beyond ``new_size`` means nothing."""
+
+    def lookup(axis: int) -> tuple[Any, Any, Any]:
         # torch's area_pixel_compute_source_index and guard_index_and_lambda
         ratio = size[axis].astype(dtype) / new_size[axis].astype(dtype)
-        position = (jnp.arange(bucket[axis], dtype=dtype) + 0.5) * ratio - 0.5
-        position = jnp.maximum(position, 0)
-        low = jnp.minimum(jnp.floor(position).astype(jnp.int32), size[axis] - 1)
-        fraction = jnp.clip(position - low.astype(dtype), 0, 1)
-        return low, jnp.minimum(low + 1, size[axis] - 1), fraction
-
-    def normalise(pixels: Array) -> Array:
-        pixels = pixels.astype(dtype)
-        if image.dtype == jnp.uint8:
-            pixels = pixels / 255
-        return (pixels - jnp.asarray(mean, dtype)[None, None]) / jnp.asarray(std, dtype)[None, None]
+        position = (xp.arange(bucket[axis], dtype=dtype) + 0.5) * ratio - 0.5
+        position = xp.maximum(position, 0)
+        low = xp.minimum(xp.floor(position).astype(xp.int32), size[axis] - 1)
+        fraction = xp.clip(position - low.astype(dtype), 0, 1)
+        return low, xp.minimum(low + 1, size[axis] - 1), fraction
 
     top, bottom, down = lookup(0)
     left, right, across = lookup(1)
     down, across = down[:, None, None], across[None, :, None]
-    pixels = normalise(image)
-    rows = pixels[top] * (1 - down) + pixels[bottom] * down
-    resized = rows[:, left] * (1 - across) + rows[:, right] * across
-    rows_inside, columns_inside = (jnp.arange(bucket[i], dtype=jnp.int32) < new_size[i] for i in (0, 1))
-    inside = rows_inside[:, None] & columns_inside[None]
-    return jnp.where(inside[..., None], resized, 0)
+    normalise = functools.partial(_normalise, xp, mean=mean, std=std, dtype=dtype)
+    if xp is np and image.shape[0] * image.shape[1] > 4 * bucket[0] * bucket[1]:
+        # a large photo: normalising only what is read gives the same numbers in a quarter of the time
+        ends = tuple(
+            normalise(image[top[:, None], side[None]]) * (1 - down)
+            + normalise(image[bottom[:, None], side[None]]) * down
+            for side in (left, right)
+        )
+    else:
+        pixels = normalise(image)
+        rows = pixels[top] * (1 - down) + pixels[bottom] * down
+        ends = rows[:, left], rows[:, right]
+    return ends[0] * (1 - across) + ends[1] * across
 
 
 def transform(

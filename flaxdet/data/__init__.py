@@ -1,5 +1,19 @@
-"""Reading what models are fed with."""
+"""Reading what models are fed with: image files, COCO data sets, and batches for training and evaluation."""
 
+from flaxdet.data.batches import choose_buckets
+from flaxdet.data.coco import CocoDataset, Record, read_coco
 from flaxdet.data.images import ImageError, find_images, read_image
+from flaxdet.data.loader import Batches, eval_batches, train_batches
 
-__all__ = ["ImageError", "find_images", "read_image"]
+__all__ = [
+    "Batches",
+    "CocoDataset",
+    "ImageError",
+    "Record",
+    "choose_buckets",
+    "eval_batches",
+    "find_images",
+    "read_coco",
+    "read_image",
+    "train_batches",
+]

@@ -31,19 +31,20 @@ class ImageError(ValueError):
     """An image cannot be found or read; the message is one line that names it and what was expected."""
 
 
-def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "H W 3"]:
-    """Reads an image file as RGB, upright.
+def read_image(path: str | os.PathLike[str], *, upright: bool = True) -> UInt8[np.ndarray, "H W 3"]:
+    """Reads an image file as RGB.
 
     Grey, 1-bit, palette and CMYK images are converted, and transparency dropped, as Pillow's
     ``convert("RGB")`` does. Of 16-bit grey the upper 8 bits are kept, as Pillow keeps them of 16-bit colour
-    (its own conversion of 16-bit grey clips at 255). An EXIF orientation is applied. Of an animation the
-    first frame is read.
+    (its own conversion of 16-bit grey clips at 255). Of an animation the first frame is read.
 
     Args:
         path: the file, in any format that Pillow decodes; its extension does not matter.
+        upright: turn the picture as its EXIF orientation says. False gives the pixels as they are stored, which
+            is what the boxes of a COCO file refer to.
 
     Returns:
-        [H, W, 3] uint8, rows and columns of the upright image.
+        [H, W, 3] uint8.
 
     Raises:
         ImageError: if the file is missing, a folder, empty, no image, truncated or otherwise broken, so large
@@ -63,7 +64,7 @@ def read_image(path: str | os.PathLike[str]) -> UInt8[np.ndarray, "H W 3"]:
     try:
         with Image.open(path) as image:
             image.load()
-            return _upright_rgb(image)
+            return _rgb(_upright(image) if upright else image)
     except Image.UnidentifiedImageError as error:
         raise ImageError(f"{path}: is no image in a format that Pillow can read (JPEG, PNG, ...)") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -136,14 +137,15 @@ def _has_image_extension(path: Path) -> bool:
     return known in Image.OPEN and known not in _UNREADABLE_FORMATS
 
 
-def _upright_rgb(image: Image.Image) -> np.ndarray:
+def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # malformed EXIF data does not make a readable picture unreadable
         orientation = None
-    if orientation in _UPRIGHT:
-        image = image.transpose(_UPRIGHT[orientation])
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
+
+def _rgb(image: Image.Image) -> np.ndarray:
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if sixteen_bits:
         grey = (np.asarray(image, np.uint32) >> 8).astype(np.uint8)

@@ -1,0 +1,160 @@
+"""One image of a batch, and the batch: read, augmented, resized and padded, in numpy alone.
+
+Nothing here touches a device, so that worker processes can run it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from flaxdet.data.augment import choose_min_size, fixed_size_crop, horizontal_flip, scale_jitter
+from flaxdet.data.batches import Batch, EvalPlan, Size, TrainPlan
+from flaxdet.data.coco import Record
+from flaxdet.structures import TransformConfig
+from flaxdet.transform import canvas_size, resize_array, resized_size
+
+BucketCanvas = Literal["image", "bucket"]
+
+
+class Dataset(Protocol):
+    """What can be trained on: ``CocoDataset``, or anything that answers alike."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int, /) -> Record:
+        """Image ``i`` without its pixels."""
+        ...
+
+    def read_image(self, i: int, /) -> np.ndarray:
+        """[H, W, 3] uint8, of the record's size."""
+        ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How an image becomes a row of a batch.
+
+    Attributes:
+        config: ``model.transform``.
+        min_sizes: one is chosen at random.
+        flip: probability of a horizontal flip.
+        jitter: range of the scale of large-scale jitter, with ``crop``; then ``min_sizes`` means nothing.
+        crop: (rows, columns) of the jittered image.
+        max_boxes: slots for boxes.
+        canvas: "image" or "bucket".
+        masked: whether batches carry their canvases.
+        seed: of the augmentation; None turns it off.
+    """
+
+    config: TransformConfig
+    min_sizes: tuple[int, ...]
+    flip: float
+    jitter: tuple[float, float] | None
+    crop: Size | None
+    max_boxes: int
+    canvas: BucketCanvas
+    masked: bool
+    seed: int | None
+
+
+class BatchSource:
+    """Batch ``i`` of a run, for one process; random access, so that any worker can make any batch.
+
+    Args:
+        dataset: the images.
+        plan: which of them form batch ``i``.
+        options: of every image.
+        rows: which part of a global batch is this process's.
+        start: number of the batch that is item 0.
+        count: of the batches.
+    """
+
+    def __init__(
+        self, dataset: Dataset, plan: TrainPlan | EvalPlan, options: Options, rows: slice, start: int, count: int
+    ):
+        self.dataset, self.plan, self.options, self.rows = dataset, plan, options, rows
+        self.start, self.count = start, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def after(self, count: int) -> BatchSource:
+        """The same run without its first ``count`` batches."""
+        return BatchSource(
+            self.dataset, self.plan, self.options, self.rows, self.start + count, max(self.count - count, 0)
+        )
+
+    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:  # grain asks with its own integers
+        batch = self.plan[self.start + int(i)]
+        samples = [make_sample(self.dataset, int(n), self.options, batch) for n in batch.indices[self.rows]]
+        stacked = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+        stacked["image_id"][~batch.real[self.rows]] = -1
+        return stacked
+
+
+def make_sample(dataset: Dataset, index: int, options: Options, batch: Batch) -> dict[str, np.ndarray]:
+    """One image as a row of a batch; its augmentation depends on (seed, epoch, index) alone.
+
+    Args:
+        dataset: the images.
+        index: of the image.
+        options: how it is treated.
+        batch: the one that it is part of: its epoch and its bucket count.
+
+    Returns:
+        "pixels" [H, W, 3] float32, "size", "original_size" and, if ``options.masked``, "canvas" [2] int32,
+        "roi_reference_height" int32, "boxes" [G, 4] float32 xyxy in the resized image, "labels" [G] int32, "valid" [G],
+        "image_id" int64.
+    """
+    record, config = dataset[index], options.config
+    image, boxes, labels = dataset.read_image(index), record.boxes, record.labels
+    # four numbers, always in this order, so that one option does not change what another does
+    flip, choice, scale, place = np.ones(4)
+    if options.seed is not None:
+        flip, choice, scale, place = np.random.default_rng([options.seed, batch.epoch, index]).random(4).tolist()
+    if options.jitter is not None and options.crop is not None:
+        low, high = options.jitter
+        image, boxes = scale_jitter(image, boxes, target=options.crop, scale=low + scale * (high - low))
+        fill = [round(255 * mean) for mean in config.image_mean or ()]
+        image, boxes, keep = fixed_size_crop(image, boxes, size=options.crop, chance=place, fill=fill)
+        boxes, labels = boxes[keep], labels[keep]
+        size = options.crop
+    else:
+        min_size = choose_min_size(options.min_sizes, choice) if options.seed is not None else options.min_sizes[-1]
+        size = resized_size(record.size, config, min_size=min_size, name=str(record.path))
+    if flip < options.flip:
+        image, boxes = horizontal_flip(image, boxes)
+
+    original = image.shape[:2]
+    # torchvision's resize_boxes: float32 quotients
+    across, down = (np.float32(size[axis]) / np.float32(original[axis]) for axis in (1, 0))
+    boxes = boxes * np.array([across, down, across, down], np.float32)
+    pixels = resize_array(
+        image,
+        size,
+        bucket=batch.bucket,
+        mean=config.image_mean,  # pyright: ignore[reportArgumentType]
+        std=config.image_std,  # pyright: ignore[reportArgumentType]
+    )
+    slots, n = options.max_boxes, len(boxes)
+    own_canvas = batch.bucket if options.canvas == "bucket" else canvas_size(size, config)
+    # what torchvision would find in a batch of the whole bucket's height
+    height = batch.bucket[0] if options.canvas == "bucket" else size[0]
+    sample = {
+        "pixels": pixels,
+        "size": np.array(size, np.int32),
+        "original_size": np.array(record.size, np.int32),
+        "canvas": np.array(own_canvas, np.int32),
+        "roi_reference_height": np.array(height, np.int32),
+        "boxes": np.zeros((slots, 4), np.float32),
+        "labels": np.zeros(slots, np.int32),
+        "valid": np.arange(slots) < n,
+        "image_id": np.array(record.image_id, np.int64),
+    }
+    sample["boxes"][:n], sample["labels"][:n] = boxes, labels
+    if not options.masked:
+        del sample["canvas"]
+    return sample
