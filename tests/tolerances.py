@@ -60,3 +60,14 @@ SHARE_BF16 = 0.7  # of the detections that must be found again
 LIVELY_BOXES = 0.02  # px
 LIVELY_SCORES = 1.5e-4
 SUM_OF_16_F32 = 1e-6  # of values of order 1, added in another order than C++'s
+
+# Evaluation. pycocotools adds an eps of 2e-16 to denominators, and takes means over 10 x 101 numbers.
+AP_HAND = 1e-9  # absolute: worked out by hand
+AP_SAME = 1e-12  # absolute: the same sums in the same program
+AP_THREE_DECIMALS = 5e-4  # absolute: what the figures of the shared checkpoints are given to (seen: all four decimals)
+
+# Data. numpy rounds where XLA contracts a product and a sum into one operation: seen 1e-6 of 2.6.
+PIXELS_NUMPY = 2e-6
+PIXELS_MIRRORED = 1e-4  # the positions of a resize from the right round otherwise by 1e-5 px than those from the left
+BOXES_MIRRORED = 1e-4  # px, float32 coordinates of up to 96 flipped before the resize or after
+JITTER_LEVEL = 1  # of 255: Pillow and torch round the antialiased resize in other places
