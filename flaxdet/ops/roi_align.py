@@ -1,18 +1,16 @@
 """RoIAlign on one feature map or a pyramid: the answers of torchvision's C++ op, NHWC, inside ``jit``.
 
 Letters: ``N`` boxes, ``H, W`` rows and columns of a feature map, ``C`` channels, ``L`` levels, ``h, w`` rows
-and columns of the output, ``S`` samples per bin along one side, ``P`` pixels of all levels together.
+and columns of the output, ``S`` samples per bin along one side.
 
-How it works. All levels lie end to end in one array [P, C], so that a box's level is only an offset and a
-row length. Each sample is the weighted sum of its four neighbouring pixels; XLA fuses the gathers, the
-weights and the sum into one loop over the output, without temporaries of the output's size.
+How it works. All levels lie end to end in one array, so that a box's level is only an offset and a row
+length; ``flaxdet.ops.bilinear`` takes it from there, forwards and backwards.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-UNROLLED_SAMPLES = 4  # per bin; with more of them a loop keeps the program small
+from flaxdet.ops.bilinear import compute_dtype, mean_of_samples, samples_along
 
 
 def roi_align(
@@ -148,7 +146,7 @@ def assign_levels(
         [N] int32 in [0, L - 1]; 0 for a box whose area is negative or NaN.
     """
     boxes = lax.stop_gradient(jnp.asarray(boxes))
-    boxes = boxes.astype(_compute_dtype(boxes.dtype))
+    boxes = boxes.astype(compute_dtype(boxes.dtype))
     scale = lax.stop_gradient(jnp.asarray(scales, boxes.dtype))
     # Truncated as torchvision does, but a power of two may come out an ulp off its integer.
     exponents = -jnp.log2(scale[jnp.array([0, -1])])
@@ -191,10 +189,6 @@ def _level_thresholds(canonical_scale: float, canonical_level: int, reach: int =
     return int(wanted[0]), high.view(np.float32)
 
 
-def _compute_dtype(dtype):
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
-
-
 def _area(boxes):
     return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
@@ -215,7 +209,7 @@ def _checked(name, features, boxes):
     if not jnp.issubdtype(boxes.dtype, jnp.floating):
         raise TypeError(f"{name}: boxes must be floating, got {boxes.dtype}")
     boxes = lax.stop_gradient(boxes)
-    return features, boxes.astype(_compute_dtype(boxes.dtype))
+    return features, boxes.astype(compute_dtype(boxes.dtype))
 
 
 def _output_size(name, output_size, sampling_ratio) -> tuple[int, int]:
@@ -230,78 +224,20 @@ def _output_size(name, output_size, sampling_ratio) -> tuple[int, int]:
     return height, width
 
 
-class _Samples(NamedTuple):
-    """Where each box's samples lie along one axis, [N, bins, S], and how they weigh the pixels around."""
-
-    low: jax.Array
-    high: jax.Array
-    low_weight: jax.Array
-    high_weight: jax.Array
-
-
-def _samples(start, end, bins, samples, extent, aligned, dtype) -> _Samples:
-    """Samples along one axis of boxes from ``start`` to ``end`` [N] on a level ``extent`` [N] pixels long."""
-    length = end - start
-    if not aligned:
-        length = jnp.maximum(length, 1)
-    # XLA would turn a division by a constant into a product with its reciprocal, an ulp off torchvision's
-    # quotient; so the divisor is made to look like data.
-    bin_length = length / jnp.where(jnp.isnan(length), 1, jnp.asarray(bins, length.dtype))
-    bin_index = jnp.arange(bins, dtype=length.dtype)[None, :, None]
-    offset = jnp.arange(samples, dtype=length.dtype)[None, None, :] + 0.5
-    bin_length = bin_length[:, None, None]
-    position = start[:, None, None] + bin_index * bin_length + offset * bin_length / samples
-    extent = extent[:, None, None]
-    inside = (position >= -1) & (position <= extent.astype(position.dtype))  # False for NaN
-    last = jnp.maximum(extent - 1, 0)
-    position = jnp.where(inside, jnp.clip(position, 0, last.astype(position.dtype)), 0)
-    low = position.astype(jnp.int32)
-    fraction = (position - low.astype(position.dtype)).astype(dtype)
-    zero = jnp.zeros((), dtype)
-    return _Samples(
-        low,
-        jnp.minimum(low + 1, last),
-        jnp.where(inside, 1 - fraction, zero),
-        jnp.where(inside, fraction, zero),
-    )
-
-
 @functools.partial(jax.jit, static_argnames=("size", "samples", "aligned"))
 def _align(features, boxes, levels, scales, extents, *, size, samples, aligned):
     shapes = np.array([level.shape[:2] for level in features], np.int32)
     offsets = jnp.asarray(np.cumsum([0, *shapes[:-1].prod(1)]), jnp.int32)
     extents = jnp.asarray(shapes) if extents is None else extents.astype(jnp.int32)
-    channels, dtype = features[0].shape[2], features[0].dtype
-    compute = _compute_dtype(dtype)
+    channels, dtype = features[0].shape[2], compute_dtype(features[0].dtype)
     pixels = jnp.concatenate([level.reshape(-1, channels) for level in features])
 
     edges = boxes * lax.stop_gradient(scales)[levels][:, None]
     x1, y1, x2, y2 = (edges - 0.5 if aligned else edges).T
     extents = extents[levels]
-    y = _samples(y1, y2, size[0], samples, extents[:, 0], aligned, compute)
-    x = _samples(x1, x2, size[1], samples, extents[:, 1], aligned, compute)
-    row_length = jnp.asarray(shapes[:, 1])[levels][:, None]
-    first = offsets[levels][:, None]
-
-    def corner(row, column, row_weight, column_weight):
-        index = (first + row * row_length)[:, :, None] + column[:, None, :]
-        weight = row_weight[:, :, None] * column_weight[:, None, :]
-        found = pixels.at[index].get(mode="promise_in_bounds").astype(compute)
-        return weight[..., None] * found
-
-    def sample(i, j):
-        rows, columns = (_Samples(*(part[:, :, k] for part in axis)) for axis, k in ((y, i), (x, j)))
-        return (
-            corner(rows.low, columns.low, rows.low_weight, columns.low_weight)
-            + corner(rows.low, columns.high, rows.low_weight, columns.high_weight)
-            + corner(rows.high, columns.low, rows.high_weight, columns.low_weight)
-            + corner(rows.high, columns.high, rows.high_weight, columns.high_weight)
-        )
-
-    count = samples * samples
-    if count <= UNROLLED_SAMPLES:
-        total = sum(sample(k // samples, k % samples) for k in range(count))
-    else:
-        zero = jnp.zeros((boxes.shape[0], *size, channels), compute)
-        total = lax.fori_loop(0, count, lambda k, total: total + sample(k // samples, k % samples), zero)
-    return (total / count).astype(dtype)
+    y = samples_along(y1, y2, size[0], samples, extents[:, 0], aligned=aligned, dtype=dtype)
+    x = samples_along(x1, x2, size[1], samples, extents[:, 1], aligned=aligned, dtype=dtype)
+    row_length = jnp.asarray(shapes[:, 1])[levels][:, None, None]
+    first = offsets[levels][:, None, None]
+    y = y._replace(low=first + y.low * row_length, high=first + y.high * row_length)
+    return mean_of_samples(len(pixels), pixels, y, x)

@@ -1,0 +1,180 @@
+"""Means of bilinear samples over the bins of boxes, and their gradient: what RoIAlign computes with.
+
+Letters: ``N`` boxes, ``C`` channels, ``h, w`` rows and columns of bins, ``S`` samples per bin along one side, ``P``
+pixels of all levels together.
+
+Each sample is the weighted sum of its four neighbouring pixels. Forwards, XLA fuses the gathers, the weights and the
+sum into one loop over the output, without temporaries of the output's size.
+
+Backwards, autodiff would turn each of the 4 * S * S gathers into a scatter of its own, with updates of the output's
+size and a result of the gradient's. Here a loop over chunks of boxes adds a chunk's share to the one gradient, in
+place, by one scatter. For 1000 boxes, 7x7 bins of 2x2 samples and 256 channels on the four levels of 800x1088 (a
+gradient of 74 MB), in float32 on two CPU cores:
+
+    torchvision's C++       735 ms
+    autodiff                509 ms, 1421 MB beside the result
+    chunks of 32 boxes       98 ms, 74 MB
+
+Chunks of 1, 8, 64, 128, 512 boxes take 0.9, 1, 1.5, 2.1, 3 times the time of these, and 74, 74, 74, 175, 476 MB.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+UNROLLED_SAMPLES = 4  # per bin; with more of them a loop keeps the program small
+# Boxes in one scatter of the gradient: the most that cost a CPU nothing, since a GPU adds all of a scatter at once.
+CHUNK = 32
+
+
+def compute_dtype(dtype: Any) -> Any:
+    """The dtype of coordinates, weights and sums: float64 for float64, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
+class Samples(NamedTuple):
+    """Where each box's samples lie along one axis, and how they weigh the two pixels around them.
+
+    Attributes:
+        low: [N, bins, S] index of the pixel before the sample.
+        high: [N, bins, S] index of the pixel after it.
+        low_weight: [N, bins, S] weight of the pixel before; 0 for a sample outside the map, as is
+        high_weight: [N, bins, S] that of the pixel after.
+    """
+
+    low: Int[Array, "N bins S"]
+    high: Int[Array, "N bins S"]
+    low_weight: Float[Array, "N bins S"]
+    high_weight: Float[Array, "N bins S"]
+
+
+def samples_along(
+    start: Float[Array, " N"],
+    end: Float[Array, " N"],
+    bins: int,
+    samples: int,
+    extent: Int[Array, " N"],
+    *,
+    aligned: bool,
+    dtype: Any,
+) -> Samples:
+    """Samples of boxes along one axis, with the arithmetic of torchvision's C++ RoIAlign.
+
+    Args:
+        start: where each box begins, in pixels of its level.
+        end: where it ends.
+        bins: number of bins.
+        samples: S, per bin.
+        extent: length of each box's level in pixels.
+        aligned: if False, a box is at least one pixel long.
+        dtype: of the weights.
+
+    Returns:
+        The samples; those more than a pixel outside [0, extent - 1], or at NaN, weigh 0 at index 0.
+    """
+    length = end - start
+    if not aligned:
+        length = jnp.maximum(length, 1)
+    # XLA would turn a division by a constant into a product with its reciprocal, an ulp off torchvision's
+    # quotient; so the divisor is made to look like data.
+    bin_length = length / jnp.where(jnp.isnan(length), 1, jnp.asarray(bins, length.dtype))
+    bin_index = jnp.arange(bins, dtype=length.dtype)[None, :, None]
+    offset = jnp.arange(samples, dtype=length.dtype)[None, None, :] + 0.5
+    bin_length = bin_length[:, None, None]
+    position = start[:, None, None] + bin_index * bin_length + offset * bin_length / samples
+    extent = extent[:, None, None]
+    inside = (position >= -1) & (position <= extent.astype(position.dtype))  # False for NaN
+    last = jnp.maximum(extent - 1, 0)
+    position = jnp.where(inside, jnp.clip(position, 0, last.astype(position.dtype)), 0)
+    low = position.astype(jnp.int32)
+    fraction = (position - low.astype(position.dtype)).astype(dtype)
+    zero = jnp.zeros((), dtype)
+    return Samples(
+        low,
+        jnp.minimum(low + 1, last),
+        jnp.where(inside, 1 - fraction, zero),
+        jnp.where(inside, fraction, zero),
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def mean_of_samples(count: int, pixels: Float[Array, "P C"], y: Samples, x: Samples) -> Float[Array, "N h w C"]:
+    """The mean of each bin's S * S bilinear samples.
+
+    Works under ``jit``, ``vmap`` and reverse-mode ``grad``; the gradient flows to ``pixels`` only. A GPU adds it up in
+    any order, so its last bits vary, unless XLA is told otherwise (``XLA_FLAGS=--xla_gpu_deterministic_ops=true``).
+
+    Args:
+        count: P; the backward pass, which doesn't see ``pixels``, needs it as a number.
+        pixels: all levels' pixels end to end.
+        y: samples along the rows; ``low`` and ``high`` point at the first pixel of a row.
+        x: samples along the columns, from the first pixel of a row.
+
+    Returns:
+        [N, h, w, C] in the dtype of ``pixels``; sums are computed in the dtype of the weights.
+    """
+    del count
+    samples, dtype = y.low.shape[2], y.low_weight.dtype
+
+    def corner(row: Array, column: Array, row_weight: Array, column_weight: Array) -> Array:
+        index = row[:, :, None] + column[:, None, :]
+        weight = row_weight[:, :, None] * column_weight[:, None, :]
+        return weight[..., None] * pixels.at[index].get(mode="promise_in_bounds").astype(dtype)
+
+    def sample(i: Any, j: Any) -> Array:
+        rows, columns = (Samples(*(part[:, :, k] for part in axis)) for axis, k in ((y, i), (x, j)))
+        return (
+            corner(rows.low, columns.low, rows.low_weight, columns.low_weight)
+            + corner(rows.low, columns.high, rows.low_weight, columns.high_weight)
+            + corner(rows.high, columns.low, rows.high_weight, columns.low_weight)
+            + corner(rows.high, columns.high, rows.high_weight, columns.high_weight)
+        )
+
+    per_bin = samples * samples
+    if per_bin <= UNROLLED_SAMPLES:
+        total = functools.reduce(jnp.add, [sample(k // samples, k % samples) for k in range(per_bin)])
+    else:
+        zero = jnp.zeros((*y.low.shape[:2], x.low.shape[1], pixels.shape[1]), dtype)
+        total = lax.fori_loop(0, per_bin, lambda k, total: total + sample(k // samples, k % samples), zero)
+    return (total / per_bin).astype(pixels.dtype)
+
+
+def _forward(count: int, pixels: Array, y: Samples, x: Samples) -> tuple[Array, tuple[Samples, Samples]]:
+    return mean_of_samples(count, pixels, y, x), (y, x)
+
+
+def _backward(count: int, residuals: tuple[Samples, Samples], cotangent: Array) -> tuple[Array, None, None]:
+    boxes, channels = cotangent.shape[0], cotangent.shape[-1]
+    chunks = -(-boxes // CHUNK)
+    size = -(-boxes // max(chunks, 1))  # chunks as even as possible
+    dtype, per_bin = residuals[0].low_weight.dtype, residuals[0].low.shape[2] ** 2
+
+    def outer(y: Array, x: Array) -> tuple[Array, Array]:
+        """Both on the axes [box, row, column, sample in y, sample in x, neighbour in y, neighbour in x]."""
+        return y[:, :, None, :, None, :, None], x[:, None, :, None, :, None, :]
+
+    def add_chunk(k: Any, total: Array) -> Array:
+        first = jnp.asarray(k, jnp.int32) * size
+        # The last chunk ends with the last box; those that it shares with the chunk before weigh nothing here.
+        start = jnp.minimum(first, boxes - size)
+        fresh = start + jnp.arange(size, dtype=jnp.int32) >= first
+        y, x, g = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, start, size), (*residuals, cotangent))
+        rows, columns = outer(jnp.stack([y.low, y.high], axis=-1), jnp.stack([x.low, x.high], axis=-1))
+        weight = jnp.stack([y.low_weight, y.high_weight], axis=-1)
+        weight = jnp.where(fresh[:, None, None, None], weight, 0)
+        down, across = outer(weight, jnp.stack([x.low_weight, x.high_weight], axis=-1))
+        g = (g.astype(dtype) / per_bin)[:, :, :, None, None, None, None]
+        updates = ((down * across)[..., None] * g).reshape(-1, channels)
+        return total.at[(rows + columns).ravel()].add(updates, mode="promise_in_bounds")
+
+    total = lax.fori_loop(0, chunks, add_chunk, jnp.zeros((count, channels), dtype))
+    return total.astype(cotangent.dtype), None, None
+
+
+mean_of_samples.defvjp(_forward, _backward)
