@@ -45,6 +45,8 @@ def fcos_resnet50_fpn(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     precision: Any = None,
+    freeze_bn: bool = False,
+    remat: bool = False,
     **kwargs: Any,
 ) -> tuple[FCOS, Variables]:
     """FCOS with a ResNet-50-FPN backbone (torchvision.models.detection.fcos_resnet50_fpn).
@@ -62,6 +64,9 @@ def fcos_resnet50_fpn(
         dtype: computes; boxes, scores and NMS are float32 at least.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
+        freeze_bn: keeps live BatchNorm as in evaluation while training (an addition to torchvision).
+        remat: for the gradient, computes each residual block of the ResNet again: less memory, more time (see
+            ``flaxdet.nn.ResNet``).
         **kwargs: fields of ``flaxdet.FCOS``, under torchvision's names.
 
     Returns:
@@ -83,8 +88,14 @@ def fcos_resnet50_fpn(
         num_classes,
         trainable_backbone_layers,
         key,
-        {"dtype": dtype, "param_dtype": param_dtype, "precision": precision},
-        kwargs,
+        {
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "precision": precision,
+            "freeze_bn": freeze_bn,
+            "remat": remat,
+            **kwargs,
+        },
     )
 
 
@@ -99,6 +110,8 @@ def fasterrcnn_resnet50_fpn_v2(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     precision: Any = None,
+    freeze_bn: bool = False,
+    remat: bool = False,
     **kwargs: Any,
 ) -> tuple[FasterRCNN, Variables]:
     """Faster R-CNN v2 with a ResNet-50-FPN (torchvision.models.detection.fasterrcnn_resnet50_fpn_v2).
@@ -116,6 +129,10 @@ def fasterrcnn_resnet50_fpn_v2(
         dtype: computes; boxes, scores and NMS are float32 at least.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
+        freeze_bn: keeps BatchNorm, in the backbone, the pyramid and the box head, as in evaluation while training (an
+            addition to torchvision).
+        remat: for the gradient, computes each residual block of the ResNet again: less memory, more time (see
+            ``flaxdet.nn.ResNet``).
         **kwargs: fields of ``flaxdet.FasterRCNN``, under torchvision's names.
 
     Returns:
@@ -138,8 +155,14 @@ def fasterrcnn_resnet50_fpn_v2(
         num_classes,
         trainable_backbone_layers,
         key,
-        {"dtype": dtype, "param_dtype": param_dtype, "precision": precision},
-        kwargs,
+        {
+            "dtype": dtype,
+            "param_dtype": param_dtype,
+            "precision": precision,
+            "freeze_bn": freeze_bn,
+            "remat": remat,
+            **kwargs,
+        },
     )
 
 
@@ -151,8 +174,7 @@ def _build(
     num_classes: int | None,
     trainable_backbone_layers: int | None,
     key: jax.Array | None,
-    dtypes: dict[str, Any],
-    kwargs: dict[str, Any],
+    options: dict[str, Any],
 ) -> tuple[Any, Variables]:
     if weights is not None:
         weights_backbone = None
@@ -172,8 +194,7 @@ def _build(
         num_classes=num_classes,
         frozen_bn=builder == "fcos_resnet50_fpn" and is_trained,
         trainable_backbone_layers=layers,
-        **dtypes,
-        **kwargs,
+        **options,
     )
     if weights is not None:
         return model, from_torchvision(model, weights.get_state_dict(progress=progress))
@@ -210,6 +231,8 @@ def make_model(
     dtype: Any = jnp.float32,
     param_dtype: Any = None,
     precision: Any = None,
+    freeze_bn: bool = False,
+    remat: bool = False,
     **kwargs: Any,
 ) -> FCOS | FasterRCNN:
     """The module that a builder returns, without variables.
@@ -222,6 +245,8 @@ def make_model(
         dtype: computes.
         param_dtype: stores.
         precision: of every convolution and product.
+        freeze_bn: keeps live BatchNorm as in evaluation while training.
+        remat: in the gradient, computes each residual block of the ResNet again.
         **kwargs: fields of the model's class.
 
     Returns:
@@ -243,7 +268,7 @@ def make_model(
     if num_classes < 1:
         raise ValueError(f"num_classes should be at least 1, got {num_classes}")
     options: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "precision": precision}
-    body = ResNet(50, frozen_bn=frozen_bn, **options)
+    body = ResNet(50, frozen_bn=frozen_bn, freeze_bn=freeze_bn, remat=remat, **options)
     if builder == "fcos_resnet50_fpn":
         fpn = FeaturePyramidNetwork(256, LastLevelP6P7(256, 256, **options), **options)
         return FCOS(
@@ -255,14 +280,14 @@ def make_model(
         )
     if frozen_bn:
         raise ValueError("fasterrcnn_resnet50_fpn_v2 has live BatchNorm throughout: frozen_bn should be False")
-    fpn = FeaturePyramidNetwork(256, LastLevelMaxPool(), use_norm=True, **options)
+    fpn = FeaturePyramidNetwork(256, LastLevelMaxPool(), use_norm=True, freeze_bn=freeze_bn, **options)
     anchors = default_anchor_generator()
     return FasterRCNN(
         BackboneWithFPN(body, fpn),
         num_classes,
         rpn_anchor_generator=anchors,
         rpn_head=RPNHead(256, anchors.num_anchors_per_location()[0], conv_depth=2, **options),
-        box_head=FastRCNNConvFCHead((256, 7, 7), (256,) * 4, (1024,), use_norm=True, **options),
+        box_head=FastRCNNConvFCHead((256, 7, 7), (256,) * 4, (1024,), use_norm=True, freeze_bn=freeze_bn, **options),
         trainable_backbone_layers=trainable_backbone_layers,
         **options,
         **kwargs,

@@ -38,8 +38,8 @@ def load(path: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variabl
     Args:
         path: the file.
         **overrides: options of the builder that replace the file's or the default: fields of the model's class,
-            ``dtype``, ``param_dtype``, ``precision``, ``trainable_backbone_layers``, and ``frozen_bn``. The dtype is
-            float32 unless given here, whatever the tensors' in the file.
+            ``dtype``, ``param_dtype``, ``precision``, ``trainable_backbone_layers``, ``freeze_bn``, ``remat``, and
+            ``frozen_bn``. The dtype is float32 unless given here, whatever the tensors' in the file.
 
     Returns:
         The model and its variables.
@@ -92,9 +92,9 @@ def save(
         OSError: if the file can't be written; nothing is left behind then.
     """
     path = Path(path)
-    if categories is not None and len(categories) != _num_classes(model):
+    if categories is not None and len(categories) != num_classes(model):
         raise ValueError(
-            f"{path}: categories should name every label, background included: expected {_num_classes(model)} names, "
+            f"{path}: categories should name every label, background included: expected {num_classes(model)} names, "
             f"got {len(categories)}"
         )
     if path.suffix == ".pth":
@@ -111,6 +111,13 @@ def load_categories(path: str | Path) -> list[str] | None:
     """Names of the labels that a file of ours carries, label 0 first; ``None`` where it has none."""
     stored = _stored_options(path)
     return None if stored is None else stored["categories"]
+
+
+def num_classes(model: FCOS | FasterRCNN) -> int:
+    """Number of labels that a model tells apart, the background counted, also where a predictor of one's own has it."""
+    if model.num_classes is not None:
+        return model.num_classes
+    return model.box_predictor.num_classes  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
 
 
 def _stored_options(path: str | Path) -> dict[str, Any] | None:
@@ -137,8 +144,8 @@ def _describe(model: FCOS | FasterRCNN) -> dict[str, Any]:
         raise ValueError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}")
     body = getattr(model.backbone, "body", None)
     options: dict[str, Any] = {
-        "num_classes": _num_classes(model),
-        "frozen_bn": bool(getattr(body, "frozen_bn", False)),
+        "num_classes": num_classes(model),
+        **{name: bool(getattr(body, name, False)) for name in ("frozen_bn", "freeze_bn", "remat")},
         "trainable_backbone_layers": model.trainable_backbone_layers,
     }
     dtypes = {"dtype": model.dtype, "param_dtype": model.param_dtype, "precision": model.precision}
@@ -167,9 +174,3 @@ def _unstore(value: Any) -> Any:
         fields = dict(value)
         return _STORED_PARTS[fields.pop("type")](**fields)
     return value
-
-
-def _num_classes(model: FCOS | FasterRCNN) -> int:
-    if model.num_classes is not None:
-        return model.num_classes
-    return model.box_predictor.num_classes  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]

@@ -28,6 +28,7 @@ LOSS_F64 = 1e-9  # relative, and absolute where a loss is zero
 GRADIENT_F64 = 1e-7  # of each tensor's norm: thousands of terms that cancel, through 60 layers
 GRADIENT_FLOOR_F64 = 1e-12  # where the norm itself is rounding
 BATCH_STATS_F64 = 1e-9  # relative
+GRADIENT_F32 = 1e-5  # of RoIAlign, of the largest value: the sum of some hundred products of 6e-8 each
 
 # float32 with a known answer, or the same arithmetic in another program.
 HAND_F32 = 1e-6  # relative: answers worked out by hand, a few operations at 6e-8 each

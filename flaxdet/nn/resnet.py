@@ -68,11 +68,15 @@ class ResNet(TypedModule):
         frozen_bn: ``FrozenBatchNorm`` instead of live ``BatchNorm``.
         freeze_bn: in training, live BatchNorm normalises with its running statistics and leaves them alone
             (an addition to torchvision).
+        remat: for the gradient, keeps the input of each residual block alone and computes the block again: less
+            memory, more time. XLA:CPU merges what is computed twice, and so undoes it, unless ``jax.jit`` is given
+            ``compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"}``.
     """
 
     depth: int = 50
     frozen_bn: bool = False
     freeze_bn: bool = False
+    remat: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
     precision: Precision = None
@@ -116,6 +120,8 @@ class ResNet(TypedModule):
         )
         norm = functools.partial(FrozenBatchNorm if self.frozen_bn else BatchNorm, **options)
         norm_train = train and not self.freeze_bn
+        # the blocks are named below, so their variables have the same paths either way
+        block = nn.remat(_Block, static_argnums=(4,)) if self.remat else _Block  # pyright: ignore[reportArgumentType]
         bucket = pixels.shape[1:3]
 
         def extent(x: Array) -> Array | None:
@@ -133,8 +139,6 @@ class ResNet(TypedModule):
                 convs = ((3, strides, 1), (3, 1, 1)) if self.depth < 50 else ((1, 1, 1), (3, strides, 1), (1, 1, 4))
                 before = extent(x)
                 after = before if strides == 1 or before is None else -(-before // 2)
-                x = _Block(features, strides, convs, conv_, norm, name=f"layer{stage}_{i}")(
-                    x, before, after, norm_train
-                )
+                x = block(features, strides, convs, conv_, norm, name=f"layer{stage}_{i}")(x, before, after, norm_train)
             stages[f"c{stage + 1}"] = x
         return stages
