@@ -10,34 +10,18 @@ where they load; the first line says so.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import torch
-from PIL import Image
+from common import MODELS, describe_machine, measure, photo, show, write
 
 from flaxdet.builders import make_model
 from flaxdet.convert import from_torchvision, reference
 from flaxdet.predict import detect
 from flaxdet.transform import transform
-
-MODELS = ("fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2")
-
-
-def photo() -> np.ndarray:
-    """A real photo of 480x640 pixels."""
-    from matplotlib import cbook
-
-    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as image:
-        return np.asarray(image.convert("RGB").resize((640, 480)))
 
 
 def contenders(name: str, image: np.ndarray) -> dict[str, Any]:
@@ -63,19 +47,6 @@ def contenders(name: str, image: np.ndarray) -> dict[str, Any]:
     return {"flaxdet": ours, "torchvision eager": eager, "torchvision channels_last": with_channels_last}
 
 
-def measure(functions: dict[str, Any], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run, the functions in turn after one warm-up each."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for function in functions.values():
-        function()
-    for _ in range(repeats):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            function()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
-
-
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(description="Times flaxdet against torchvision.")
@@ -85,29 +56,13 @@ def main() -> None:
     options = parser.parse_args()
 
     image = photo()
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "device": str(jax.devices()[0]),
-        "torch_threads": torch.get_num_threads(),
-        "torchvision_ops": reference.ops_kind(),
-        **{package: version(package) for package in ("jax", "flax", "torch", "torchvision")},
-    }
-    print(", ".join(f"{name} {value}" for name, value in machine.items()))
+    machine = describe_machine()
     print("one photo of 480x640 at 800x1088, float32, batch 1, seconds: median (smallest to largest)\n")
     results = {}
     with torch.no_grad():
         for name in options.model:
-            seconds = measure(contenders(name, image), options.repeats)
-            medians = {contender: statistics.median(values) for contender, values in seconds.items()}
-            results[name] = {"seconds": seconds, "median": medians}
-            print(name)
-            for contender, values in seconds.items():
-                ratio = medians["flaxdet"] / medians[contender]
-                spread = f"({min(values):.2f} to {max(values):.2f})"
-                print(f"  {contender:<28}{medians[contender]:6.2f} {spread:<18} flaxdet takes {ratio:.2f} of it")
-    report = {"machine": machine, "date": time.strftime("%Y-%m-%d"), "results": results}
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
+            results[name] = show(name, measure(contenders(name, image), options.repeats))
+    write(options.json, machine, results)
 
 
 if __name__ == "__main__":

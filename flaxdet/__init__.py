@@ -1,8 +1,10 @@
 """torchvision's FCOS and Faster R-CNN v2 detectors in JAX/Flax: the same answers, convertible both ways."""
 
-from flaxdet import convert, ops
+from flaxdet import convert, data, ops, train
 from flaxdet.builders import fasterrcnn_resnet50_fpn_v2, fcos_resnet50_fpn
+from flaxdet.classes import match_classes, replace_classes
 from flaxdet.draw import draw_detections
+from flaxdet.evaluate import evaluate
 from flaxdet.files import load, load_categories, save
 from flaxdet.models import FCOS, FasterRCNN
 from flaxdet.ops import AnchorGenerator
@@ -23,12 +25,17 @@ __all__ = [
     "Targets",
     "TransformConfig",
     "convert",
+    "data",
     "draw_detections",
+    "evaluate",
     "fasterrcnn_resnet50_fpn_v2",
     "fcos_resnet50_fpn",
     "load",
     "load_categories",
+    "match_classes",
     "ops",
     "predict",
+    "replace_classes",
     "save",
+    "train",
 ]

@@ -17,10 +17,14 @@ import tyro
 
 from flaxdet.cli.convert import Convert
 from flaxdet.cli.detect import Detect
+from flaxdet.cli.eval import Eval
+from flaxdet.cli.train import Train
 from flaxdet.cli.verify import Verify
 
-COMMANDS = {"detect": Detect, "convert": Convert, "verify": Verify}
-DESCRIPTION = "torchvision's FCOS and Faster R-CNN v2 detectors in JAX: detect, convert weights, verify equality."
+COMMANDS = {"detect": Detect, "train": Train, "eval": Eval, "convert": Convert, "verify": Verify}
+DESCRIPTION = (
+    "torchvision's FCOS and Faster R-CNN v2 in JAX: detect, train, evaluate, convert weights, verify equality."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -38,6 +38,8 @@ def test_help(run):
     ("command", "parts"),
     [
         ("detect", ("IMAGE...", "--weights", "--threshold FLOAT", "--classes CLASS...", "--no-pictures", "COCO_V1")),
+        ("train", ("--train PATH PATH", "--weights STR", "--resume", "--freeze-bn, --no-freeze-bn", "Ctrl-C saves")),
+        ("eval", ("--images PATH", "--annotations PATH", "--batch-size INT", "flaxdet[train]")),
         ("convert", ("SOURCE TARGET", "--categories PATH", "--frozen-bn, --no-frozen-bn", "Torch is not needed")),
         ("verify", ("fasterrcnn_resnet50_fpn_v2", "--image FILE...", "--float64", "Exit status", "flaxdet[torch]")),
     ],

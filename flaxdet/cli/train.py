@@ -1,0 +1,309 @@
+"""``flaxdet train``: a COCO-format data set in, a trained model out."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flaxdet.cli.options import load_model, make_folder
+from flaxdet.cli.train_options import TrainOptions
+
+if TYPE_CHECKING:
+    from flaxdet.data import Batches, CocoDataset
+    from flaxdet.train import Checkpoints, TrainState
+
+# Per image of a batch: torchvision's references take .01 (FCOS) and .02 (Faster R-CNN) for 16, scaled linearly.
+LEARNING_RATE = {"FCOS": 0.01 / 16, "FasterRCNN": 0.02 / 16}
+PICTURED = 4  # images in predictions.png
+
+
+@dataclass(frozen=True)
+class Train(TrainOptions):
+    """Fine-tune a detector on your own images.
+
+    Annotations are COCO JSON. What is written to OUT: model.safetensors (the best by AP on the validation images, else
+    the last; `flaxdet detect --weights` takes it) and model.pth (the same for torchvision), curves.png,
+    predictions.png (beside the truth), metrics.json, log.jsonl, tensorboard/ and checkpoints/, from which --resume goes
+    on as if nothing had happened. Ctrl-C saves first.
+
+    Class layers are made new, unless the weights name the very same classes.
+
+    flaxdet train --train images/ train.json --val images/ val.json --out run/ --weights model.pth
+    """
+
+    def run(self) -> int:
+        """Runs the command; returns the exit status."""
+        self.check()
+        import jax
+
+        from flaxdet.train import Checkpoints, InterruptedTrainingError
+
+        if self.coordinator is not None:
+            address = None if self.coordinator == "auto" else self.coordinator
+            jax.distributed.initialize(address, self.process_count, self.process_index)
+        make_folder(self.out)
+        begun = any(path.name.isdecimal() for path in (self.out / "checkpoints").glob("*"))
+        if begun and not self.resume:
+            raise ValueError(f"{self.out}: holds a run already; expected --resume to go on with it, or another --out")
+        if self.resume and not begun:
+            raise ValueError(f"{self.out}: expected checkpoints to resume from, found none")
+        model, variables, train, val = self.starting_point()
+        checkpoints = Checkpoints(self.out / "checkpoints", config=self.config())
+        try:
+            checkpoints.check_config()
+            self._fit(model, variables, train, val, checkpoints)
+        except InterruptedTrainingError as stop:
+            _say(f"{stop}. To go on: {self.resume_command()}")
+            return 130
+        finally:
+            checkpoints.close()
+        return 0
+
+    def starting_point(self) -> tuple[Any, dict[str, Any], CocoDataset, CocoDataset | None]:
+        """The model with its first variables, and the data."""
+        import jax
+
+        import flaxdet
+        from flaxdet.classes import match_classes, replace_classes
+        from flaxdet.data import read_coco
+
+        options: dict[str, Any] = {
+            "min_size": self.min_size,
+            "max_size": self.max_size,
+            "dtype": np.dtype("float32") if self.dtype == "float32" else jax.numpy.bfloat16,
+            "remat": self.remat,
+            "freeze_bn": self.pretrained if self.freeze_bn is None else self.freeze_bn,
+            "trainable_backbone_layers": self.trainable_layers,
+        }
+        options = {name: value for name, value in options.items() if value is not None}
+        key = jax.random.key(self.seed)
+        read = functools.partial(read_coco, *self.train, remove_empty=not self.keep_empty)
+        if not self.pretrained:
+            train = read()
+            builder = self.model or "fcos_resnet50_fpn"
+            backbone = flaxdet.ResNet50_Weights.IMAGENET1K_V1 if self.weights == "backbone" else None
+            model, variables = getattr(flaxdet, builder)(
+                weights_backbone=backbone, num_classes=len(train.categories), key=key, progress=self.progress, **options
+            )
+        else:
+            options = {"trainable_backbone_layers": 3} | options
+            model, variables, names = load_model(self.model, self.weights, progress=self.progress, **options)
+            train = read(categories=names, num_classes=model.num_classes) if self.keep_classes else read()
+            if not self.keep_classes and names != train.categories:
+                copy = match_classes(names or [], train.categories, self.copy_classes)
+                model, variables = replace_classes(model, variables, len(train.categories), copy=copy, key=key)
+                _say(f"new class layers for {_counted(len(train.categories) - 1, 'class')}, {len(copy)} of them copied")
+        val = None if self.val is None else read_coco(*self.val, categories=train.categories)
+        for kind, data in (("train", train), ("val", val)):
+            if data is not None:
+                _say(f"{kind}: {_summary(data.report, len(data.categories) - 1)}")
+        return model, variables, train, val
+
+    def _fit(
+        self,
+        model: Any,
+        variables: dict[str, Any],
+        train: CocoDataset,
+        val: CocoDataset | None,
+        checkpoints: Checkpoints,
+    ) -> None:
+        import jax
+
+        from flaxdet.train import create_state, fit, make_mesh, make_train_step, replicate, split_trainable
+
+        steps_per_epoch = math.ceil(len(train) / self.batch_size)
+        steps = self.epochs * steps_per_epoch
+        devices = jax.device_count()
+        if self.batch_size % devices:
+            raise ValueError(f"--batch-size should be a multiple of the {devices} devices, got {self.batch_size}")
+        mesh = make_mesh() if devices > 1 else None
+        batches = self.batches(model, train, steps)
+        tx, schedule = self.optimiser(type(model).__name__, steps_per_epoch)
+        state = create_state(model, variables, tx, key=jax.random.key(self.seed), ema=self.ema is not None)
+        if mesh is not None:
+            state = replicate(state, mesh)
+        if self.resume:
+            state, place, _ = checkpoints.restore(state)
+            batches.set_state(place)
+            _say(f"going on after step {int(state.step)}")
+        trained = len(jax.tree.leaves(split_trainable(model, state.params)[0]))
+        _say(f"{steps} steps of {self.batch_size} images on {_counted(devices, 'device')}; {trained} tensors train")
+
+        writers = self._writers(int(state.step)) if jax.process_index() == 0 else []
+        report = _Report(self, model, train, val)
+        try:
+            state = fit(
+                make_train_step(model, tx, mesh=mesh, ema_decay=self.ema),
+                state,
+                batches,
+                steps=steps,
+                mesh=mesh,
+                schedule=lambda step: schedule(step // self.accumulate),
+                evaluate=None if val is None else report.evaluate,
+                evaluate_every=max(1, round(self.eval_every * steps_per_epoch)),
+                checkpoints=checkpoints,
+                save_every=self.save_every,
+                writers=writers,
+                log_every=self.log_every,
+                progress=self.progress,
+            )
+        finally:
+            for writer in writers:
+                writer.close()
+        report.finish(state, checkpoints)
+
+    def batches(self, model: Any, train: CocoDataset, steps: int) -> Batches:
+        """This process's rows of the batches of a run."""
+        import jax
+
+        from flaxdet.data import train_batches
+
+        return train_batches(
+            train,
+            model.transform,
+            batch_size=self.batch_size,
+            steps=steps,
+            seed=self.seed,
+            flip=self.flip,
+            min_size=self.multi_scale or None,
+            jitter=None if self.crop is None else (0.1, 2.0),
+            crop=self.crop,
+            max_boxes=self.max_boxes,
+            workers=self.workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def optimiser(self, kind: str, steps_per_epoch: int) -> tuple[Any, Any]:
+        """The optax transform, and its schedule as a function of the number of updates."""
+        import optax
+
+        from flaxdet.train import sgd, warmup_cosine_schedule, warmup_multistep_schedule
+
+        rate = self.learning_rate or LEARNING_RATE[kind] * self.batch_size * self.accumulate
+        updates = max(1, steps_per_epoch // self.accumulate)
+        warmup: dict[str, Any] = {"warmup_steps": self.warmup_steps}
+        if self.schedule == "cosine":
+            schedule = warmup_cosine_schedule(rate, updates, self.epochs, **warmup)
+        else:
+            milestones = [round(self.epochs * share) for share in (2 / 3, 11 / 12)] if self.schedule == "step" else []
+            schedule = warmup_multistep_schedule(rate, updates, milestones, **warmup)
+        tx = sgd(
+            schedule,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            norm_weight_decay=self.norm_weight_decay,
+        )
+        if self.clip is not None:
+            tx = optax.chain(optax.clip_by_global_norm(self.clip), tx)
+        if self.accumulate > 1:
+            tx = optax.MultiSteps(tx, self.accumulate).gradient_transformation()
+        return tx, schedule
+
+    def _writers(self, step: int) -> list[Any]:
+        from flaxdet.train.logs import JsonLinesWriter, TensorBoardWriter
+
+        writers: list[Any] = [JsonLinesWriter(self.out / "log.jsonl", resume_from=step)]
+        if self.tensorboard:
+            writers.append(TensorBoardWriter(self.out / "tensorboard", resume_from=step))
+        return writers
+
+
+class _Report:
+    """What a run leaves for people and for other programs: metrics, pictures, the best model."""
+
+    def __init__(self, options: Train, model: Any, train: CocoDataset, val: CocoDataset | None):
+        self.options, self.model, self.train, self.val = options, model, train, val
+        self.out = options.out
+
+    def evaluate(self, variables: Mapping[str, Any], step: int) -> dict[str, float]:
+        """COCO's figures on the validation images; draws the pictures anew."""
+        from flaxdet.evaluate import evaluate
+
+        assert self.val is not None
+        result = evaluate(
+            self.model, variables, self.val, batch_size=self.options.batch_size, progress=self.options.progress
+        )
+        figures = {"AP": result.ap or 0.0, "AP50": result.ap50 or 0.0, "AP75": result.ap75 or 0.0}
+        if _primary():
+            _write_json(self.out / "metrics.json", {"step": step, **result.to_dict()})
+            self.draw(variables, {"step": step, **figures})
+            _say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
+        return figures
+
+    def finish(self, state: TrainState, checkpoints: Checkpoints) -> None:
+        """Writes the best model, or the last where nothing was evaluated."""
+        import flaxdet
+        from flaxdet.train import evaluation_variables
+
+        step = int(state.step)
+        if checkpoints.best is not None:
+            state, _, info = checkpoints.restore(state, step="best")
+            step = info["step"]
+        if not _primary():
+            return
+        variables = evaluation_variables(state)
+        for name in ("model.safetensors", "model.pth"):
+            flaxdet.save(self.out / name, self.model, variables, categories=self.train.categories)
+        self.draw(variables, {})
+        _say(f"{self.out / 'model.safetensors'}: the model of step {step}")
+
+    def draw(self, variables: Mapping[str, Any], latest: dict[str, float]) -> None:
+        """curves.png, of the log and the figures that are not in it yet, and predictions.png."""
+        from flaxdet.evaluate import on_one_device
+        from flaxdet.predict import predict
+        from flaxdet.train.logs import read_log
+        from flaxdet.train.pictures import draw_curves, draw_predictions
+
+        data = self.train if self.val is None else self.val
+        chosen = np.linspace(0, len(data) - 1, min(PICTURED, len(data))).astype(int).tolist()
+        images = [data.read_image(i) for i in chosen]
+        found = predict(self.model, on_one_device(variables), images)
+        truths = [{"boxes": data[i].boxes, "labels": data[i].labels} for i in chosen]
+        draw_predictions(images, truths, found, self.train.categories, self.out / "predictions.png")
+        rows = read_log(self.out / "log.jsonl")
+        draw_curves([*rows, latest] if latest else rows, self.out / "curves.png")
+
+
+def _summary(report: Mapping[str, int], classes: int) -> str:
+    """What a data set holds, and what was left out of it."""
+    dropped = {
+        "without an area": report["no_area"],
+        "outside their image": report["outside"],
+        "of crowds": report["crowd"],
+    }
+    left_out = [f"{_counted(count, 'box')} {why}" for why, count in dropped.items() if count]
+    if report["removed_images"]:
+        left_out.append(f"{_counted(report['removed_images'], 'image')} without boxes")
+    text = f"{_counted(report['images'], 'image')}, {_counted(report['boxes'], 'box')} of {_counted(classes, 'class')}"
+    return text + (f"; left out: {', '.join(left_out)}" if left_out else "")
+
+
+def _counted(count: int, thing: str) -> str:
+    plural = thing + ("es" if thing.endswith(("x", "s")) else "s")
+    return f"{count} {thing if count == 1 else plural}"
+
+
+def _primary() -> bool:
+    import jax
+
+    return jax.process_index() == 0
+
+
+def _say(text: str) -> None:
+    if _primary():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _write_json(path: Any, content: Any) -> None:
+    from flaxdet.convert.checkpoint import replacing
+
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=1).encode())

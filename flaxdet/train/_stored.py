@@ -1,0 +1,138 @@
+"""Pytrees as checkpoints store them: nested dicts of arrays, whatever containers they had.
+
+So a stored state does not depend on classes of optax or flaxdet, and every leaf has a name to be told by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+Tree = TypeVar("Tree")
+_SHOWN = 3  # of each kind of difference in an error
+
+
+def to_nested(tree: Any) -> dict[str, Any]:
+    """A pytree as nested dicts: {"params": {...}, "opt_state": {"0": {"trace": ...}}, ...}.
+
+    Args:
+        tree: of jax or numpy arrays. Those of size 0 are left out: there is nothing to store.
+
+    Returns:
+        The same arrays in nested dicts whose keys are field names, dict keys and indices as text.
+
+    Raises:
+        TypeError: if a leaf is no array.
+    """
+    nested: dict[str, Any] = {}
+    for parts, leaf in _leaves(tree):
+        if leaf.size == 0:
+            continue
+        inner = nested
+        for part in parts[:-1]:
+            inner = inner.setdefault(part, {})
+        inner[parts[-1]] = np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+    return nested
+
+
+def from_nested(nested: Any, template: Tree) -> Tree:
+    """The pytree that ``to_nested`` took apart.
+
+    Args:
+        nested: nested dicts of numpy arrays, of the structure of the template (``check_structure``).
+        template: pytree of arrays or ``jax.ShapeDtypeStruct``.
+
+    Returns:
+        A pytree like the template, its leaves placed as the template's are: with their sharding, as numpy, or, where
+        there is no sharding or the array is not committed to its device, on the default device and not committed.
+
+    Raises:
+        ValueError: if a leaf has 64 bits and jax does not.
+    """
+    placed = [_place(_lookup(nested, parts, leaf), parts, leaf) for parts, leaf in _leaves(template)]
+    return jax.tree.unflatten(jax.tree.structure(template), placed)
+
+
+def numpy_template(metadata: Any) -> Any:
+    """What makes orbax restore arrays as numpy, with the shapes and dtypes of their metadata.
+
+    Placing them is left to ``from_nested``: orbax would do it in a thread of its own, where ``jax.enable_x64`` of the
+    caller does not hold, and float64 would come back as float32 without a word.
+    """
+    return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), metadata)
+
+
+def check_structure(metadata: Any, template: Any, what: str) -> None:
+    """Compares what is stored with what is wanted.
+
+    Args:
+        metadata: nested dicts of objects with shape and dtype.
+        template: the pytree to restore.
+        what: the beginning of an error.
+
+    Raises:
+        ValueError: listing a few of the leaves that are in one of them only or differ in shape or dtype.
+    """
+    stored = {"/".join(parts): _kind(leaf) for parts, leaf in _leaves(metadata)}
+    wanted = {"/".join(parts): _kind(leaf) for parts, leaf in _leaves(template) if leaf.size}
+    differing = [
+        f"{name}: {stored[name]} stored, {wanted[name]} here"
+        for name in stored
+        if name in wanted and stored[name] != wanted[name]
+    ]
+    lines = [
+        *_some(differing, "differ"),
+        *_some([f"{name}: {kind}" for name, kind in stored.items() if name not in wanted], "are stored only"),
+        *_some(
+            [f"{name}: {kind}" for name, kind in wanted.items() if name not in stored], "are expected, but not stored"
+        ),
+    ]
+    if lines:
+        raise ValueError(f"{what} is of another model, class count or optimiser than this run:\n" + "\n".join(lines))
+
+
+def _some(lines: Sequence[str], kind: str) -> list[str]:
+    if not lines:
+        return []
+    head = f"  {len(lines)} {kind}" + (", among them:" if len(lines) > _SHOWN else ":")
+    return [head, *(f"    {line}" for line in lines[:_SHOWN])]
+
+
+def _kind(leaf: Any) -> str:
+    return f"{np.dtype(leaf.dtype).name}[{', '.join(map(str, leaf.shape))}]"
+
+
+def _leaves(tree: Any) -> list[tuple[list[str], Any]]:
+    found = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(f"{'/'.join(parts)} must be a jax or numpy array, got {type(leaf).__name__}")
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            raise TypeError(f"{'/'.join(parts)} is a typed random key; store jax.random.key_data of it")
+        found.append((parts, leaf))
+    return found
+
+
+def _lookup(nested: Any, parts: Sequence[str], leaf: Any) -> np.ndarray:
+    if leaf.size == 0:
+        return np.zeros(leaf.shape, leaf.dtype)
+    for part in parts:
+        nested = nested[part]
+    return nested
+
+
+def _place(host: np.ndarray, parts: Sequence[str], leaf: Any) -> Any:
+    if isinstance(leaf, (np.ndarray, np.generic)):
+        return host
+    sharding = leaf.sharding
+    if sharding is None or not getattr(leaf, "committed", True):
+        array = jax.device_put(host)
+    else:
+        array = jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+    if array.dtype != host.dtype:
+        raise ValueError(f"{'/'.join(parts)} is {host.dtype}, which jax has only with jax_enable_x64")
+    return array

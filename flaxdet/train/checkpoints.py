@@ -1,0 +1,302 @@
+"""Checkpoints of a training run: the last and the best, written in the background, whole or not at all.
+
+    run/checkpoints/
+      config.json     the options of the run, as they were at its first save
+      1200/           the state after step 1200, place in the data and metrics: a checkpoint of orbax
+      1500/           the last; beside it only the best is kept
+      1600.orbax-checkpoint-tmp/    being written; renamed to 1600 at its very end, removed at the next start otherwise
+
+Without this module ``orbax.checkpoint.v1.load(folder / "1500", checkpointable_name="state")`` gives the arrays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+
+from flaxdet.convert.checkpoint import CheckpointError
+from flaxdet.train import _files, _stored
+
+State = TypeVar("State")
+Metrics = Mapping[str, float]
+
+_STATE = "state"
+_BEST_BY = "AP"
+_LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp|removed)|\.config\.json\.\w+\.tmp")
+
+
+class Checkpoints(contextlib.AbstractContextManager):
+    """The checkpoints of one run, in one folder.
+
+    A save goes on in the background while training does; what went wrong in it is raised by the next ``save``,
+    ``restore`` or ``close``. Whenever the process dies, the folder holds the last whole checkpoint and the best one: a
+    new one appears under its name when all of it is written, and only then are older ones removed.
+
+    With several processes (``jax.distributed``) each of them makes one of these on the same shared folder and calls
+    every method at the same time as the others; the first process keeps the books.
+
+    Attributes:
+        folder: where they are.
+        keep: how many of the last ones are kept, besides the best.
+        config: the options of the run, as JSON has them; ``None`` if they are not to be compared.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, keep: int = 1, config: Mapping[str, Any] | None = None):
+        """Opens a folder, or makes it, and removes what a run that was killed left half-written.
+
+        Args:
+            folder: for checkpoints alone; one run at a time may write there.
+            keep: how many of the last to keep.
+            config: options of the run, of values that JSON can hold. ``restore`` compares them with the stored ones.
+
+        Raises:
+            ImportError: if orbax is missing; ValueError: if ``keep`` is below 1.
+            TypeError: if JSON cannot hold ``config``.
+            OSError: if the folder cannot be made or cleaned.
+        """
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self._orbax, self._context = _files.import_orbax()
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self.config = None if config is None else _files.as_json(config, "config")
+        self._pending: tuple[int, Any, dict[str, float] | None] | None = None
+        self._at: int | None = None  # the step that this object saved or restored last: where its run is
+        self._metrics: dict[int, dict[str, float] | None] = {}  # of committed checkpoints, read once
+        self._primary = jax.process_index() == 0
+        self._quiet = _files.QuietOrbax()
+        self._quiet.start()
+        if self._primary:
+            with self._explained("cannot be opened"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, ascending."""
+        found = self.folder.iterdir() if self.folder.is_dir() else []
+        return sorted(int(path.name) for path in found if path.name.isdecimal() and path.is_dir())
+
+    @property
+    def last(self) -> int | None:
+        """The step of the last whole checkpoint; ``None`` if there is none."""
+        return max(self.steps, default=None)
+
+    @property
+    def best(self) -> int | None:
+        """The step of highest AP, of several the earliest; ``None`` if none was evaluated."""
+        scores = {step: _score(self._read_metrics(step)) for step in self.steps}
+        best = max(scores, key=lambda step: (scores[step], -step), default=None)
+        return None if best is None or scores[best] == -math.inf else best
+
+    def save(
+        self,
+        state: Any,
+        data_state: Mapping[str, Any] | None = None,
+        *,
+        metrics: Metrics | None = None,
+        wait: bool = False,
+    ) -> None:
+        """Begins to save. When this returns the arrays are copied: the next step may take (donate) their memory.
+
+        Args:
+            state: a pytree of jax or numpy arrays with an attribute ``step``, such as a ``TrainState``.
+            data_state: the place in the data, as JSON has it; the same in every process.
+            metrics: of this state, if it was evaluated; the best checkpoint is that of highest "AP". For a step that is
+                saved already they are added to it.
+            wait: until the checkpoint is whole.
+
+        Raises:
+            OSError: in one line, if this or the previous save failed (disk full); earlier checkpoints stay as they are.
+            ValueError: if the folder holds checkpoints of a run that this one does not go on from.
+            TypeError: if a leaf of the state is no array, or JSON cannot hold ``data_state``.
+        """
+        self._settle()
+        step, last = int(state.step), self.last
+        self._check_succession(step, last)
+        found = None if metrics is None else {name: float(value) for name, value in metrics.items()}
+        if step == last:
+            if found is not None:
+                self._add_metrics(step, found)
+            return
+        arrays = _stored.to_nested(state)
+        note = {"data": _files.as_json({} if data_state is None else data_state, "data_state"), "metrics": found}
+        # Ctrl-C waits until the save is on its way: orbax's threads would wait for the rest, 20 minutes long, at exit
+        with _files.uninterrupted(), self._explained(f"the checkpoint of step {step} could not be saved", failed=step):
+            if self._primary and self._at is None and self.config is not None:
+                _files.write_json(self.folder / "config.json", self.config)
+            with self._context:
+                response = self._orbax.save_checkpointables_async(
+                    self.folder / str(step), {_STATE: arrays}, custom_metadata=note
+                )
+            self._pending = (step, response, found)
+        if wait:
+            self._settle()
+
+    def restore(
+        self, template: State, *, step: int | Literal["best"] | None = None
+    ) -> tuple[State, Any, dict[str, Any]]:
+        """Reads a checkpoint.
+
+        Args:
+            template: what to restore: a pytree like the saved one, of arrays or ``jax.ShapeDtypeStruct``. Leaves come
+                back with its shardings, so another number of devices or processes than at saving will do; numpy
+                leaves as numpy; those without a sharding on the default device, free to move.
+            step: which; default the last. "best" is that of highest AP.
+
+        Returns:
+            ``(state, data_state, info)``: the state, bit for bit; what was given as ``data_state``; and
+            {"step": int, "metrics": dict or None}.
+
+        Raises:
+            FileNotFoundError: if there is no such checkpoint.
+            ValueError: if the run's options are others now, naming each with both values; if the state is of another
+                structure, naming some of the leaves that differ; or if the checkpoint is damaged.
+            OSError: if a save failed before, or the files cannot be read.
+        """
+        self._settle()
+        self.check_config()
+        step = self._find(step)
+        metrics = self._read_metrics(step)
+        stored, note = self._read_metadata(step)
+        _stored.check_structure(stored, template, f"{self.folder}: the checkpoint of step {step}")
+        with self._explained(f"the checkpoint of step {step} cannot be read"):
+            wanted = {_STATE: _stored.numpy_template(stored)}
+            arrays = self._orbax.load_checkpointables(self.folder / str(step), wanted)[_STATE]
+        state = _stored.from_nested(arrays, template)
+        self._at = step
+        return state, note["data"], {"step": step, "metrics": metrics}
+
+    def check_config(self) -> None:
+        """Compares the options of this run with those stored; ``restore`` does it first.
+
+        Raises:
+            ValueError: naming each option that differs, with its old and its new value.
+        """
+        path = self.folder / "config.json"
+        if self.config is None or not self.steps or not path.is_file():
+            return
+        with self._explained("config.json cannot be read"):
+            stored = json.loads(path.read_text())
+        if changed := _files.differences(stored, self.config):
+            raise ValueError(
+                f"{self.folder}: its run had other options: {'; '.join(changed)}. Resume it with its own, or begin a "
+                "new run in another folder"
+            )
+
+    def wait(self) -> None:
+        """Waits for the save in progress.
+
+        Raises:
+            OSError: if it failed.
+        """
+        self._settle()
+
+    def close(self) -> None:
+        """Waits for the save in progress; call it at the end, or use ``with``. An OSError if it failed."""
+        self._settle()
+        self._quiet.stop()  # but not after a failure: orbax goes on to speak of it
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _settle(self) -> None:
+        """Waits for the save in progress; once it is whole, removes the checkpoints that it replaces."""
+        if self._pending is None:
+            return
+        step, response, metrics = self._pending
+        with self._explained(f"the checkpoint of step {step} could not be saved", failed=step):
+            try:
+                response.result()
+            except Exception:
+                self._pending = None  # but not at Ctrl-C: it is still being written
+                raise
+        self._pending = None
+        self._at, self._metrics[step] = step, metrics
+        if not self._primary:
+            return
+        steps = self.steps
+        kept = {*steps[-self.keep :], self.best}
+        with self._explained("old checkpoints cannot be removed"):
+            for old in {*steps} - kept:
+                # first out of sight: what is killed half-way through a removal must not look whole
+                removed = self.folder / f"{old}.removed"
+                os.replace(self.folder / str(old), removed)
+                shutil.rmtree(removed)
+
+    def _check_succession(self, step: int, last: int | None) -> None:
+        if last is None or (self._at == last and step >= last):
+            return
+        here = "another run" if self._at is None else f"a run that went on from step {self._at}"
+        raise ValueError(
+            f"{self.folder}: holds checkpoints of {here}, up to step {last}; resume it, or take another folder"
+        )
+
+    def _find(self, step: int | Literal["best"] | None) -> int:
+        steps = self.steps
+        if not steps:
+            raise FileNotFoundError(f"{self.folder}: holds no whole checkpoint")
+        if step == "best":
+            best = self.best
+            if best is None:
+                raise FileNotFoundError(f"{self.folder}: no checkpoint was evaluated, so none is the best")
+            return best
+        if step is not None and step not in steps:
+            raise FileNotFoundError(f"{self.folder}: holds no step {step}, only {', '.join(map(str, steps))}")
+        return steps[-1] if step is None else step
+
+    def _read_metrics(self, step: int) -> dict[str, float] | None:
+        if step not in self._metrics:
+            path = self.folder / str(step)
+            if not (path / "metrics.json").is_file():
+                self._metrics[step] = self._read_metadata(step)[1]["metrics"]
+            else:
+                with self._explained(f"the checkpoint of step {step} cannot be read"):
+                    self._metrics[step] = json.loads((path / "metrics.json").read_text())
+        return self._metrics[step]
+
+    def _read_metadata(self, step: int) -> tuple[Any, dict[str, Any]]:
+        """Shapes and dtypes of the state, and what was noted beside it."""
+        with self._explained(f"the checkpoint of step {step} cannot be read"):
+            metadata = self._orbax.checkpointables_metadata(self.folder / str(step))
+        state, note = metadata.metadata.get(_STATE), metadata.custom_metadata
+        if not state or not isinstance(note, dict) or not {"data", "metrics"} <= set(note):
+            raise CheckpointError(
+                f"{self.folder}: the checkpoint of step {step} is damaged, or flaxdet did not write it"
+            )
+        return state, note
+
+    def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        self._metrics[step] = metrics
+        if self._primary:
+            with self._explained(f"the metrics of step {step} could not be saved"):
+                _files.write_json(self.folder / str(step) / "metrics.json", metrics)
+
+    def _remove_leftovers(self) -> None:
+        for path in self.folder.iterdir():
+            if _LEFTOVER.fullmatch(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @contextlib.contextmanager
+    def _explained(self, what: str, failed: int | None = None) -> Iterator[None]:
+        """Turns what goes wrong into one line that names the folder."""
+        try:
+            yield
+        except Exception as error:
+            if failed is not None and self._primary:  # gives the space back
+                shutil.rmtree(self.folder / f"{failed}.orbax-checkpoint-tmp", ignore_errors=True)
+            raise _files.explain(f"{self.folder}: {what}", error) from error
+
+
+def _score(metrics: Metrics | None) -> float:
+    score = -math.inf if metrics is None else metrics.get(_BEST_BY, -math.inf)
+    return -math.inf if math.isnan(score) else score

@@ -1,0 +1,169 @@
+"""Where the numbers of a training run go: a file of JSON lines, TensorBoard, or a writer of the user's own."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from flaxdet.convert.checkpoint import replacing
+from flaxdet.train import _files
+
+_FCOS_LOSSES = {"classification", "bbox_regression", "bbox_ctrness"}  # torchvision's names, unlike v2's without "loss"
+
+
+class Writer(Protocol):
+    """What the training loop writes to; anything with these two methods will do."""
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Takes numbers by name, measured after ``step`` steps."""
+        ...
+
+    def close(self) -> None:
+        """Writes what is left."""
+        ...
+
+
+class JsonLinesWriter:
+    """A file with one JSON object a line: {"step": 20, "loss": 0.71, ...}.
+
+    Each line is on its way to the disk before training goes on, so a run that is killed has its log up to there. NaN
+    and infinities are written as null, which every reader of JSON takes.
+
+    Attributes:
+        path: of the file.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume_from: int | None = None):
+        """Opens the file to append to it.
+
+        Args:
+            path: of the file; folders are made.
+            resume_from: the step that a resumed run goes on from. Lines of later steps are dropped, and one that a
+                kill cut short, so that the log becomes that of a run that was never interrupted. The new file takes
+                the old one's place at once. ``None``: an existing file is replaced.
+
+        Raises:
+            ValueError: if the file to go on with is no such log.
+            OSError: if it cannot be read or written.
+        """
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [] if resume_from is None or not self.path.exists() else _rows(self.path)
+        with replacing(self.path) as file:
+            for row in kept:
+                if resume_from is not None and row["step"] <= resume_from:
+                    file.write(_line(row))
+        self._file = open(self.path, "ab")  # noqa: SIM115  (closed by close)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a line.
+
+        Args:
+            step: the steps done.
+            values: numbers by name.
+
+        Raises:
+            OSError: if it cannot be written (disk full); one line that names the file.
+        """
+        try:
+            self._file.write(_line({"step": int(step), **{name: float(value) for name, value in values.items()}}))
+            self._file.flush()
+        except OSError as error:
+            raise _files.explain(f"{self.path}: cannot be written", error) from error
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Event files for TensorBoard. Losses are grouped under "loss/", evaluations under "evaluation/".
+
+    Attributes:
+        folder: where they are.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], *, resume_from: int | None = None):
+        """Begins an event file.
+
+        Args:
+            folder: for the files; a new one for each start of the run.
+            resume_from: the step that a resumed run goes on from; TensorBoard hides what it has of later ones.
+
+        Raises:
+            ImportError: if tensorboardX is missing.
+        """
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError as error:
+            raise ImportError("TensorBoard's files need tensorboardX: pip install 'flaxdet[train]'") from error
+        self.folder = Path(folder)
+        self._writer = SummaryWriter(str(folder), purge_step=None if resume_from is None else resume_from + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one point to each curve.
+
+        Args:
+            step: the steps done.
+            values: numbers by name.
+        """
+        for name, value in values.items():
+            self._writer.add_scalar(_tag(name), float(value), int(step))
+
+    def close(self) -> None:
+        """Writes what is left."""
+        self._writer.close()
+
+
+def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """Reads what a ``JsonLinesWriter`` wrote.
+
+    Args:
+        path: of the file. A last line that a kill cut short is left out.
+
+    Returns:
+        A dict for each line, in the order of the file: "step" (int) and the numbers by name; NaN where null stands.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if a line is no JSON object with a "step"; it names file and line.
+    """
+    return [{name: math.nan if value is None else value for name, value in row.items()} for row in _rows(Path(path))]
+
+
+def is_loss(name: str) -> bool:
+    """Whether a number of this name is a loss: their sum "loss", or one of either detector's."""
+    return name.startswith("loss") or name in _FCOS_LOSSES
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # what comes after the last line break is nothing, or cut short
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f'{path}, line {number}: expected a JSON object with a whole "step", got {line[:80]!r}')
+        rows.append(row)
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> bytes:
+    finite = {name: value if isinstance(value, int) or _is_finite(value) else None for name, value in row.items()}
+    return json.dumps(finite).encode() + b"\n"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _tag(name: str) -> str:
+    if is_loss(name):
+        return f"loss/{name}"
+    return f"evaluation/{name}" if name.startswith(("AP", "AR")) else f"training/{name}"

@@ -1,0 +1,250 @@
+"""The training loop: steps, logs, evaluation and checkpoints around a jitted train step.
+
+It knows nothing of detection: any step of ``make_train_step``, any iterator of batch dicts. Whoever wants another loop
+writes one around the same step.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxdet.train.sharding import shard_batch
+from flaxdet.train.state import TrainState
+
+if TYPE_CHECKING:
+    from flaxdet.train.checkpoints import Checkpoints
+    from flaxdet.train.logs import Writer
+
+Metrics = Mapping[str, Any]
+_IN_FLIGHT = 2  # steps whose loss has not been looked at: the host prepares batches while the device works
+
+
+class Batches(Protocol):
+    """An iterator of batch dicts whose place can be stored (``flaxdet.data.train_batches``)."""
+
+    def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> dict[str, Any]:
+        """The place after the last batch delivered, as JSON."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes on from a place."""
+        ...
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient became NaN or infinite."""
+
+
+class InterruptedTrainingError(KeyboardInterrupt):
+    """Training was asked to stop, and did after a whole step; ``step`` is the one that was saved, or None."""
+
+    def __init__(self, step: int, saved: bool):
+        super().__init__(f"interrupted after step {step}" + (", which was saved" if saved else ""))
+        self.step = step
+        self.saved = saved
+
+
+def fit(
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
+    state: TrainState,
+    batches: Batches | Iterator[dict[str, np.ndarray]],
+    *,
+    steps: int,
+    mesh: Mesh | None = None,
+    schedule: Callable[[int], Any] | None = None,
+    evaluate: Callable[[dict[str, Any], int], Mapping[str, float]] | None = None,
+    evaluate_every: int | None = None,
+    checkpoints: Checkpoints | None = None,
+    save_every: int | None = None,
+    writers: Sequence[Writer] = (),
+    log_every: int = 10,
+    progress: bool = True,
+) -> TrainState:
+    """Trains from ``state.step`` to ``steps``.
+
+    Ctrl-C and SIGTERM let the step in progress finish, save it, and raise; a second Ctrl-C raises at once.
+
+    Args:
+        train_step: of ``make_train_step``; it may donate the state.
+        state: where to begin; after ``resume`` somewhere in the middle.
+        batches: batch dicts, numpy, this process's rows. To be saved with the state they need ``get_state``.
+        steps: the last step.
+        mesh: that the step was made for.
+        schedule: step -> learning rate, for the log.
+        evaluate: ``(variables, step) -> {"AP": ..., ...}``, called every ``evaluate_every`` steps and after the last;
+            with the averaged variables where the state has them. The best "AP" is kept.
+        evaluate_every: in steps; default only after the last.
+        checkpoints: where to save: every ``save_every`` steps, after each evaluation, and at the end.
+        save_every: in steps; default only with the evaluations.
+        writers: of the log: losses, learning rate, images per second (of all processes), AP.
+        log_every: in steps. Losses are means over them.
+        progress: shows a bar with loss, images per second and the time left.
+
+    Returns:
+        The state after the last step.
+
+    Raises:
+        NonFiniteLossError: naming step, losses and images; nothing is saved from there on.
+        InterruptedTrainingError: (a KeyboardInterrupt) after Ctrl-C or SIGTERM.
+        ValueError: if the batches end before the last step.
+    """
+    from tqdm import tqdm
+
+    first = int(state.step)
+    primary = jax.process_index() == 0
+    pending: collections.deque[tuple[int, Any, Metrics]] = collections.deque()
+    window = _Window(schedule)
+
+    def settle(keep: int = 0) -> None:
+        """Waits for all but the last ``keep`` steps, and looks at their losses."""
+        while len(pending) > keep:
+            step, images, metrics = pending.popleft()
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            _check_finite(step, images, values, checkpoints)
+            window.add(step, values, 0 if images is None else len(images) * jax.process_count())
+            bar.set_postfix(loss=f"{window.loss:.3f}", images_per_s=f"{window.speed:.1f}", refresh=False)
+
+    def save(step: int, metrics: Mapping[str, float] | None = None) -> None:
+        settle()
+        write(step, window.take())  # so that a run that goes on from here writes the same lines
+        if checkpoints is not None:
+            place = batches.get_state() if hasattr(batches, "get_state") else {}  # pyright: ignore
+            checkpoints.save(state, place, metrics=metrics)
+
+    def write(step: int, values: Mapping[str, float]) -> None:
+        if primary and values:
+            for writer in writers:
+                writer.scalars(step, dict(values))
+
+    with (
+        _stop_requests() as stop,
+        tqdm(total=steps, initial=first, unit="step", disable=not (progress and primary), dynamic_ncols=True) as bar,
+    ):
+        for step in range(first + 1, steps + 1):
+            try:
+                batch = next(batches)  # pyright: ignore[reportArgumentType]
+            except StopIteration:
+                raise ValueError(f"the batches ended after step {step - 1}, expected {steps}") from None
+            images = batch.get("image_id")
+            state, metrics = train_step(state, shard_batch(batch, mesh))
+            pending.append((step, images, metrics))
+            settle(keep=_IN_FLIGHT)
+            bar.update()
+            if step % log_every == 0 or step == steps:
+                settle()
+                write(step, window.take())
+            if evaluate is not None and (step == steps or (evaluate_every and step % evaluate_every == 0)):
+                settle()
+                found = evaluate(evaluation_variables(state), step)
+                write(step, found)
+                save(step, found)
+                window.restart_clock()
+            elif save_every and step % save_every == 0:
+                save(step)
+            if stop.is_set():
+                save(step)
+                if checkpoints is not None:
+                    checkpoints.wait()
+                raise InterruptedTrainingError(step, saved=checkpoints is not None)
+        save(steps)
+    if checkpoints is not None:
+        checkpoints.wait()
+    return state
+
+
+def evaluation_variables(state: TrainState) -> dict[str, Any]:
+    """The variables to evaluate and to keep: the moving averages where the state has them."""
+    if state.ema is not None:
+        return state.ema
+    return {"params": state.params, "batch_stats": state.batch_stats}
+
+
+class _Window:
+    """Means of the steps since the last line of the log, and their speed."""
+
+    def __init__(self, schedule: Callable[[int], Any] | None):
+        self.schedule = schedule
+        self.rows: list[dict[str, float]] = []
+        self.step = 0
+        self.loss = math.nan
+        self.speed = math.nan
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves the time until the next step is done out of the speed: it holds a compile or an evaluation."""
+        self.clock: float | None = None
+        self.images = 0
+
+    def add(self, step: int, values: dict[str, float], images: int) -> None:
+        self.rows.append(values)
+        self.step = step
+        self.loss = values["loss"] if math.isnan(self.loss) else 0.9 * self.loss + 0.1 * values["loss"]
+        if self.clock is None:
+            self.clock = time.perf_counter()
+        else:
+            self.images += images
+            self.speed = self.images / max(time.perf_counter() - self.clock, 1e-9)
+
+    def take(self) -> dict[str, float]:
+        """What to log since the last call; empty if there was no step."""
+        if not self.rows:
+            return {}
+        values = {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}
+        if self.schedule is not None:
+            values["learning_rate"] = float(self.schedule(self.step - 1))
+        if not math.isnan(self.speed):
+            values["images_per_second"] = self.speed
+        self.rows.clear()
+        self.clock, self.images = time.perf_counter(), 0
+        return values
+
+
+def _check_finite(step: int, images: Any, values: Mapping[str, float], checkpoints: Checkpoints | None) -> None:
+    bad = [f"{name} {value:g}" for name, value in values.items() if not math.isfinite(value)]
+    if not bad:
+        return
+    named = "" if images is None else f", in the batch of images {[int(i) for i in images if i >= 0]}"
+    if checkpoints is not None:
+        checkpoints.wait()
+    last = None if checkpoints is None else checkpoints.last
+    kept = "nothing has been saved yet" if last is None else f"the last good checkpoint is that of step {last}"
+    raise NonFiniteLossError(
+        f"step {step}: {', '.join(bad)}{named}; {kept}. A lower learning rate, a longer warm-up or clipping may help"
+    )
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets once; the second signal acts as usual."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals can't be caught here
+        return
+    usual: dict[int, Any] = {}
+
+    def request(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(number, usual[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        usual[number] = signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

@@ -1,0 +1,203 @@
+"""One step of training, jitted: losses, gradients of what trains, the optimiser's update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from flaxdet.nn.layers import at_least_float32
+from flaxdet.structures import ImageBatch, Targets
+from flaxdet.train.mask import Params, Tree, merge
+from flaxdet.train.sharding import BATCH_KEYS, by_rows, replicated
+from flaxdet.train.state import Trainable, TrainState, split_trainable
+
+Batch = Mapping[str, Any]
+Metrics = dict[str, jax.Array]
+Losses = dict[str, jax.Array]
+
+
+def make_train_step(
+    model: Any,
+    tx: optax.GradientTransformation,
+    *,
+    mesh: Mesh | None = None,
+    ema_decay: float | None = None,
+    loss_weights: Mapping[str, float] | None = None,
+    trainable: Trainable | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Makes the function that trains one step.
+
+    Gradients are computed for the parameters that train, and for no others: what lies before them in the network has
+    no backward pass.
+
+    Args:
+        model: the detector. Its ``dtype`` computes (bfloat16, say); parameters and optimiser stay in ``param_dtype``.
+        tx: any optax transform (or ``optax.MultiSteps``), the one that ``create_state`` was given.
+        mesh: of ``make_mesh``; then the state must be replicated (``replicate``) and batches divided
+            (``shard_batch``) on it.
+        ema_decay: in [0, 1), of the state's moving averages of parameters and statistics, which it must have.
+        loss_weights: by the name of a loss, a factor in the sum that is minimised; default 1.
+        trainable: as given to ``create_state``.
+
+    Returns:
+        ``step(state, batch) -> (state, metrics)``. The batch is a dict of arrays (the data pipeline's names). The state
+        is donated: its arrays can't be used after the call. Metrics are scalars, float32 (float64 in a float64 model):
+        each loss before its weight, "loss", their weighted sum, and "grad_norm", the norm of the whole gradient, before
+        any clipping.
+
+    Raises:
+        ValueError: for a decay outside [0, 1); when called, if the state has averages and there is no decay or the
+            other way round, for an unknown loss in ``loss_weights``, or for a batch that lacks a key.
+    """
+    if ema_decay is not None and not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay should be from 0 to below 1, got {ema_decay}")
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if (ema_decay is None) != (state.ema is None):
+            given = "a state with averages and no ema_decay" if ema_decay is None else "ema_decay and no averages"
+            raise ValueError(f"create_state(ema=True) and make_train_step(ema_decay=...) go together, got {given}")
+        trained, frozen = split_trainable(model, state.params, trainable)
+        images, targets = batch_inputs(model, batch)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        (loss, (losses, batch_stats)), gradients = loss_and_gradients(
+            model, trained, frozen, state.batch_stats, images, targets, key, loss_weights=loss_weights
+        )
+        updates, opt_state = tx.update(gradients, state.opt_state, trained)
+        params = merge(optax.apply_updates(trained, updates), frozen)  # pyright: ignore[reportArgumentType]
+        new = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+            step=state.step + 1,
+            params=params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            ema=None if ema_decay is None else _moved(state.ema, params, batch_stats, ema_decay),
+        )
+        metrics = {**losses, "loss": loss, "grad_norm": _norm(gradients)}
+        return new, {name: value.astype(model.box_dtype) for name, value in metrics.items()}
+
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    whole, rows = replicated(mesh), by_rows(mesh)
+    return jax.jit(step, donate_argnums=0, in_shardings=(whole, rows), out_shardings=whole)
+
+
+def make_loss_step(
+    model: Any, *, mesh: Mesh | None = None, loss_weights: Mapping[str, float] | None = None
+) -> Callable[[Mapping[str, Any], Batch], Metrics]:
+    """Makes the function that computes validation losses.
+
+    BatchNorm uses its running statistics, the RPN its test-time numbers of candidates; sampling draws from one fixed
+    key, so that losses of different steps can be compared.
+
+    Args:
+        model: the detector.
+        mesh: as in ``make_train_step``.
+        loss_weights: as in ``make_train_step``.
+
+    Returns:
+        ``loss_step(variables, batch) -> metrics``: each loss, and "loss", their weighted sum.
+    """
+
+    def loss_step(variables: Mapping[str, Any], batch: Batch) -> Metrics:
+        images, targets = batch_inputs(model, batch)
+        losses = model.apply(variables, images, targets, train=False, rngs={"sampling": jax.random.key(0)})
+        metrics = {**losses, "loss": _weighted_sum(losses, loss_weights)}
+        return {name: value.astype(model.box_dtype) for name, value in metrics.items()}
+
+    if mesh is None:
+        return jax.jit(loss_step)
+    return jax.jit(loss_step, in_shardings=(replicated(mesh), by_rows(mesh)), out_shardings=replicated(mesh))
+
+
+def loss_and_gradients(
+    model: Any,
+    trainable: Params,
+    frozen: Params,
+    batch_stats: Params,
+    images: ImageBatch,
+    targets: Targets,
+    key: jax.Array,
+    *,
+    loss_weights: Mapping[str, float] | None = None,
+) -> tuple[tuple[jax.Array, tuple[Losses, Tree]], Tree]:
+    """The part of the train step before the optimiser, for loops of one's own.
+
+    Args:
+        model: the detector.
+        trainable: the parameters to differentiate by (see ``split``).
+        frozen: the others.
+        batch_stats: of the model.
+        images: of the batch.
+        targets: of the batch.
+        key: of the step.
+        loss_weights: as in ``make_train_step``.
+
+    Returns:
+        ((loss, (losses by name, new batch_stats)), gradients): what ``jax.value_and_grad`` gives.
+    """
+
+    def total(trainable: Params) -> tuple[jax.Array, tuple[Losses, Tree]]:
+        losses, updates = model.apply(
+            {"params": merge(trainable, frozen), "batch_stats": batch_stats},
+            images,
+            targets,
+            train=True,
+            rngs={"sampling": key, "dropout": jax.random.fold_in(key, 1)},  # dropout: of parts of the user's own
+            mutable=["batch_stats"],
+        )
+        return _weighted_sum(losses, loss_weights), (losses, updates.get("batch_stats", batch_stats))
+
+    return jax.value_and_grad(total, has_aux=True)(trainable)
+
+
+def batch_inputs(model: Any, batch: Batch) -> tuple[ImageBatch, Targets]:
+    """What the model takes, out of a data pipeline's dict of arrays.
+
+    Args:
+        model: the detector, whose dtype the boxes take.
+        batch: {"pixels": [B, H, W, 3] normalised, "size", "original_size" and (only where some canvas is smaller than
+            the bucket) "canvas": [B, 2] int32, "roi_reference_height": [B] int32, "boxes": [B, G, 4] xyxy in pixels of
+            the resized images, "labels": [B, G] int32, "valid": [B, G] bool}.
+
+    Returns:
+        The images and their targets.
+
+    Raises:
+        ValueError: naming the keys that are missing.
+    """
+    missing = [name for name in BATCH_KEYS if name not in batch and name != "canvas"]
+    if missing:
+        raise ValueError(f"the batch lacks {', '.join(missing)}; it has {', '.join(batch)}")
+    images = ImageBatch(
+        pixels=batch["pixels"],
+        size=batch["size"],
+        original_size=batch["original_size"],
+        canvas=batch.get("canvas"),
+        roi_reference_height=batch["roi_reference_height"],
+    )
+    boxes = jnp.asarray(batch["boxes"]).astype(model.box_dtype)
+    return images, Targets(boxes=boxes, labels=batch["labels"], valid=batch["valid"])
+
+
+def _weighted_sum(losses: Losses, weights: Mapping[str, float] | None) -> jax.Array:
+    weights = weights or {}
+    if unknown := sorted(weights.keys() - losses.keys()):
+        raise ValueError(f"loss_weights has {', '.join(unknown)}; the model's losses are {', '.join(losses)}")
+    weighted = [value if name not in weights else weights[name] * value for name, value in losses.items()]
+    return sum(weighted[1:], weighted[0])
+
+
+def _norm(tree: Tree) -> jax.Array:
+    """Norm of all leaves together, whose dtypes may differ."""
+    squares = [jnp.sum(jnp.square(leaf.astype(at_least_float32(leaf.dtype)))) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(jnp.sum(jnp.stack([square.astype(jnp.result_type(float)) for square in squares])))
+
+
+def _moved(averages: Any, params: Tree, batch_stats: Tree, decay: float) -> dict[str, Tree]:
+    # optax.incremental_update in the form that leaves alone, to the bit, what doesn't move: frozen parameters
+    new = {"params": params, "batch_stats": batch_stats}
+    return jax.tree.map(lambda average, value: average + (1 - decay) * (value - average), averages, new)

@@ -1,0 +1,91 @@
+"""Trains both tiny detectors for two steps and writes losses, gradients and the state; run by test_devices.py.
+
+python device_worker.py OUT.npz [PORT PROCESS_COUNT PROCESS]
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from flaxdet.train import batch_inputs, create_state, make_mesh, make_train_step, replicate, sgd, shard_batch
+from tests.tiny import FCOS_NAME, V2_NAME, tiny_variables
+from tests.train.cases import random_batch, tiny_with_norm
+
+ROWS = 8
+
+
+def recorder() -> optax.GradientTransformation:
+    """Keeps the last gradient in the optimiser's state."""
+    return optax.GradientTransformation(lambda params: params, lambda updates, state, params=None: (updates, updates))
+
+
+def my_batch(seed: int, dtype: Any, mesh: Any) -> dict[str, jax.Array]:
+    share = ROWS // jax.process_count()
+    mine = slice(share * jax.process_index(), share * (jax.process_index() + 1))
+    batch = random_batch(ROWS, seed=seed, canvases=True, dtype=dtype)
+    return shard_batch({key: value[mine] for key, value in batch.items()}, mesh)
+
+
+def train(model: Any, variables: Any, mesh: Any) -> dict[str, np.ndarray]:
+    """Two steps in float64."""
+    tx = optax.chain(recorder(), sgd(0.01, weight_decay=1e-4))
+    state = replicate(create_state(model, variables, tx, key=jax.random.key(3), ema=True), mesh)
+    step = make_train_step(model, tx, mesh=mesh, ema_decay=0.9)
+    found: dict[str, np.ndarray] = {}
+    for i in range(2):
+        state, metrics = step(state, my_batch(i, np.float64, mesh))
+        found |= {f"loss{i}/{key}": np.asarray(value) for key, value in metrics.items()}
+        gradients = jax.tree_util.tree_leaves_with_path(state.opt_state[0])
+        found |= {f"gradient{i}{jax.tree_util.keystr(path)}": np.asarray(leaf) for path, leaf in gradients}
+    kept = {"params": state.params, "batch_stats": state.batch_stats, "ema": state.ema}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(kept):
+        found[f"state{jax.tree_util.keystr(path)}"] = np.asarray(leaf)
+    return found
+
+
+def losses(model: Any, variables: Any, mesh: Any) -> dict[str, np.ndarray]:
+    """The training losses in float32."""
+
+    @jax.jit
+    def forward(variables: Any, batch: Any) -> Any:
+        inputs = batch_inputs(model, batch)
+        rngs = {"sampling": jax.random.key(3)}
+        return model.apply(variables, *inputs, train=True, rngs=rngs, mutable=["batch_stats"])[0]
+
+    found = forward(replicate(variables, mesh), my_batch(0, np.float32, mesh))
+    return {key: np.asarray(value) for key, value in found.items()}
+
+
+def main() -> None:
+    out, *cluster = sys.argv[1:]
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+    if cluster:
+        port, count, process = cluster
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(process))
+        assert jax.process_count() == int(count)
+    found: dict[str, Any] = {}
+    meshes = {"mesh": make_mesh()} | ({} if cluster else {"alone": None})
+    for name in (FCOS_NAME, V2_NAME):
+        for dtype, function in ((np.float64, train), (np.float32, losses)):
+            with jax.enable_x64(dtype == np.float64):
+                model = tiny_with_norm(name, dtype)
+                variables = tiny_variables(model)
+                for kind, mesh in meshes.items():
+                    values = function(model, variables, mesh)
+                    found |= {f"{kind}/{name}/{dtype.__name__}/{key}": value for key, value in values.items()}
+    if not cluster:
+        try:
+            shard_batch(random_batch(ROWS + 1), meshes["mesh"])
+        except ValueError as error:
+            found["uneven"] = str(error)
+    np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""One device, eight, and two processes: the same losses, gradients, statistics and parameters."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from flaxdet.train import shard_batch
+from tests.tiny import FCOS_NAME, V2_NAME
+from tests.train.cases import random_batch
+
+DEVICES_F64 = 1e-9  # relative, of each tensor's norm: the order of sums
+DEVICES_FLOOR_F64 = 1e-12  # gradients of biases before BatchNorm are zero, and what is left is rounding
+DEVICES_LOSS_F32 = 1e-4  # relative: the order of sums
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("device_worker.py")
+
+
+def start(devices: int, *arguments: object) -> subprocess.Popen[str]:
+    # optimised code is no part of the question, and takes long to compile
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags += " --xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, str(WORKER), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> dict[str, Mapping[str, np.ndarray]]:
+    """What the workers wrote: of one process with eight devices (on one, and on all), and of each of two."""
+    folder = tmp_path_factory.mktemp("devices")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    workers = {"one": start(8, folder / "one.npz")}
+    workers |= {f"process {i}": start(1, folder / f"process {i}.npz", port, 2, i) for i in range(2)}
+    try:
+        for name, worker in workers.items():
+            output, _ = worker.communicate(timeout=500)
+            assert worker.returncode == 0, f"{name}: {output[-4000:]}"
+    finally:
+        for worker in workers.values():
+            worker.kill()
+    return {name: dict(np.load(folder / f"{name}.npz")) for name in workers}
+
+
+def of(values: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
+
+
+@pytest.mark.xdist_group("devices")
+@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
+@pytest.mark.parametrize("source", ["one", "process 0", "process 1"])
+def test_any_devices(found, name, source):
+    expected = of(found["one"], f"alone/{name}/float64/")
+    actual = of(found[source], f"mesh/{name}/float64/")
+    assert actual.keys() == expected.keys()
+    assert len(expected) > 100
+    for key, value in expected.items():
+        assert value.dtype in (np.float64, np.int32), key
+        error, norm = (np.linalg.norm(x) for x in (actual[key] - value, value))
+        assert error <= DEVICES_F64 * norm + DEVICES_FLOOR_F64, (key, error, norm)
+
+    expected = of(found["one"], f"alone/{name}/float32/")
+    actual = of(found[source], f"mesh/{name}/float32/")
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(actual[key], value, rtol=DEVICES_LOSS_F32, err_msg=key)
+
+
+@pytest.mark.xdist_group("devices")
+def test_uneven_batch(found):
+    assert str(found["one"]["uneven"]) == "a batch of 9 images can't be divided over 8 devices: make it a multiple"
+
+
+def test_mesh_without_the_axis():
+    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:1])
+    with pytest.raises(ValueError, match='should have an axis "data"'):
+        shard_batch(random_batch(2), mesh)

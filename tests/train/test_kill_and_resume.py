@@ -1,0 +1,18 @@
+"""SIGKILL at random moments, saves included: what comes out has the same bits (the script does it ten times)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+def test_two_trials():
+    script = Path(__file__).with_name("kill_and_resume.py")
+    command = [sys.executable, str(script), "--trials", "2", "--kills", "1", "--seed", "5"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("same bits") == 2

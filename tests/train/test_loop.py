@@ -1,0 +1,214 @@
+"""The loop around the step: what it logs, when it evaluates and saves, and how it stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from flaxdet.data import read_coco, train_batches
+from flaxdet.train import (
+    Checkpoints,
+    InterruptedTrainingError,
+    NonFiniteLossError,
+    create_state,
+    evaluation_variables,
+    fit,
+    make_train_step,
+    sgd,
+)
+from tests.tiny import FCOS_NAME, tiny_model, tiny_variables, write_coco
+
+STEPS = 8
+
+
+class Lines:
+    """A writer that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        self.rows.append((step, values))
+
+    def close(self) -> None:
+        pass
+
+
+class Training:
+    """A tiny run; each call of ``fit`` begins it anew, or goes on from its checkpoints."""
+
+    def __init__(self, folder: Any):
+        self.model = tiny_model(FCOS_NAME)
+        self.dataset = read_coco(*write_coco(folder, count=5))
+        self.tx = sgd(0.01)
+        self.step = make_train_step(self.model, self.tx)
+        self.variables = tiny_variables(self.model)
+
+    def fit(
+        self, checkpoints: Checkpoints | None = None, *, step: Any = None, batches: Any = None, **options: Any
+    ) -> Any:
+        state = create_state(self.model, self.variables, self.tx, key=jax.random.key(2))
+        place = None
+        if checkpoints is not None and checkpoints.last is not None:
+            state, place, _ = checkpoints.restore(state)
+        if batches is None:
+            batches = train_batches(self.dataset, self.model.transform, batch_size=2, steps=STEPS, seed=4)
+            if place is not None:
+                batches.set_state(place)
+        options = {"steps": STEPS, "progress": False, **options}
+        return fit(step or self.step, state, batches, checkpoints=checkpoints, **options)
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory) -> Training:
+    return Training(tmp_path_factory.mktemp("data"))
+
+
+def assert_same(a: Any, b: Any) -> None:
+    leaves, others = jax.tree.leaves(jax.device_get(a)), jax.tree.leaves(jax.device_get(b))
+    assert len(leaves) == len(others)
+    for leaf, other in zip(leaves, others, strict=True):
+        np.testing.assert_array_equal(leaf, other, strict=True)
+
+
+def test_logs_means_rates_and_evaluations(training):
+    lines, every, calls = Lines(), Lines(), []
+
+    def evaluate(variables: dict[str, Any], step: int) -> dict[str, float]:
+        calls.append((step, float(variables["params"]["backbone"]["conv0"]["bias"].sum())))
+        return {"AP": step / 100}
+
+    options = {"schedule": lambda step: 0.01 / (1 + step), "evaluate": evaluate, "evaluate_every": 3}
+    state = training.fit(writers=[lines], log_every=4, **options)
+    training.fit(writers=[every], log_every=1)
+    assert int(state.step) == STEPS
+    assert [step for step, _ in calls] == [3, 6, 8]
+    assert calls[0][1] != calls[1][1]  # of the state at that moment
+    losses = {step: values for step, values in lines.rows if "loss" in values}
+    # also before each evaluation, so that a resumed run writes the same lines
+    assert sorted(losses) == [3, 4, 6, 8]
+    single = {step: values["loss"] for step, values in every.rows}
+    assert losses[3]["loss"] == np.mean([single[1], single[2], single[3]])
+    assert losses[4]["loss"] == single[4]
+    assert losses[8]["learning_rate"] == 0.01 / 8
+    assert losses[8]["images_per_second"] > 0
+    assert {"classification", "bbox_regression", "bbox_ctrness", "grad_norm"} <= set(losses[8])
+    assert [(step, values) for step, values in lines.rows if "AP" in values] == [
+        (3, {"AP": 0.03}),
+        (6, {"AP": 0.06}),
+        (8, {"AP": 0.08}),
+    ]
+
+
+def test_saves_and_goes_on_bit_for_bit(training, tmp_path):
+    expected = training.fit()
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        training.fit(checkpoints, steps=5, save_every=2)
+        assert checkpoints.steps == [2, 4, 5]  # and the last
+    with Checkpoints(tmp_path, keep=9) as checkpoints:
+        lines = Lines()
+        assert_same(training.fit(checkpoints, save_every=2, writers=[lines], log_every=1), expected)
+        assert [step for step, _ in lines.rows] == [6, 7, 8]
+        assert checkpoints.last == STEPS
+        assert_same(training.fit(checkpoints), expected)  # nothing left to do
+
+
+def test_the_best_is_that_of_the_highest_ap(training, tmp_path):
+    found = {2: 0.1, 4: 0.3, 6: 0.2, 8: 0.2}
+    with Checkpoints(tmp_path) as checkpoints:
+        training.fit(checkpoints, evaluate=lambda _, step: {"AP": found[step]}, evaluate_every=2)
+        assert (checkpoints.best, checkpoints.last) == (4, 8)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_after_the_step(training, tmp_path, number):
+    expected = training.fit()
+    taken = 0
+
+    def interrupted(state: Any, batch: Any) -> Any:
+        nonlocal taken
+        taken += 1
+        if taken == 3:
+            os.kill(os.getpid(), number)  # in the middle of a step
+        return training.step(state, batch)
+
+    usual = signal.getsignal(number)
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(InterruptedTrainingError, match="interrupted after step 3, which was saved") as caught:
+            training.fit(checkpoints, step=interrupted)
+        assert (caught.value.step, caught.value.saved, checkpoints.last) == (3, True, 3)
+        assert isinstance(caught.value, KeyboardInterrupt)
+        assert_same(training.fit(checkpoints), expected)
+    assert signal.getsignal(number) is usual
+
+
+def test_a_second_ctrl_c_stops_at_once(training):
+    def interrupted(state: Any, batch: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return training.step(state, batch)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        training.fit(step=interrupted)
+    assert not isinstance(caught.value, InterruptedTrainingError)
+
+
+def test_nan_stops_names_the_batch_and_keeps_the_last_good_checkpoint(training, tmp_path):
+    dataset, model = training.dataset, training.model
+
+    def batches(steps: int = STEPS) -> Any:
+        for i, batch in enumerate(train_batches(dataset, model.transform, batch_size=2, steps=steps, seed=4), 1):
+            if i == 4:
+                batch["pixels"] = np.full_like(batch["pixels"], np.nan)
+                poisoned.append(batch["image_id"].tolist())
+            yield batch
+
+    poisoned: list[list[int]] = []
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(NonFiniteLossError) as caught:
+            training.fit(checkpoints, batches=batches(), save_every=2)
+        message = str(caught.value)
+        assert message.startswith("step 4: ")
+        for part in ("loss nan", f"images {poisoned[0]}", "the last good checkpoint is that of step 2"):
+            assert part in message
+        assert checkpoints.last == 2
+    with pytest.raises(NonFiniteLossError, match="nothing has been saved yet"):
+        training.fit(batches=batches())
+
+
+def test_too_few_batches(training):
+    batches = train_batches(training.dataset, training.model.transform, batch_size=2, steps=3)
+    with pytest.raises(ValueError, match="the batches ended after step 3, expected 8"):
+        training.fit(batches=batches)
+
+
+def test_any_iterator_of_batch_dicts_will_do(training, tmp_path):
+    batch = next(iter(train_batches(training.dataset, training.model.transform, batch_size=2, steps=1)))
+    del batch["image_id"]
+    with Checkpoints(tmp_path) as checkpoints:
+        state = training.fit(checkpoints, batches=iter([batch] * STEPS))
+        assert checkpoints.last == int(state.step) == STEPS
+
+
+def test_averages_are_what_is_evaluated(training):
+    state = create_state(training.model, training.variables, training.tx, key=jax.random.key(0), ema=True)
+    step = make_train_step(training.model, training.tx, ema_decay=0.5)
+    batches = train_batches(training.dataset, training.model.transform, batch_size=2, steps=2)
+    seen = []
+    state = fit(
+        step,
+        state,
+        batches,
+        steps=2,
+        evaluate=lambda variables, _: seen.append(jax.device_get(variables)) or {"AP": 0.0},
+        progress=False,
+    )
+    assert_same(seen[0], state.ema)
+    assert_same(evaluation_variables(state), state.ema)
+    plain = {"params": state.params, "batch_stats": state.batch_stats}
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(state.ema), strict=True))

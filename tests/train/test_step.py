@@ -1,0 +1,281 @@
+"""The train step: what it changes and what it leaves alone, any optax chain, keys, averages, bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from flaxdet.nn import BatchNorm
+from flaxdet.train import (
+    batch_inputs,
+    create_state,
+    decay_mask,
+    loss_and_gradients,
+    make_loss_step,
+    make_train_step,
+    sgd,
+    shard_batch,
+)
+from tests.parity.sides import flax_detector
+from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables
+from tests.train.cases import random_batch
+
+HAND_F32 = 1e-6  # relative: a few operations at 6e-8 each
+LOSS_BF16 = 0.05  # relative: 8 bits through ten layers
+GRADIENT_NORM_BF16 = 0.2  # relative
+
+
+class Toy(nn.Module):
+    """As much of a detector as the step knows of, with two losses that can be worked out by hand."""
+
+    backbone: Any = None
+    trainable_backbone_layers: int = 5
+    box_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, images, targets, *, train=False):
+        x = BatchNorm(name="bn")(images.pixels.reshape(-1, 3), train=train)
+        x = nn.Dense(2, name="first")(x)
+        x = nn.Dense(1, name="second")(x)
+        noise = jax.random.normal(self.make_rng("sampling"), ())
+        return {"fit": jnp.mean(jnp.square(x - targets.boxes.mean())), "noise": noise * jnp.mean(x[::3])}
+
+
+def toy_variables() -> Any:
+    batch = random_batch(2, size=8)
+    keys = {"params": jax.random.key(0), "sampling": jax.random.key(1)}
+    return Toy().init(keys, *batch_inputs(Toy(), batch), train=False)
+
+
+def only_second(params):
+    return {name: dict.fromkeys(leaves, name == "second") for name, leaves in params.items()}
+
+
+def run(tx, steps=3, *, variables=None, key=None, trainable=None, ema=None, **options):
+    variables = toy_variables() if variables is None else variables
+    key = jax.random.key(2) if key is None else key
+    state = create_state(Toy(), variables, tx, key=key, trainable=trainable, ema=ema is not None)
+    train_step = make_train_step(Toy(), tx, trainable=trainable, ema_decay=ema, **options)
+    states, metrics = [state], []
+    for i in range(steps):
+        before = jax.tree.map(jnp.array, states[-1])  # a copy: the step donates its own
+        states[-1] = before
+        state, found = train_step(jax.tree.map(jnp.array, before), random_batch(2, size=8, seed=i))
+        states.append(state)
+        metrics.append({name: float(value) for name, value in found.items()})
+    return states, metrics
+
+
+def gradients_at(state, seed, **options):
+    images, targets = batch_inputs(Toy(), random_batch(2, size=8, seed=seed))
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    arguments = (Toy(), state.params, {}, state.batch_stats, images, targets, key)
+    return loss_and_gradients(*arguments, **options)
+
+
+def assert_trees_close(actual, expected, rtol=HAND_F32, atol=1e-7):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected)
+
+
+def assert_trees_equal(actual, expected):
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_metrics_and_update():
+    states, metrics = run(optax.sgd(0.1), 2)
+    for before, after, found, seed in zip(states[:-1], states[1:], metrics, (0, 1), strict=True):
+        (loss, (losses, batch_stats)), gradients = gradients_at(before, seed)
+        assert found.keys() == {"fit", "noise", "loss", "grad_norm"}
+        assert found["loss"] == pytest.approx(found["fit"] + found["noise"], rel=HAND_F32)
+        assert found["loss"] == pytest.approx(float(loss), rel=1e-5)
+        assert found["noise"] == pytest.approx(float(losses["noise"]), rel=1e-5)
+        norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradients)))
+        assert found["grad_norm"] == pytest.approx(norm, rel=1e-5)
+        assert_trees_close(after.params, jax.tree.map(lambda p, g: p - 0.1 * g, before.params, gradients), 1e-5)
+        assert_trees_close(after.batch_stats, batch_stats, 1e-5)
+    assert [int(state.step) for state in states] == [0, 1, 2]
+
+
+def test_frozen_parameters_are_left_alone():
+    tx = sgd(0.1, weight_decay=0.1)
+    states, _ = run(tx, 3, trainable=only_second, ema=0.9)
+    for name in ("first", "bn"):
+        assert_trees_equal(states[-1].params[name], states[0].params[name])
+        assert_trees_equal(states[-1].ema["params"][name], states[0].params[name])
+    assert not np.array_equal(states[-1].params["second"]["kernel"], states[0].params["second"]["kernel"])
+    assert not np.array_equal(states[-1].batch_stats["bn"]["mean"], states[0].batch_stats["bn"]["mean"])
+    assert len(jax.tree.leaves(states[0].opt_state)) == 2  # the momentum of second/kernel and second/bias
+    mask = only_second(states[0].params)  # a tree does as well as a function
+    assert_trees_equal(run(tx, 3, trainable=mask)[0][-1].params, states[-1].params)
+
+
+def test_frozen_layers_have_no_backward_pass():
+    """Arithmetic of the whole step, as JAX hands it to XLA."""
+    model = flax_detector(FCOS_NAME, 18, 4)
+    variables = jax.eval_shape(lambda: tiny_variables(model))
+    batch = random_batch(2, size=128)
+    flops = []
+    for layers in (5, 0):
+        model = model.clone(trainable_backbone_layers=layers)
+        tx = sgd(0.1)
+        state = jax.eval_shape(lambda v, m=model, t=tx: create_state(m, v, t, key=jax.random.key(0)), variables)
+        flops.append(make_train_step(model, tx).lower(state, shard_batch(batch, None)).cost_analysis()["flops"])
+    body = 2 * 2 * 1.81e9 * 128**2 / 224**2  # two images through ResNet-18, two operations a multiplication
+    assert (
+        flops[0] - flops[1] > 1.6 * body
+    )  # gradients of weights and (not the stem's) of inputs: twice the forward pass
+
+
+def test_state_is_donated_and_variables_are_not():
+    variables = toy_variables()
+    tx = optax.sgd(0.1)
+    state = create_state(Toy(), variables, tx, key=jax.random.key(0))
+    kept = jax.tree.map(np.array, variables)
+    make_train_step(Toy(), tx)(state, random_batch(2, size=8))
+    assert_trees_equal(variables, kept)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
+
+
+def test_keys():
+    """Draws depend on the key and the step, and a state that went through numpy goes on in the same bits."""
+    states, metrics = run(optax.sgd(0.1), 3)
+    again, same = run(optax.sgd(0.1), 3, key=jax.random.key_data(jax.random.key(2)))
+    assert same == metrics
+    assert_trees_equal(again[-1].params, states[-1].params)
+    _, other = run(optax.sgd(0.1), 3, key=jax.random.key(3))
+    assert other[0]["fit"] == metrics[0]["fit"]
+    assert other[0]["noise"] != metrics[0]["noise"]
+    step = make_train_step(Toy(), optax.sgd(0.1))
+    stored = jax.tree.map(np.asarray, states[1])
+    one, _ = step(jax.tree.map(jnp.asarray, stored), random_batch(2, size=8, seed=1))
+    assert_trees_equal(one.params, states[2].params)
+    for bad in (jax.random.split(jax.random.key(0)), jax.random.key(0, impl="rbg"), 7):
+        with pytest.raises(ValueError, match=r"one random key as jax.random.key\(seed\) makes"):
+            create_state(Toy(), toy_variables(), optax.sgd(0.1), key=bad)
+
+
+def test_averages():
+    states, _ = run(optax.sgd(0.5), 3, ema=0.75)
+    expected = {"params": states[0].params, "batch_stats": states[0].batch_stats}
+    for state in states[1:]:
+        new = {"params": state.params, "batch_stats": state.batch_stats}
+        expected = optax.incremental_update(new, expected, 0.25)
+    assert_trees_close(states[-1].ema, expected)
+    with pytest.raises(ValueError, match="go together, got ema_decay and no averages"):
+        make_train_step(Toy(), optax.sgd(0.1), ema_decay=0.9)(run(optax.sgd(0.1), 0)[0][0], random_batch(2, size=8))
+    with pytest.raises(ValueError, match="go together, got a state with averages and no ema_decay"):
+        make_train_step(Toy(), optax.sgd(0.1))(states[0], random_batch(2, size=8))
+    with pytest.raises(ValueError, match="from 0 to below 1, got 1"):
+        make_train_step(Toy(), optax.sgd(0.1), ema_decay=1)
+
+
+def test_loss_weights():
+    states, metrics = run(optax.sgd(0.1), 1, loss_weights={"noise": 0.0, "fit": 3.0})
+    assert metrics[0]["loss"] == pytest.approx(3 * metrics[0]["fit"], rel=HAND_F32)
+    assert metrics[0]["noise"] != 0
+    _, gradients = gradients_at(states[0], 0, loss_weights={"noise": 0.0, "fit": 3.0})
+    assert_trees_close(states[1].params, jax.tree.map(lambda p, g: p - 0.1 * g, states[0].params, gradients), 1e-5)
+    with pytest.raises(ValueError, match="loss_weights has fits; the model's losses are fit, noise"):
+        run(optax.sgd(0.1), 1, loss_weights={"fits": 1.0})
+
+
+def test_accumulation():
+    """MultiSteps updates every second step, by the mean of the two gradients."""
+    with jax.numpy_dtype_promotion("standard"):
+        states, _ = run(optax.MultiSteps(sgd(0.1), 2), 2)
+    assert_trees_equal(states[1].params, states[0].params)
+    gradients = [gradients_at(state, seed)[1] for seed, state in enumerate(states[:2])]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *gradients)
+    assert_trees_close(states[2].params, jax.tree.map(lambda p, g: p - 0.1 * g, states[0].params, mean), 1e-5)
+
+
+def test_clipping():
+    states, metrics = run(optax.chain(optax.clip_by_global_norm(0.01), sgd(1.0, momentum=0)), 1)
+    assert metrics[0]["grad_norm"] > 0.02
+    moved = jax.tree.map(lambda a, b: a - b, states[1].params, states[0].params)
+    assert float(optax.tree.norm(moved)) == pytest.approx(0.01, rel=1e-3)
+
+
+CHAINS = {
+    "adamw": lambda: optax.adamw(0.01, weight_decay=0.1, mask=decay_mask),
+    "clip, adam": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.01)),
+    "by part": lambda: optax.multi_transform(
+        {"slow": sgd(0.001), "fast": optax.adam(0.01), "still": optax.set_to_zero()},
+        {"bn": "still", "first": "slow", "second": "fast"},
+    ),
+    "hyperparameters in the state": lambda: optax.inject_hyperparams(sgd)(learning_rate=0.1, weight_decay=0.01),
+    "lion": lambda: optax.lion(0.001),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_any_optax_chain(chain):
+    with jax.numpy_dtype_promotion("standard"):
+        states, metrics = run(CHAINS[chain](), 4)
+    assert all(np.isfinite(found["loss"]) for found in metrics)
+    assert not np.array_equal(states[-1].params["second"]["kernel"], states[0].params["second"]["kernel"])
+    if chain == "by part":
+        assert_trees_equal(states[-1].params["bn"], states[0].params["bn"])
+    if chain.startswith("hyper"):
+        assert float(states[-1].opt_state.hyperparams["learning_rate"]) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
+def test_training_detectors_in_bfloat16(name):
+    """bfloat16 computes, float32 stores; losses are those of float32 but for 8 bits, and both fall."""
+    losses, norms = {}, {}
+    batch = shard_batch(random_batch(4, canvases=True), None)
+    tx = sgd(0.02, momentum=0.5)
+    for dtype in (jnp.bfloat16, jnp.float32):
+        model = tiny_model(name, dtype=dtype)
+        state = create_state(model, tiny_variables(tiny_model(name)), tx, key=jax.random.key(0))
+        train_step = make_train_step(model, tx)
+        history = []
+        for _ in range(8):
+            state, metrics = train_step(state, batch)
+            history.append(metrics)
+        assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.batch_stats))} == {"float32"}
+        assert {value.dtype.name for found in history for value in found.values()} == {"float32"}
+        losses[dtype] = [float(found["loss"]) for found in history]
+        norms[dtype] = float(history[0]["grad_norm"])
+        assert losses[dtype][-1] < 0.97 * losses[dtype][0]
+    assert losses[jnp.bfloat16][0] == pytest.approx(losses[jnp.float32][0], rel=LOSS_BF16)
+    assert norms[jnp.bfloat16] == pytest.approx(norms[jnp.float32], rel=GRADIENT_NORM_BF16)
+
+
+@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
+def test_validation_losses(name):
+    model = tiny_model(name)
+    variables = tiny_variables(model)
+    batch = random_batch(2)
+    found = make_loss_step(model, loss_weights={"bbox_ctrness": 2.0} if name == FCOS_NAME else None)(variables, batch)
+    inputs = batch_inputs(model, batch)
+    expected = jax.jit(lambda: model.apply(variables, *inputs, rngs={"sampling": jax.random.key(0)}))()
+    assert found.keys() == expected.keys() | {"loss"}
+    for key, value in expected.items():
+        assert float(found[key]) == pytest.approx(float(value), rel=1e-4), key
+    total = sum(float(value) * (2 if key == "bbox_ctrness" else 1) for key, value in expected.items())
+    assert float(found["loss"]) == pytest.approx(total, rel=1e-4)
+
+
+def test_bad_input():
+    batch = random_batch(2)
+    del batch["labels"], batch["size"]
+    with pytest.raises(ValueError, match="the batch lacks size, labels; it has pixels, "):
+        batch_inputs(Toy(), batch)
+    with pytest.raises(ValueError, match="no parameter trains"):
+        create_state(
+            Toy(),
+            toy_variables(),
+            optax.sgd(0.1),
+            key=jax.random.key(0),
+            trainable=lambda params: jax.tree.map(lambda _: False, params),
+        )
+    with pytest.raises(ValueError, match="the mask should have the structure of the parameters"):
+        create_state(Toy(), toy_variables(), optax.sgd(0.1), key=jax.random.key(0), trainable={"bn": True})
