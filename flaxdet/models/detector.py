@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from flaxdet.nn.fpn import BackboneWithFPN, Features
@@ -15,6 +17,8 @@ from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import Detections, ImageBatch, TransformConfig
 
 Extents = dict[str, Int[Array, "B 2"]] | None
+
+DATA_AXIS = "data"  # the axis of a mesh over which images are divided
 
 
 def freeze_lists(value: Any) -> Any:
@@ -107,6 +111,31 @@ class Detector(TypedModule):
             self.sow("intermediates", name, value)
 
 
+def per_image(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``jax.vmap`` that stays on each image's own device where the batch is divided over a mesh's axis "data".
+
+    XLA divides most of a program by images by itself, but not this: it gathers the scores of all images on every device
+    for a top-k, and its NMS loops wait for the slowest image of all devices at every turn.
+
+    Args:
+        function: of one image's arrays; it closes over no traced ones.
+
+    Returns:
+        The function of all images' arrays [B, ...].
+    """
+    mapped = jax.vmap(function)
+
+    def call(*args: Any) -> Any:
+        mesh = jax.sharding.get_abstract_mesh()  # empty unless a train step on a mesh, or the user, has set one
+        rows = jax.tree.leaves(args)[0].shape[0]
+        if DATA_AXIS not in mesh.auto_axes or rows % mesh.shape[DATA_AXIS]:
+            return mapped(*args)
+        spec = PartitionSpec(DATA_AXIS)
+        return jax.shard_map(mapped, in_specs=spec, out_specs=spec, axis_names={DATA_AXIS}, check_vma=False)(*args)
+
+    return call
+
+
 def level_shapes(features: Features) -> tuple[tuple[int, int], ...]:
     """(h, w) of every map."""
     return tuple((x.shape[1], x.shape[2]) for x in features.values())
@@ -146,7 +175,7 @@ def batch_anchors(
         anchors = generator(canvas, extents, shapes, dtype)
         return jnp.concatenate(anchors), jnp.concatenate(generator.valid(extents, shapes))
 
-    return jax.vmap(image)(*whole_extents(batch, shapes))
+    return per_image(image)(*whole_extents(batch, shapes))
 
 
 def example_batch(size: int = 64) -> ImageBatch:

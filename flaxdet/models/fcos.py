@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.nn.initializers import constant
@@ -24,6 +23,7 @@ from flaxdet.models.detector import (
     feature_extents,
     gather_detections,
     level_shapes,
+    per_image,
     whole_extents,
 )
 from flaxdet.models.losses import fcos_losses
@@ -274,7 +274,7 @@ class FCOS(Detector):
         """
         canvas, extents = whole_extents(batch, shapes)
         outputs = {name: x.astype(self.box_dtype) for name, x in outputs.items()}
-        return jax.vmap(functools.partial(self._postprocess_image, shapes))(outputs, batch.size, canvas, extents)
+        return per_image(functools.partial(self._postprocess_image, shapes))(outputs, batch.size, canvas, extents)
 
     def _postprocess_image(
         self,
@@ -300,7 +300,7 @@ class FCOS(Detector):
             kept = (scores > threshold) & level_admitted[:, None]
             scores = jnp.where(kept, scores, -1).reshape(-1)
             # without the barrier XLA:CPU may fuse a slice into the top-k and sort everything
-            best, index = lax.optimization_barrier(lax.top_k(scores, min(self.topk_candidates, scores.shape[0])))
+            best, index = map(lax.optimization_barrier, lax.top_k(scores, min(self.topk_candidates, scores.shape[0])))
             cell = index // num_classes
             boxes = coder.decode(outputs["bbox_regression"][level][cell], level_anchors[cell])
             candidates.append((clip_boxes_to_image(boxes, size), best, index % num_classes))

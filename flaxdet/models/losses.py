@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from flaxdet.models.detector import per_image
 from flaxdet.nn.layers import Array
 from flaxdet.ops.coders import BoxCoder, BoxLinearCoder
 from flaxdet.ops.iou import box_iou
@@ -55,7 +56,7 @@ def fcos_losses(
         matched anchors (at least 1).
     """
     assign = functools.partial(fcos_match, center_sampling_radius=center_sampling_radius)
-    matched = jax.vmap(lambda a, b, gt, ok: assign(a, b, num_anchors_per_level, valid_gt=gt, valid=ok))(
+    matched = per_image(lambda a, b, gt, ok: assign(a, b, num_anchors_per_level, valid_gt=gt, valid=ok))(
         anchors, targets.boxes, targets.valid, admitted
     )
     foreground = matched >= 0
@@ -129,7 +130,7 @@ def rpn_losses(
         labels = jnp.where(matched >= 0, 1, jnp.where(matched == BELOW_LOW_THRESHOLD, 0, IGNORED))
         return matched, *balanced_sample(key, labels, batch_size_per_image, positive_fraction)
 
-    matched, positive, negative = jax.vmap(assign)(anchors, admitted, targets.boxes, targets.valid, keys)
+    matched, positive, negative = per_image(assign)(anchors, admitted, targets.boxes, targets.valid, keys)
     sampled = positive | negative
     count = jnp.maximum(jnp.sum(sampled, dtype=jnp.int32), 1).astype(objectness.dtype)
     _, boxes = _of_match(targets, matched)
@@ -195,7 +196,7 @@ def sample_proposals(
             jnp.where(used[:, None], wanted[slot], 0),
         )
 
-    boxes, used, labels, wanted = jax.vmap(choose)(
+    boxes, used, labels, wanted = per_image(choose)(
         boxes, valid, targets.boxes.astype(boxes.dtype), targets.labels, targets.valid, keys
     )
     sampled = Proposals(boxes=boxes, scores=jnp.zeros(used.shape, boxes.dtype), valid=used)

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from flaxdet.models.detector import feature_extents, gather_detections
+from flaxdet.models.detector import feature_extents, gather_detections, per_image
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, kaiming_normal_fan_out, linear
 from flaxdet.nn.norm import BatchNorm
@@ -93,7 +92,7 @@ class MultiScaleRoIAlign:
         def pool(maps: tuple[Array, ...], boxes: Array, scales: Array, extents: Any) -> Array:
             return align(maps, boxes, scales=scales, extents=extents)
 
-        return jax.vmap(pool)(
+        return per_image(pool)(
             tuple(levels.values()), boxes, scales, None if extents is None else tuple(extents.values())
         )
 
@@ -248,7 +247,7 @@ def postprocess_detections(
         keep = batched_nms(decoded, scores, labels, nms_thresh, max_output=detections_per_img, valid=kept)
         return gather_detections(decoded, scores, labels, keep, jnp.zeros((), bool))
 
-    return jax.vmap(image)(class_logits, box_regression, proposals.boxes, proposals.valid, size)
+    return per_image(image)(class_logits, box_regression, proposals.boxes, proposals.valid, size)
 
 
 def pooled_channels(out_channels: int, output_size: int | tuple[int, int]) -> int:

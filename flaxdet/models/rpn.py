@@ -6,12 +6,11 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
 
-from flaxdet.models.detector import Extents
+from flaxdet.models.detector import Extents, per_image
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, mask_beyond, normal_001
 from flaxdet.ops import AnchorGenerator, BoxCoder, clip_boxes_to_image, remove_small_boxes
@@ -110,7 +109,7 @@ def filter_proposals(
         nms_thresh=nms_thresh,
         score_thresh=score_thresh,
     )
-    return jax.vmap(select)(lax.stop_gradient((objectness, deltas)), size, canvas, extents)
+    return per_image(select)(lax.stop_gradient((objectness, deltas)), size, canvas, extents)
 
 
 def _filter_image(
@@ -136,7 +135,7 @@ def _filter_image(
         # The canvas's anchors come first whatever their logits: sigmoid(-inf) = 0 would pass a threshold of 0,
         # so what was padding is told by the mask and not by the score.
         ranked = jnp.where(inside, logits, -jnp.inf)
-        _, index = lax.optimization_barrier(lax.top_k(ranked, count))
+        _, index = map(lax.optimization_barrier, lax.top_k(ranked, count))
         boxes = clip_boxes_to_image(coder.decode(deltas[index], boxes[index]), size)
         levels = jnp.full((count,), level, jnp.int32)
         candidates.append((boxes, nn.sigmoid(logits[index]), levels, inside[index]))

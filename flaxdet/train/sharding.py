@@ -7,13 +7,14 @@ without further ado.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-DATA_AXIS = "data"
+from flaxdet.models.detector import DATA_AXIS
+
 # What the step reads; anything else in a batch dict, such as image_id (64 bits), stays on the host.
 BATCH_KEYS = ("pixels", "size", "original_size", "canvas", "roi_reference_height", "boxes", "labels", "valid")
 
@@ -41,6 +42,18 @@ def by_rows(mesh: Mesh) -> NamedSharding:
     if DATA_AXIS not in mesh.axis_names:
         raise ValueError(f'the mesh should have an axis "{DATA_AXIS}" (see make_mesh), got {mesh.axis_names}')
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
+    """The function, traced with the mesh in scope, so that the models keep what is per image on the image's device."""
+    if mesh is None:
+        return function
+
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def shard_batch(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Array]:

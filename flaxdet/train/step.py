@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from flaxdet.nn.layers import at_least_float32
 from flaxdet.structures import ImageBatch, Targets
 from flaxdet.train.mask import Params, Tree, merge
-from flaxdet.train.sharding import BATCH_KEYS, by_rows, replicated
+from flaxdet.train.sharding import BATCH_KEYS, by_rows, on_mesh, replicated
 from flaxdet.train.state import Trainable, TrainState, split_trainable
 
 Batch = Mapping[str, Any]
@@ -82,7 +82,7 @@ def make_train_step(
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     whole, rows = replicated(mesh), by_rows(mesh)
-    return jax.jit(step, donate_argnums=0, in_shardings=(whole, rows), out_shardings=whole)
+    return jax.jit(on_mesh(step, mesh), donate_argnums=0, in_shardings=(whole, rows), out_shardings=whole)
 
 
 def make_loss_step(
@@ -110,7 +110,9 @@ def make_loss_step(
 
     if mesh is None:
         return jax.jit(loss_step)
-    return jax.jit(loss_step, in_shardings=(replicated(mesh), by_rows(mesh)), out_shardings=replicated(mesh))
+    return jax.jit(
+        on_mesh(loss_step, mesh), in_shardings=(replicated(mesh), by_rows(mesh)), out_shardings=replicated(mesh)
+    )
 
 
 def loss_and_gradients(
