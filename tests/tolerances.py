@@ -72,3 +72,13 @@ PIXELS_NUMPY = 2e-6
 PIXELS_MIRRORED = 1e-4  # the positions of a resize from the right round otherwise by 1e-5 px than those from the left
 BOXES_MIRRORED = 1e-4  # px, float32 coordinates of up to 96 flipped before the resize or after
 JITTER_LEVEL = 1  # of 255: Pillow and torch round the antialiased resize in other places
+
+# Training.
+TEN_STEPS_F64 = 1e-9  # of each tensor's norm: the rounding of one step grows in the nine after it; seen 6e-13
+DEVICES_F64 = 1e-9  # relative, of each tensor's norm: the order of sums
+DEVICES_FLOOR_F64 = 1e-12  # gradients of biases before BatchNorm are zero, and what is left is rounding
+DEVICES_LOSS_F32 = 1e-4  # relative: the order of sums
+LR_F64 = 1e-10  # relative: torch multiplies the rate by a factor at every iteration, a thousand roundings
+SGD_F64 = 1e-12  # relative: thirty steps of a few operations
+LOSS_BF16 = 0.05  # relative: 8 bits through ten layers
+GRADIENT_NORM_BF16 = 0.2  # relative, the same: gradients sum and cancel what losses average

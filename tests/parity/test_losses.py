@@ -120,3 +120,8 @@ def check(name: str, case: str, monkeypatch: Any, depth: int = 18) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_training_step(name, case, x64, monkeypatch):
     check(name, case, monkeypatch)
+
+
+@pytest.mark.slow
+def test_training_step_of_the_whole_resnet_50(name, x64, monkeypatch):
+    check(name, "several boxes", monkeypatch, depth=50)

@@ -16,8 +16,8 @@ from flaxdet.train import create_state, make_train_step, sgd, shard_batch, warmu
 from flaxdet.transform import transform, transform_targets
 from tests.parity import sides
 from tests.parity.test_losses import EXHAUSTIVE
+from tests.tolerances import TEN_STEPS_F64
 
-TEN_STEPS_F64 = 1e-9  # of each tensor's norm: the rounding of one step grows in the nine after it; seen 6e-13
 STEPS = 10
 BATCHES = (
     {

@@ -15,11 +15,10 @@ import pytest
 
 from flaxdet.train import shard_batch
 from tests.tiny import FCOS_NAME, V2_NAME
+from tests.tolerances import DEVICES_F64, DEVICES_FLOOR_F64, DEVICES_LOSS_F32
 from tests.train.cases import random_batch
 
-DEVICES_F64 = 1e-9  # relative, of each tensor's norm: the order of sums
-DEVICES_FLOOR_F64 = 1e-12  # gradients of biases before BatchNorm are zero, and what is left is rounding
-DEVICES_LOSS_F32 = 1e-4  # relative: the order of sums
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("device_worker.py")
 
@@ -49,6 +48,7 @@ def found(tmp_path_factory) -> dict[str, Mapping[str, np.ndarray]]:
     finally:
         for worker in workers.values():
             worker.kill()
+            worker.communicate()  # closes its pipe
     return {name: dict(np.load(folder / f"{name}.npz")) for name in workers}
 
 

@@ -18,9 +18,7 @@ from flaxdet.train import (
     warmup_cosine_schedule,
     warmup_multistep_schedule,
 )
-
-LR_F64 = 1e-10  # relative: torch multiplies the rate by a factor at every iteration, a thousand roundings
-SGD_F64 = 1e-12  # relative: thirty steps of a few operations
+from tests.tolerances import LR_F64, SGD_F64
 
 
 def torch_rates(steps_per_epoch: int, epochs: int, peak: float, make_main) -> list[float]:

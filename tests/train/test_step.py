@@ -24,11 +24,8 @@ from flaxdet.train import (
 )
 from tests.parity.sides import flax_detector
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables
+from tests.tolerances import GRADIENT_NORM_BF16, HAND_F32, LOSS_BF16
 from tests.train.cases import random_batch
-
-HAND_F32 = 1e-6  # relative: a few operations at 6e-8 each
-LOSS_BF16 = 0.05  # relative: 8 bits through ten layers
-GRADIENT_NORM_BF16 = 0.2  # relative
 
 
 class Toy(nn.Module):
