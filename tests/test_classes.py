@@ -18,6 +18,7 @@ from flaxdet.models import FasterRCNN
 from flaxdet.models.faster_rcnn import FastRCNNPredictor
 from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model
+from tests.tolerances import HAND_F32, INIT_BOUND, INIT_MEAN, INIT_STD
 
 LAYERS = {
     FCOS_NAME: {("head", "classification_head", "cls_logits"): 1},
@@ -97,8 +98,10 @@ def test_initialisation_is_torchvisions():
     _, found = replace_classes(*trained(FCOS_NAME), 400)
     layer = found["params"]["head"]["classification_head"]["cls_logits"]
     assert layer["kernel"].size > 100_000  # standard errors below .3%
-    np.testing.assert_allclose([layer["kernel"].std(), layer["kernel"].mean()], [0.01, 0], rtol=0.02, atol=2e-4)
-    np.testing.assert_allclose(layer["bias"], -math.log(99), rtol=1e-6)
+    np.testing.assert_allclose(
+        [layer["kernel"].std(), layer["kernel"].mean()], [0.01, 0], rtol=INIT_STD, atol=INIT_MEAN
+    )
+    np.testing.assert_allclose(layer["bias"], -math.log(99), rtol=HAND_F32)
 
     model = tiny_model(V2_NAME, None, box_predictor=FastRCNNPredictor(64, 4))
     _, found = replace_classes(model, drawn(abstract_variables(model)), 400)
@@ -106,7 +109,9 @@ def test_initialisation_is_torchvisions():
     for layer in found["params"]["box_predictor"].values():
         for leaf in layer.values():
             assert np.abs(leaf).max() <= bound
-            np.testing.assert_allclose([leaf.std(), leaf.max(), leaf.min()], [bound / 3**0.5, bound, -bound], rtol=0.1)
+            np.testing.assert_allclose(
+                [leaf.std(), leaf.max(), leaf.min()], [bound / 3**0.5, bound, -bound], rtol=INIT_BOUND
+            )
 
 
 @pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])

@@ -82,3 +82,12 @@ LR_F64 = 1e-10  # relative: torch multiplies the rate by a factor at every itera
 SGD_F64 = 1e-12  # relative: thirty steps of a few operations
 LOSS_BF16 = 0.05  # relative: 8 bits through ten layers
 GRADIENT_NORM_BF16 = 0.2  # relative, the same: gradients sum and cancel what losses average
+RATE_F32 = 1e-5  # relative: a rate after a warm-up of float32 steps and two multiplications
+STEP_F32 = 1e-5  # relative: a loss or norm, over some hundred values, in two programs
+STEP_FLOOR_F32 = 1e-7  # absolute, where a parameter is near 0: rounding of values of order 1
+CLIPPED_F32 = 1e-3  # relative: the norm of a difference of parameters of order 1 that moved by .01
+
+# Fresh class layers, drawn at random: statistics of more than 100,000 values (FCOS) and of some hundred up.
+INIT_STD = 0.02  # relative: nine standard errors of 1 / sqrt(2 n)
+INIT_MEAN = 2e-4  # absolute: six standard errors of .01 / sqrt(n)
+INIT_BOUND = 0.1  # relative: the extremes of a uniform draw lie that near to its bounds

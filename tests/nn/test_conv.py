@@ -9,7 +9,7 @@ import pytest
 from jax import export, lax
 
 from flaxdet.nn.conv import conv_general_dilated
-from tests.tolerances import OP_F64
+from tests.tolerances import LAYERS_F32, OP_F64
 
 CASES = {
     "1x1": (1, 1, (3, 5), 1),
@@ -53,7 +53,7 @@ def test_under_vmap_and_for_other_platforms():
         return jax.grad(lambda k: jnp.sum(conv_general_dilated(x, k, (1, 1), padding, **options) ** 2))(kernel)
 
     one = gradient(x[0])
-    np.testing.assert_allclose(jax.vmap(gradient)(x), jnp.stack([one] * 3), rtol=1e-5)
+    np.testing.assert_allclose(jax.vmap(gradient)(x), jnp.stack([one] * 3), rtol=LAYERS_F32)
     for platform, dots in {"cpu": 9, "cuda": 0, "tpu": 0}.items():
         text = export.export(jax.jit(gradient), platforms=[platform])(x[0]).mlir_module()
         assert text.count("stablehlo.dot_general") == dots

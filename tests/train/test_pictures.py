@@ -12,6 +12,7 @@ from PIL import Image
 from flaxdet.train import pictures
 from flaxdet.train.logs import JsonLinesWriter
 from flaxdet.train.pictures import draw_curves, draw_predictions
+from tests.tolerances import OP_F64
 
 NAMES = {1: "cat", 2: "dog"}
 AP_BLUE = (0x1F, 0x5F, 0xA8)
@@ -78,10 +79,10 @@ def test_curves_of_logs_with_little_or_odd_in_them(tmp_path, log):
 
 
 def test_the_smoothed_line_keeps_the_level_and_lags_behind_nothing():
-    assert np.allclose(pictures._smooth(np.full(100, 3.0)), 3.0, rtol=1e-12)
+    assert np.allclose(pictures._smooth(np.full(100, 3.0)), 3.0, rtol=OP_F64)
     ramp = np.arange(200.0)
     inner = slice(20, -20)
-    assert np.allclose(pictures._smooth(ramp)[inner], ramp[inner], rtol=1e-12)
+    assert np.allclose(pictures._smooth(ramp)[inner], ramp[inner], rtol=OP_F64)
     noise = np.random.default_rng(0).normal(size=600)
     assert pictures._smooth(noise).std() < 0.3 * noise.std()
 
