@@ -20,7 +20,7 @@ from common import MODELS, describe_machine, measure, photo, show, write
 
 from flaxdet.builders import make_model
 from flaxdet.convert import from_torchvision, reference
-from flaxdet.predict import detect
+from flaxdet.predict import jitted_detect
 from flaxdet.transform import transform
 
 
@@ -36,7 +36,7 @@ def contenders(name: str, image: np.ndarray) -> dict[str, Any]:
     channels_last = channels_last.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def ours() -> Any:
-        return jax.block_until_ready(detect(model, variables, transform([image], model.transform)))
+        return jax.block_until_ready(jitted_detect(model, variables, transform([image], model.transform)))
 
     def eager() -> Any:
         return theirs([tensor])

@@ -71,6 +71,7 @@ def from_torchvision(
         CheckpointError: if the file can't be read or holds no state_dict.
         TypeError: if `state_dict` is neither a dict nor a path.
     """
+    _check_not_folded(model)
     subject, state = _open(state_dict, source)
     abstract = abstract_variables(model)
     rows = rules(abstract, pooled=_pooled(model))
@@ -131,8 +132,9 @@ def to_torchvision(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nda
 
     Raises:
         StateDictError: if the variables are not the model's: leaves missing, unexpected or of a wrong shape.
-        ValueError: if the model is not of torchvision's architecture.
+        ValueError: if the model is not of torchvision's architecture, or its BatchNorm is folded.
     """
+    _check_not_folded(model)
     abstract = abstract_variables(model)
     wanted = {(c, path): leaf.shape for c, path, leaf in leaves_of(abstract)}
     leaves = {(c, path): leaf for c, path, leaf in leaves_of(variables)}
@@ -155,6 +157,13 @@ def to_torchvision(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nda
             leaf = np.asarray(jax.device_get(leaves[row.collection, row.path]))
             state[row.key] = np.array(row.layout.to_torch(leaf), order="C", copy=True)
     return state
+
+
+def _check_not_folded(model: Any) -> None:
+    if getattr(getattr(model.backbone, "body", None), "folded", False):
+        raise ValueError(
+            "BatchNorm of the model is folded (fold_batch_norm), so torchvision has no such model: pass the one before"
+        )
 
 
 def abstract_variables(model: Any) -> Variables:

@@ -21,7 +21,7 @@ from flaxdet.convert.identify import identify
 from flaxdet.convert.stages import OF_PROPOSALS, PROPOSAL_IMAGE, Detection, Stages, run, run_reference
 from flaxdet.files import load_categories
 from flaxdet.models.detector import Detector
-from flaxdet.predict import detect, unpad
+from flaxdet.predict import jitted_detect, unpad
 from flaxdet.transform import transform
 from flaxdet.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights
 
@@ -166,10 +166,10 @@ def compare(
     seconds = their_seconds = 0.0
     if timed:
         # without the stages it is another program, which is compiled here, and must have run before the clock starts
-        jax.block_until_ready(detect(model, variables, batch))
+        jax.block_until_ready(jitted_detect(model, variables, batch))
         start = time.perf_counter()
         batch = transform(images, model.transform, canvas="batch", dtype=model.box_dtype)
-        ours = unpad(detect(model, variables, batch))
+        ours = unpad(jitted_detect(model, variables, batch))
         seconds = time.perf_counter() - start
         start = time.perf_counter()
         theirs, _ = run_reference(reference_model, images, keep_stages=False)

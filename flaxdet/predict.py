@@ -7,17 +7,34 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from flaxdet.compiling import compiler_options
 from flaxdet.models.detector import Detector
 from flaxdet.structures import Detections, ImageBatch
 from flaxdet.transform import Canvas, check_canvas, check_images, resized_size, to_original, transform
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def detect(model: Detector, variables: Any, batch: ImageBatch) -> Detections:
-    """``model.apply`` under jit, its boxes [B, K, 4] in the pixels of the original images."""
+    """``model.apply``, its boxes [B, K, 4] in the pixels of the original images."""
     return to_original(model.apply(variables, batch), batch)  # pyright: ignore[reportArgumentType]
+
+
+def jitted_detect(model: Detector, variables: Any, batch: ImageBatch) -> Detections:
+    """``detect`` under jit, which keeps what it has compiled for the life of the process."""
+    return detect_program(model.box_dtype)(model, variables, batch)
+
+
+def detect_program(dtype: Any) -> Any:
+    """The function behind ``jitted_detect`` for models of a dtype; always the same one."""
+    return _detect_program(jax.default_backend(), jnp.dtype(dtype))
+
+
+@functools.cache
+def _detect_program(backend: str, dtype: Any) -> Any:
+    del backend  # which the options depend on
+    return jax.jit(detect, static_argnums=0, compiler_options=compiler_options(dtype))
 
 
 def predict(
@@ -53,7 +70,7 @@ def predict(
     results: list[dict[str, np.ndarray]] = []
     for group in groups:
         batch = transform(group, config, canvas=canvas, dtype=model.box_dtype)
-        results.extend(unpad(detect(model, variables, batch), first=len(results)))
+        results.extend(unpad(jitted_detect(model, variables, batch), first=len(results)))
     return results
 
 

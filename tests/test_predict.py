@@ -12,7 +12,7 @@ import pytest
 
 import flaxdet
 from flaxdet.models.detector import example_batch
-from flaxdet.predict import detect, unpad
+from flaxdet.predict import detect_program, jitted_detect, unpad
 from flaxdet.structures import Detections
 from flaxdet.transform import transform
 from tests.tolerances import HAND_F32, LAYERS_F32
@@ -94,7 +94,7 @@ def test_what_comes_out(variables, images):
 def test_is_the_models_answer_in_the_original_image(variables, images):
     model = detector()
     batch = transform(images[:1], model.transform)
-    (resized,) = unpad(detect(model, variables, batch.replace(original_size=batch.size)))
+    (resized,) = unpad(jitted_detect(model, variables, batch.replace(original_size=batch.size)))
     (found,) = flaxdet.predict(model, variables, images[:1])
     scale = np.float32([60 / 96, 40 / 64] * 2)
     np.testing.assert_allclose(found["boxes"], resized["boxes"] * scale, rtol=HAND_F32)
@@ -117,7 +117,7 @@ def test_batch_shares_a_canvas(variables, images):
     (alone,) = flaxdet.predict(model, variables, images[:1], canvas="batch")
     batch = transform(images[:2], model.transform, canvas="batch")
     assert batch.pixels.shape == (2, 96, 96, 3)
-    assert_equal(mixed[1], unpad(detect(model, variables, batch))[1])
+    assert_equal(mixed[1], unpad(jitted_detect(model, variables, batch))[1])
     assert not np.array_equal(mixed[0]["scores"], alone["scores"])
 
 
@@ -156,7 +156,7 @@ def test_bad_images_are_named_and_nothing_is_computed(monkeypatch, images, error
     def never(*_, **__):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(module, "detect", never)
+    monkeypatch.setattr(module, "jitted_detect", never)
     monkeypatch.setattr(module, "transform", never)
     with pytest.raises(error, match=message):
         flaxdet.predict(detector(), {}, images, canvas=canvas)
@@ -164,12 +164,12 @@ def test_bad_images_are_named_and_nothing_is_computed(monkeypatch, images, error
 
 def test_the_same_shapes_do_not_compile_again(variables, images):
     flaxdet.predict(detector(), variables, images)
-    before = detect._cache_size()
+    before = detect_program(np.float32)._cache_size()
     flaxdet.predict(detector(), variables, images[::-1])  # an equal model, the same three canvases
     flaxdet.predict(detector(), variables, [images[0][:39].astype(np.float32) / 255])
-    assert detect._cache_size() == before
+    assert detect_program(np.float32)._cache_size() == before
     flaxdet.predict(detector(), variables, [images[0][:20]])
-    assert detect._cache_size() == before + 1  # 32x96
+    assert detect_program(np.float32)._cache_size() == before + 1  # 32x96
 
 
 def test_float64(images, variables, x64):
@@ -212,6 +212,6 @@ def test_overflow_names_the_image(images, monkeypatch, canvas):
         widths = np.asarray(batch.original_size)[:, 1]
         return detections([[True]] * len(widths), widths == 90)  # the third image
 
-    monkeypatch.setattr(module, "detect", overflowing)
+    monkeypatch.setattr(module, "jitted_detect", overflowing)
     with pytest.raises(RuntimeError, match=r"images \[2\]: more candidates"):
         flaxdet.predict(detector(), {}, images, canvas=canvas)

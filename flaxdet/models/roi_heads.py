@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from flaxdet.models.detector import feature_extents, gather_detections, per_image
@@ -92,9 +93,11 @@ class MultiScaleRoIAlign:
         def pool(maps: tuple[Array, ...], boxes: Array, scales: Array, extents: Any) -> Array:
             return align(maps, boxes, scales=scales, extents=extents)
 
-        return per_image(pool)(
+        pooled = per_image(pool)(
             tuple(levels.values()), boxes, scales, None if extents is None else tuple(extents.values())
         )
+        # XLA:CPU would compute all samples again, cell by cell, where the gradient reads this transposed
+        return lax.optimization_barrier(pooled)
 
 
 class TwoMLPHead(TypedModule):

@@ -39,7 +39,7 @@ class _Block(nn.Module):
     strides: int
     convs: tuple[tuple[int, int, int], ...]
     conv: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module | None]
 
     @nn.compact
     def __call__(self, x: Array, extent: Array | None, out_extent: Array | None, train: bool) -> Array:
@@ -60,6 +60,11 @@ class _Block(nn.Module):
         return nn.relu(x + residual)
 
 
+def _no_norm(*, name: str) -> None:
+    """In place of a norm, which a bias already stands for."""
+    del name
+
+
 class ResNet(TypedModule):
     """torchvision's ResNet body (v1.5: the stride sits in a bottleneck's 3x3 convolution).
 
@@ -69,14 +74,15 @@ class ResNet(TypedModule):
         freeze_bn: in training, live BatchNorm normalises with its running statistics and leaves them alone
             (an addition to torchvision).
         remat: for the gradient, keeps the input of each residual block alone and computes the block again: less
-            memory, more time. XLA:CPU merges what is computed twice, and so undoes it, unless ``jax.jit`` is given
-            ``compiler_options={"xla_disable_hlo_passes": "cse_barrier_expander"}``.
+            memory, more time. XLA:CPU undoes it unless ``jax.jit`` is given ``flaxdet.compiler_options()``.
+        folded: no BatchNorm; its convolutions have a bias instead. ``flaxdet.fold_batch_norm`` makes such a body.
     """
 
     depth: int = 50
     frozen_bn: bool = False
     freeze_bn: bool = False
     remat: bool = False
+    folded: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
     precision: Precision = None
@@ -113,12 +119,14 @@ class ResNet(TypedModule):
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv_ = functools.partial(
             conv,
-            use_bias=False,
+            use_bias=self.folded,
             kernel_init=kaiming_normal_fan_out,
             precision=self.precision,
             **options,
         )
         norm = functools.partial(FrozenBatchNorm if self.frozen_bn else BatchNorm, **options)
+        if self.folded:
+            norm = _no_norm
         norm_train = train and not self.freeze_bn
         # the blocks are named below, so their variables have the same paths either way
         block = nn.remat(_Block, static_argnums=(4,)) if self.remat else _Block  # pyright: ignore[reportArgumentType]

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxdet.train.sharding import shard_batch
+from flaxdet.sharding import shard_batch
 from flaxdet.train.state import TrainState
 
 if TYPE_CHECKING:

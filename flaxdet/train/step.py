@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from flaxdet.compiling import compiler_options
 from flaxdet.nn.layers import at_least_float32
+from flaxdet.sharding import BATCH_KEYS, by_rows, on_mesh, replicated
 from flaxdet.structures import ImageBatch, Targets
 from flaxdet.train.mask import Params, Tree, merge
-from flaxdet.train.sharding import BATCH_KEYS, by_rows, on_mesh, replicated
 from flaxdet.train.state import Trainable, TrainState, split_trainable
 
 Batch = Mapping[str, Any]
@@ -80,9 +81,15 @@ def make_train_step(
         return new, {name: value.astype(model.box_dtype) for name, value in metrics.items()}
 
     if mesh is None:
-        return jax.jit(step, donate_argnums=0)
+        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(model.box_dtype))
     whole, rows = replicated(mesh), by_rows(mesh)
-    return jax.jit(on_mesh(step, mesh), donate_argnums=0, in_shardings=(whole, rows), out_shardings=whole)
+    return jax.jit(
+        on_mesh(step, mesh),
+        donate_argnums=0,
+        in_shardings=(whole, rows),
+        out_shardings=whole,
+        compiler_options=compiler_options(model.box_dtype),
+    )
 
 
 def make_loss_step(
@@ -109,9 +116,12 @@ def make_loss_step(
         return {name: value.astype(model.box_dtype) for name, value in metrics.items()}
 
     if mesh is None:
-        return jax.jit(loss_step)
+        return jax.jit(loss_step, compiler_options=compiler_options(model.box_dtype))
     return jax.jit(
-        on_mesh(loss_step, mesh), in_shardings=(replicated(mesh), by_rows(mesh)), out_shardings=replicated(mesh)
+        on_mesh(loss_step, mesh),
+        in_shardings=(replicated(mesh), by_rows(mesh)),
+        out_shardings=replicated(mesh),
+        compiler_options=compiler_options(model.box_dtype),
     )
 
 

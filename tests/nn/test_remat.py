@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flaxdet
 from flaxdet.nn import ResNet, resnet
 from tests.drawn import drawn
 from tests.tolerances import OP_F64
 
 # XLA:CPU merges what is computed twice, unless told to heed the barriers between the two.
-COMPILER_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+COMPILER_OPTIONS = flaxdet.compiler_options(jnp.float64)
 
 
 @pytest.fixture

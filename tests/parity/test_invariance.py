@@ -8,7 +8,7 @@ import pytest
 
 from flaxdet.convert import verify
 from flaxdet.convert.stages import run
-from flaxdet.predict import detect, unpad
+from flaxdet.predict import jitted_detect, unpad
 from flaxdet.transform import transform
 from tests.parity import sides
 from tests.tolerances import BOXES_BF16, CANVAS_STAGE_F64, INVARIANCE_F64, SCORES_BF16, SHARE_BF16
@@ -28,7 +28,7 @@ def test_bucket_and_neighbours(model_and_variables):
     image = sides.crop("china", *IMAGE)
     alone_batch = transform([image], model.transform, dtype=np.float64)
     assert alone_batch.canvas is None
-    (alone,) = unpad(detect(model, variables, alone_batch))
+    (alone,) = unpad(jitted_detect(model, variables, alone_batch))
     assert len(alone["scores"]) > 10
 
     neighbours = [sides.crop("grace_hopper", 150, 100), image, sides.crop("flower", 50, 120)]
@@ -37,7 +37,7 @@ def test_bucket_and_neighbours(model_and_variables):
         (transform([image], model.transform, bucket=(96, 256), dtype=np.float64), 0),
         (transform(neighbours, model.transform, dtype=np.float64), 1),
     ):
-        found = unpad(detect(model, variables, batch))[index]
+        found = unpad(jitted_detect(model, variables, batch))[index]
         assert verify.match_detections(found, alone, INVARIANCE_F64, INVARIANCE_F64).same
         np.testing.assert_array_equal(found["labels"], alone["labels"])
 
@@ -67,7 +67,7 @@ def test_float32_bucket(name):
     model, variables, _ = sides.both(name, 18, min_size=96, max_size=160, **FEW[name])
     image = sides.crop("china", *IMAGE)
     alone, padded = (
-        unpad(detect(model, variables, transform([image], model.transform, bucket=bucket)))[0]
+        unpad(jitted_detect(model, variables, transform([image], model.transform, bucket=bucket)))[0]
         for bucket in (None, (192, 224))
     )
     assert verify.match_detections(padded, alone, *verify.TOLERANCES["float32"]).same
@@ -78,9 +78,9 @@ def test_bfloat16(name):
     model, variables, _ = sides.both(name, 18, min_size=96, max_size=160, **FEW[name])
     half = sides.flax_detector(name, 18, 11, dtype=jax.numpy.bfloat16, min_size=96, max_size=160, **FEW[name])
     batch = transform([sides.crop("china", *IMAGE)], model.transform)
-    found = detect(half, variables, batch)
+    found = jitted_detect(half, variables, batch)
     assert found.boxes.dtype == found.scores.dtype == np.float32
-    (found,), (expected,) = unpad(found), unpad(detect(model, variables, batch))
+    (found,), (expected,) = unpad(found), unpad(jitted_detect(model, variables, batch))
     match = verify.match_detections(found, expected, BOXES_BF16, SCORES_BF16)
     assert match.matched >= SHARE_BF16 * match.count
     _, state = jax.eval_shape(lambda *args: half.apply(*args, mutable=["intermediates"]), variables, batch)
