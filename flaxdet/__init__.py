@@ -3,12 +3,15 @@
 from flaxdet import convert, data, ops, train
 from flaxdet.builders import fasterrcnn_resnet50_fpn_v2, fcos_resnet50_fpn
 from flaxdet.classes import match_classes, replace_classes
+from flaxdet.compiling import compiler_options
 from flaxdet.draw import draw_detections
 from flaxdet.evaluate import evaluate
 from flaxdet.files import load, load_categories, save
+from flaxdet.folding import fold_batch_norm
 from flaxdet.models import FCOS, FasterRCNN
 from flaxdet.ops import AnchorGenerator
 from flaxdet.predict import predict
+from flaxdet.predictor import Predictor
 from flaxdet.structures import Detections, ImageBatch, Proposals, Targets, TransformConfig
 from flaxdet.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights
 
@@ -20,16 +23,19 @@ __all__ = [
     "FasterRCNN",
     "FasterRCNN_ResNet50_FPN_V2_Weights",
     "ImageBatch",
+    "Predictor",
     "Proposals",
     "ResNet50_Weights",
     "Targets",
     "TransformConfig",
+    "compiler_options",
     "convert",
     "data",
     "draw_detections",
     "evaluate",
     "fasterrcnn_resnet50_fpn_v2",
     "fcos_resnet50_fpn",
+    "fold_batch_norm",
     "load",
     "load_categories",
     "match_classes",

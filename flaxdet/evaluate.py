@@ -5,20 +5,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxdet.buckets import Size, canvases, choose_buckets
 from flaxdet.coco_metrics import ClassResult, CocoResult, evaluate_results, read_annotations, require_pycocotools
-from flaxdet.data.batches import Batch, EvalPlan, Size, canvases, choose_buckets
+from flaxdet.data.ahead import read_ahead
+from flaxdet.data.batches import Batch, EvalPlan
 from flaxdet.data.coco import CocoDataset
 from flaxdet.data.samples import Dataset
 from flaxdet.models.detector import Detector
-from flaxdet.predict import detect, unpad
+from flaxdet.predict import jitted_detect, unpad
 from flaxdet.structures import Detections, TransformConfig
 from flaxdet.transform import transform
 
@@ -141,7 +142,9 @@ def detect_dataset(
     results: list[dict[str, np.ndarray]] = [{}] * len(dataset)
     order = [index for batch in plan for index in batch.indices[batch.real].tolist()]
     with (
-        contextlib.closing(_read_ahead(dataset, order, ahead=batch_size + workers, workers=workers)) as images,
+        contextlib.closing(
+            read_ahead(dataset.read_image, order, ahead=batch_size + workers, workers=workers)
+        ) as images,
         tqdm(total=len(dataset), unit="image", disable=not progress) as bar,
     ):
         running: deque[tuple[list[int], Detections]] = deque()
@@ -162,7 +165,7 @@ def detect_dataset(
             if batch.bucket in masked and inputs.canvas is None:  # without canvases it would compile once more
                 canvas = jnp.tile(jnp.asarray(batch.bucket, jnp.int32)[None], (size, 1))
                 inputs = inputs.replace(canvas=canvas)  # pyright: ignore[reportAttributeAccessIssue]
-            running.append((indices, detect(model, variables, inputs)))
+            running.append((indices, jitted_detect(model, variables, inputs)))
             if len(running) > 1:  # the device has its next work before the host waits for the last
                 settle()
         settle()
@@ -180,24 +183,6 @@ def _plan(dataset: Dataset, config: TransformConfig, batch_size: int) -> tuple[l
     batches = [plan[i] for i in range(plan.steps_per_epoch)]
     masked = {batch.bucket for batch in batches if (own[batch.indices] != np.asarray(batch.bucket)).any()}
     return batches, masked
-
-
-def _read_ahead(dataset: Dataset, order: Sequence[int], *, ahead: int, workers: int) -> Generator[np.ndarray]:
-    """Images in an order, ``ahead`` of them read or being read before they are asked for."""
-    upcoming = iter(order)
-    with ThreadPoolExecutor(workers, thread_name_prefix="flaxdet-read") as pool:
-        reading: deque[Future[np.ndarray]] = deque()
-        try:
-            for index in itertools.islice(upcoming, ahead):
-                reading.append(pool.submit(dataset.read_image, index))
-            while reading:
-                image = reading.popleft().result()
-                for index in itertools.islice(upcoming, 1):
-                    reading.append(pool.submit(dataset.read_image, index))
-                yield image
-        finally:
-            for future in reading:
-                future.cancel()
 
 
 def on_one_device(variables: Any) -> Any:

@@ -168,6 +168,7 @@ def resize_array(
     bucket: tuple[int, int],
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    dtype: Any = np.float32,
 ) -> np.ndarray:
     """``resize_image`` in numpy alone, for the processes that read data: the same arithmetic, to float32 rounding.
 
@@ -177,17 +178,18 @@ def resize_array(
         bucket: (h, w) of the result.
         mean: of each channel.
         std: of each channel.
+        dtype: of the arithmetic and the result, float32 or float64.
 
     Returns:
-        [h, w, 3] float32, zero beyond ``new_size``.
+        [h, w, 3], zero beyond ``new_size``.
     """
     size, new = np.asarray(image.shape[:2], np.int32), np.asarray(new_size, np.int32)
-    result = np.zeros((*bucket, 3), np.float32)
+    result = np.zeros((*bucket, 3), dtype)
     inside = result[: new_size[0], : new_size[1]]
     if image.shape[:2] == tuple(new_size):
-        inside[:] = _normalise(np, image, mean, std, np.float32)
+        inside[:] = _normalise(np, image, mean, std, dtype)
     else:
-        inside[:] = _bilinear(np, image, size, new, bucket=new_size, mean=mean, std=std, dtype=np.float32)
+        inside[:] = _bilinear(np, image, size, new, bucket=new_size, mean=mean, std=std, dtype=dtype)
     return result
 
 

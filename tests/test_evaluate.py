@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
-import time
 
 import jax
 import numpy as np
@@ -16,8 +14,8 @@ from PIL import Image
 import flaxdet
 from flaxdet.data import ImageError
 from flaxdet.data.coco import read_coco
-from flaxdet.evaluate import _read_ahead, coco_results, detect_dataset, evaluate, evaluate_results
-from flaxdet.predict import detect
+from flaxdet.evaluate import coco_results, detect_dataset, evaluate, evaluate_results
+from flaxdet.predict import detect_program
 from flaxdet.structures import Detections
 from tests.tiny import CATEGORIES, FCOS_NAME, V2_NAME, tiny_model, tiny_variables
 from tests.tolerances import INVARIANCE_F64
@@ -82,10 +80,10 @@ def test_every_image_as_it_is_alone(name, option, dataset, x64, monkeypatch):
     expected = flaxdet.predict(model, variables, [dataset.read_image(i) for i in range(len(dataset))])
     assert sum(len(own["scores"]) for own in expected) > 3 * len(dataset)
     for batch_size in (1, 3):
-        before = detect._cache_size()
+        before = detect_program(model.box_dtype)._cache_size()
         found = detect_dataset(model, variables, dataset, batch_size=batch_size)
         # a program a bucket, with and without images that fill it; predict has compiled the one that they all fill
-        assert detect._cache_size() - before == (1 if batch_size == 1 else 2)
+        assert detect_program(model.box_dtype)._cache_size() - before == (1 if batch_size == 1 else 2)
         for own, other in zip(found, expected, strict=True):
             assert own["boxes"].dtype == np.float64
             np.testing.assert_array_equal(own["labels"], other["labels"])
@@ -137,7 +135,7 @@ def test_variables_on_several_devices(tmp_path):
 import jax, numpy as np
 from flaxdet.data.coco import read_coco
 from flaxdet.evaluate import detect_dataset
-from flaxdet.train.sharding import make_mesh, replicate
+from flaxdet.sharding import make_mesh, replicate
 from tests.tiny import tiny_model, tiny_variables
 model = tiny_model("{FCOS_NAME}", score_thresh=0.05)
 variables, dataset = tiny_variables(model), read_coco({str(images)!r}, {str(annotations)!r})
@@ -192,50 +190,6 @@ def test_coco_results():
 # Reading ahead
 
 
-class Slow:
-    """Counts what is read and what is asked for."""
-
-    def __init__(self):
-        self.started, self.running, self.most, self.lock = [], 0, 0, threading.Lock()
-
-    def read_image(self, i):
-        with self.lock:
-            self.started.append(i)
-            self.running += 1
-            self.most = max(self.most, self.running)
-        time.sleep(0.002)
-        with self.lock:
-            self.running -= 1
-        if i == 99:
-            raise ImageError("99: broken")
-        return i
-
-
-def test_reads_ahead_but_not_far():
-    source, order = Slow(), list(range(20, 0, -1))
-    taken = []
-    for image in _read_ahead(source, order, ahead=4, workers=2):
-        taken.append(image)
-        time.sleep(0.01)
-        assert len(source.started) <= len(taken) + 4
-        assert len(source.started) >= min(len(taken) + 2, 20)
-    assert taken == order
-    assert source.most == 2
-
-
-def test_a_broken_image_stops_the_reading():
-    source = Slow()
-    images = _read_ahead(source, [1, 2, 99, *range(3, 50)], ahead=3, workers=2)
-    assert [next(images), next(images)] == [1, 2]
-    with pytest.raises(ImageError, match="99: broken"):
-        next(images)
-    assert len(source.started) <= 6
-    images = _read_ahead(source, range(50), ahead=3, workers=2)
-    next(images)
-    images.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("flaxdet-read")]
-
-
 # Bad input
 
 
@@ -270,7 +224,7 @@ def test_overflow_names_the_image(dataset, fcos, monkeypatch):
         labels, overflow = np.full((n, 1), -1, np.int32), np.ones(n, bool)
         return Detections(np.zeros((n, 1, 4)), np.zeros((n, 1)), labels, np.zeros((n, 1), bool), overflow)
 
-    monkeypatch.setattr(module, "detect", overflowing)
+    monkeypatch.setattr(module, "jitted_detect", overflowing)
     with pytest.raises(RuntimeError, match=r"images \[3\]: more candidates than"):  # the first, in the smallest bucket
         detect_dataset(*fcos, dataset)
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxdet.data.batches import EvalPlan, Size, TrainPlan, assign, canvases, choose_buckets, sort_buckets
+from flaxdet.buckets import Size, assign, canvases, choose_buckets, sort_buckets
+from flaxdet.data.batches import EvalPlan, TrainPlan
 from flaxdet.data.samples import BatchSource, BucketCanvas, Dataset, Options
 from flaxdet.data.streams import import_grain, open_stream
 from flaxdet.structures import TransformConfig

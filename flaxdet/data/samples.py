@@ -10,8 +10,9 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from flaxdet.buckets import Size
 from flaxdet.data.augment import choose_min_size, fixed_size_crop, horizontal_flip, scale_jitter
-from flaxdet.data.batches import Batch, EvalPlan, Size, TrainPlan
+from flaxdet.data.batches import Batch, EvalPlan, TrainPlan
 from flaxdet.data.coco import Record
 from flaxdet.structures import TransformConfig
 from flaxdet.transform import canvas_size, resize_array, resized_size

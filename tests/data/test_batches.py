@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
+from flaxdet.buckets import assign, canvases, sort_buckets
 from flaxdet.data import choose_buckets
-from flaxdet.data.batches import EvalPlan, TrainPlan, assign, canvases, sort_buckets
+from flaxdet.data.batches import EvalPlan, TrainPlan
 from flaxdet.structures import TransformConfig
 from flaxdet.transform import canvas_size, resized_size
 

@@ -1,0 +1,43 @@
+"""Reading ahead of a consumer, in threads."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], *, ahead: int, workers: int) -> Generator[Result]:
+    """``map(read, items)``, with a few results read or being read before they are asked for.
+
+    Args:
+        read: called in a thread for each item.
+        items: taken one by one, in the consumer's thread; may be endless.
+        ahead: results held at most.
+        workers: threads.
+
+    Yields:
+        Results, in the order of the items.
+
+    Raises:
+        Exception: what ``read`` raises, in its place.
+    """
+    upcoming = iter(items)
+    with ThreadPoolExecutor(workers, thread_name_prefix="flaxdet-read") as pool:
+        reading: deque[Future[Result]] = deque()
+        try:
+            for item in itertools.islice(upcoming, ahead):
+                reading.append(pool.submit(read, item))
+            while reading:
+                result = reading.popleft().result()
+                for item in itertools.islice(upcoming, 1):
+                    reading.append(pool.submit(read, item))
+                yield result
+        finally:
+            for future in reading:
+                future.cancel()

@@ -1,0 +1,366 @@
+"""``Predictor``: compiled once for each of a few buckets, fed images of any size."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from flaxdet.buckets import Size, assign, default_buckets, holds, sort_buckets
+from flaxdet.compiling import compiler_options
+from flaxdet.data.ahead import read_ahead
+from flaxdet.data.images import read_image
+from flaxdet.folding import fold_batch_norm
+from flaxdet.models.detector import DATA_AXIS, Detector
+from flaxdet.predict import detect, unpad
+from flaxdet.sharding import by_rows, on_mesh, replicated
+from flaxdet.structures import Detections, ImageBatch
+from flaxdet.transform import (
+    canvas_size,
+    check_image,
+    check_images,
+    resize_array,
+    resize_image,
+    resized_size,
+)
+
+Found = dict[str, np.ndarray]
+Source = np.ndarray | str | Path | Callable[[], np.ndarray]
+
+RAW_SIZES = (640, 1280, 2560)  # sides of the square arrays that images are sent to the device in
+_PATIENCE = 8  # batches that a stream reads on before it runs a bucket whose batch is not full
+
+
+class _Sample(NamedTuple):
+    """One image on its way to the device."""
+
+    number: int
+    image: np.ndarray
+    resized: bool  # and normalised already, in a stream's thread
+    size: Size
+    new_size: Size
+    canvas: Size
+    bucket: Size
+    raw: int | None  # the smallest of raw_sizes that holds it
+
+
+class Predictor:
+    """Detects objects in images of any sizes with few compiled programs.
+
+    Each image is computed on its own canvas inside the smallest bucket that holds it, with everything beyond the canvas
+    masked. So the answers are those of ``predict`` on each image alone, up to rounding, whatever the bucket, the batch
+    and its neighbours; and a new size compiles nothing. Resize, normalisation, network, decoding and NMS run on the
+    device: a small program for each pair of raw size and bucket, and one of the model for each bucket. Programs are
+    compiled when first needed, or ahead of time by ``warmup``.
+
+    A predictor holds no lock: use one in each thread.
+
+    Args:
+        model: from a builder or ``flaxdet.load``. A model with ``dtype=jnp.bfloat16`` computes in bfloat16.
+        variables: its ``{"params": ..., "batch_stats": ...}``.
+        buckets: (rows, columns) of the static shapes, in pixels after the resize, multiples of 32; default
+            ``default_buckets(model.transform)``, which hold every image.
+        batch_size: B, images a call of the model. A batch that is not full is filled up with copies.
+        raw_sizes: an image of 8-bit pixels is sent to the device in the smallest square array of these sides that
+            holds it, and resized there. Larger ones, and floats, take the same resize on the host.
+        fold: fold BatchNorm into the convolutions (``flaxdet.fold_batch_norm``).
+        mesh: of ``flaxdet.train.make_mesh``; the batch is divided over its devices.
+
+    Raises:
+        ValueError: for a bucket that is not a multiple of 32, a model whose canvases aren't
+            (``size_divisible``), a batch that the mesh's devices don't divide, or sizes below 1.
+    """
+
+    def __init__(
+        self,
+        model: Detector,
+        variables: Any,
+        *,
+        buckets: Sequence[Size] | None = None,
+        batch_size: int = 1,
+        raw_sizes: Sequence[int] = RAW_SIZES,
+        fold: bool = True,
+        mesh: Mesh | None = None,
+    ):
+        config = model.transform
+        self.buckets = sort_buckets(default_buckets(config) if buckets is None else buckets)
+        for rows, columns in self.buckets:
+            if rows % 32 or columns % 32:
+                raise ValueError(f"bucket {rows}x{columns} (rows x columns) should have multiples of 32 as its sides")
+        if config.size_divisible % 32:
+            raise ValueError(
+                f"a model with size_divisible={config.size_divisible} has canvases that don't fit into buckets (32 "
+                "should divide it): use flaxdet.predict, which compiles for each canvas"
+            )
+        if batch_size < 1 or not all(size >= 1 for size in raw_sizes):
+            raise ValueError(f"batch_size and raw_sizes should be at least 1, got {batch_size} and {tuple(raw_sizes)}")
+        if mesh is not None and batch_size % mesh.shape[DATA_AXIS]:
+            raise ValueError(
+                f"batch_size={batch_size} should be a multiple of the mesh's {mesh.shape[DATA_AXIS]} devices"
+            )
+        self.batch_size, self.mesh = batch_size, mesh
+        self.raw_sizes = tuple(sorted({int(size) for size in raw_sizes}))
+        folded: Any = fold_batch_norm(model, variables) if fold else (model, variables)  # pyright: ignore[reportArgumentType]
+        self.model, self._variables = folded
+        self._variables = jax.device_put(self._variables, None if mesh is None else replicated(mesh))
+        # where the resize makes every image as large as the one bucket, no masks are needed
+        self._masked = config.fixed_size is None or [canvas_size(resized_size((1, 1), config), config)] != self.buckets
+        self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    @property
+    def compile_count(self) -> int:
+        """Programs compiled so far: at most one of the model a bucket, and one resize a bucket and raw size."""
+        return len(self._programs)
+
+    @property
+    def model_compile_count(self) -> int:
+        """Programs of the model among them."""
+        return sum(name == "detect" for name, *_ in self._programs)
+
+    def warmup(self, *, progress: bool = False) -> None:
+        """Compiles every program ahead of time, so that no image has to wait for it.
+
+        Args:
+            progress: shows a bar.
+        """
+        from tqdm import tqdm
+
+        resizes = [("resize", bucket, raw) for bucket in self.buckets for raw in self.raw_sizes]
+        for name, bucket, *raw in tqdm(
+            [*(("detect", bucket) for bucket in self.buckets), *resizes], desc="compiling", disable=not progress
+        ):
+            self._program(name, bucket, *raw)
+
+    def __call__(self, images: Sequence[Any]) -> list[Found]:
+        """Detects objects in a list of images.
+
+        Args:
+            images: arrays [H, W, 3] of any sizes, RGB, all uint8 or all floats in [0, 1]; may be empty.
+
+        Returns:
+            For each image, in the order given, {"boxes": [N, 4] xyxy in pixels of the original image, "scores": [N] in
+            [0, 1], "labels": [N] int32}, best first.
+
+        Raises:
+            TypeError: for images of another or of mixed dtypes.
+            ValueError: for something that is no image, or that no bucket holds, naming it by its number; nothing is
+                computed then.
+            RuntimeError: if candidates overflowed a capacity chosen below the default.
+            MemoryError: if the device has too little memory for a batch of a bucket.
+        """
+        samples = [self._sample(i, array, f"image {i}") for i, array in enumerate(check_images(images))]
+        results = list(self._run(iter(samples), patience=None))
+        for error in results:
+            if isinstance(error, Exception):
+                raise error
+        return results  # pyright: ignore[reportReturnType]
+
+    def stream(self, images: Iterable[Source], *, workers: int = 2) -> Generator[Found | Exception]:
+        """Detects objects in a long or endless sequence of images, reading ahead while the device computes.
+
+        A result comes when a few more images have been read, since batches are filled and the device is kept busy; for
+        single images that come one by one, call the predictor with a list of one.
+
+        Args:
+            images: arrays [H, W, 3], uint8 or floats in [0, 1]; paths of image files; or functions without arguments
+                that return an array. Few are held at a time.
+            workers: threads that read files and call functions.
+
+        Yields:
+            For each image, in order, what ``__call__`` returns for it. For one that can't be read, is no image, or that
+            no bucket holds, the exception in its place (``flaxdet.data.ImageError``, ``ValueError`` or ``TypeError``,
+            naming the file or the number of the image), and all others as usual.
+
+        Raises:
+            ValueError: for fewer than one worker.
+            RuntimeError, MemoryError: as ``__call__``; what a function raises beyond OSError, TypeError and ValueError.
+        """
+        if workers < 1:
+            raise ValueError(f"workers should be at least 1, got {workers}")
+        ahead = self.batch_size + workers
+        with contextlib.closing(read_ahead(self._load, enumerate(images), ahead=ahead, workers=workers)) as samples:
+            yield from self._run(samples, patience=_PATIENCE * self.batch_size)
+
+    def _load(self, numbered: tuple[int, Source]) -> _Sample | tuple[int, Exception]:
+        """One image of a stream, in a thread of its own: numpy alone."""
+        index, source = numbered
+        name = str(source) if isinstance(source, (str, Path)) else f"image {index}"
+        try:
+            image = read_image(source) if isinstance(source, (str, Path)) else source() if callable(source) else source
+            sample = self._sample(index, check_image(image, name), name)
+            return sample if sample.raw else sample._replace(image=self._resize_on_host(sample), resized=True)
+        except (OSError, TypeError, ValueError) as error:
+            return index, error
+
+    def _sample(self, index: int, image: np.ndarray, name: str) -> _Sample:
+        config, size = self.model.transform, (image.shape[0], image.shape[1])
+        new_size = resized_size(size, config, name=name)
+        canvas = canvas_size(new_size, config)
+        bucket = self.buckets[assign(np.array([canvas]), self.buckets, names=[name])[0]]
+        fitting = (side for side in self.raw_sizes if side >= max(size))
+        raw = next(fitting, None) if image.dtype == np.uint8 else None
+        return _Sample(index, image, False, size, new_size, canvas, bucket, raw)
+
+    def _resize_on_host(self, sample: _Sample) -> np.ndarray:
+        config = self.model.transform
+        return resize_array(
+            sample.image,
+            sample.new_size,
+            bucket=sample.new_size,
+            mean=config.image_mean,  # pyright: ignore[reportArgumentType]
+            std=config.image_std,  # pyright: ignore[reportArgumentType]
+            dtype=np.dtype(self.model.box_dtype),
+        )
+
+    def _run(
+        self, samples: Iterator[_Sample | tuple[int, Exception]], *, patience: int | None
+    ) -> Iterator[Found | Exception]:
+        """Batches by bucket; the device has its next batch before the host waits for the last."""
+        waiting: dict[Size, list[_Sample]] = {}  # in the order of the oldest
+        running: deque[tuple[list[_Sample], Size, Detections]] = deque()
+        done: dict[int, Found | Exception] = {}
+        given = 0
+
+        def settle() -> None:
+            batch, bucket, detections = running.popleft()
+            with self._memory(bucket):
+                host = jax.device_get(detections)
+            for row, sample in enumerate(batch):
+                own = jax.tree.map(lambda x, row=row: x[row : row + 1], host)
+                (done[sample.number],) = unpad(own, first=sample.number)
+
+        def start(bucket: Size) -> None:
+            batch = self._take(waiting, bucket)
+            with self._memory(bucket):
+                running.append((batch, bucket, self._detect(batch, bucket)))
+            if len(running) > 1:
+                settle()
+
+        for sample in samples:
+            if not isinstance(sample, _Sample):
+                done[sample[0]] = sample[1]
+            else:
+                queue = waiting.setdefault(sample.bucket, [])
+                queue.append(sample)
+                oldest, queue_of_oldest = next(iter(waiting.items()))
+                if len(queue) == self.batch_size:
+                    start(sample.bucket)
+                elif patience is not None and sample.number - queue_of_oldest[0].number >= patience:
+                    start(oldest)
+            while given in done:
+                yield done.pop(given)
+                given += 1
+        while waiting:
+            start(max(waiting, key=lambda bucket: bucket[0] * bucket[1]))
+        while running:
+            settle()
+        yield from (done[index] for index in sorted(done))
+
+    def _take(self, waiting: dict[Size, list[_Sample]], bucket: Size) -> list[_Sample]:
+        """A batch of a bucket, taken out of the queues; empty places go to images that wait for smaller buckets."""
+        batch = waiting.pop(bucket)
+        for other in [other for other in waiting if holds(bucket, other)]:
+            places = self.batch_size - len(batch)
+            batch += waiting[other][:places]
+            waiting[other] = waiting[other][places:]
+            if not waiting[other]:
+                del waiting[other]
+        return batch
+
+    def _detect(self, batch: list[_Sample], bucket: Size) -> Detections:
+        rows = batch + batch[:1] * (self.batch_size - len(batch))
+        sizes = {
+            name: np.array([getattr(row, name) for row in rows], np.int32) for name in ("size", "new_size", "canvas")
+        }
+        raw_sizes = [row.raw for row in rows]
+        if None in raw_sizes:
+            pixels = np.zeros((len(rows), *bucket, 3), np.dtype(self.model.box_dtype))
+            for place, row in zip(pixels, rows, strict=True):
+                ready = row.image if row.resized else self._resize_on_host(row)
+                place[: row.new_size[0], : row.new_size[1]] = ready
+            pixels = self._put(pixels)
+        else:
+            side = max(raw_sizes)  # pyright: ignore[reportArgumentType]
+            raw = np.zeros((len(rows), side, side, 3), np.uint8)
+            for place, row in zip(raw, rows, strict=True):
+                place[: row.size[0], : row.size[1]] = row.image
+            resize = self._program("resize", bucket, side)
+            pixels = resize(self._put(raw), self._put(sizes["size"]), self._put(sizes["new_size"]))
+        canvas = self._put(sizes["canvas"]) if self._masked else None
+        inputs = ImageBatch(
+            pixels=pixels,
+            size=self._put(sizes["new_size"]),
+            original_size=self._put(sizes["size"]),
+            canvas=canvas,
+            roi_reference_height=self._put(sizes["new_size"][:, 0]),
+        )
+        return self._program("detect", bucket)(self._variables, inputs)
+
+    def _put(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, None if self.mesh is None else by_rows(self.mesh))
+
+    def _program(self, name: str, bucket: Size, raw: int = 0) -> Callable[..., Any]:
+        """The compiled program, compiled now if it is not there."""
+        key = (name, bucket, raw)
+        if key not in self._programs:
+            with self._memory(bucket):
+                self._programs[key] = self._compile_resize(bucket, raw) if raw else self._compile_model(bucket)
+        return self._programs[key]
+
+    def _compile_resize(self, bucket: Size, raw: int) -> Callable[..., Any]:
+        config = self.model.transform
+        resize = functools.partial(
+            resize_image,
+            bucket=bucket,
+            mean=config.image_mean,  # pyright: ignore[reportArgumentType]
+            std=config.image_std,  # pyright: ignore[reportArgumentType]
+            dtype=self.model.box_dtype,
+        )
+        sizes = self._abstract((2,), jnp.int32)
+        image = self._abstract((raw, raw, 3), jnp.uint8)
+        return (
+            jax.jit(on_mesh(jax.vmap(resize), self.mesh))
+            .lower(image, sizes, sizes)
+            .compile(compiler_options(self.model.box_dtype))
+        )
+
+    def _compile_model(self, bucket: Size) -> Callable[..., Any]:
+        sizes = self._abstract((2,), jnp.int32)
+        batch = ImageBatch(
+            pixels=self._abstract((*bucket, 3), self.model.box_dtype),  # pyright: ignore[reportArgumentType]
+            size=sizes,  # pyright: ignore[reportArgumentType]
+            original_size=sizes,  # pyright: ignore[reportArgumentType]
+            canvas=sizes if self._masked else None,  # pyright: ignore[reportArgumentType]
+            roi_reference_height=self._abstract((), jnp.int32),  # pyright: ignore[reportArgumentType]
+        )
+
+        run = functools.partial(detect, self.model)
+        return (
+            jax.jit(on_mesh(run, self.mesh))
+            .lower(self._variables, batch)
+            .compile(compiler_options(self.model.box_dtype))
+        )
+
+    def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        sharding = None if self.mesh is None else by_rows(self.mesh)
+        return jax.ShapeDtypeStruct((self.batch_size, *shape), dtype, sharding=sharding)
+
+    @contextlib.contextmanager
+    def _memory(self, bucket: Size) -> Iterator[None]:
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+                raise
+            raise MemoryError(
+                f"out of memory in bucket {bucket[0]}x{bucket[1]} (rows x columns) with batch_size={self.batch_size}: "
+                "make the batch, or the model's min_size and max_size, smaller"
+            ) from error

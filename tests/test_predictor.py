@@ -1,0 +1,258 @@
+"""``Predictor``: the answers of ``predict`` from few programs, whatever the bucket, the batch and the order."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import flaxdet
+from flaxdet import predictor as module
+from flaxdet.convert import verify
+from flaxdet.data import ImageError
+from flaxdet.train import make_mesh
+from tests.parity import sides
+from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables
+from tests.tolerances import INVARIANCE_F64
+
+BUCKETS = [(64, 96), (96, 64), (96, 96)]
+OPTIONS = {
+    FCOS_NAME: {"score_thresh": 0.05, "detections_per_img": 20},
+    V2_NAME: {"box_score_thresh": 0.2, "box_detections_per_img": 20},
+}
+MODELS = [
+    pytest.param(FCOS_NAME, marks=pytest.mark.xdist_group("fcos")),
+    pytest.param(V2_NAME, marks=pytest.mark.xdist_group("v2")),
+]
+
+
+def noise(*sizes, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+
+
+# canvases of 64x96, 96x64, 64x64, 64x96, 32x96, 64x96 and 96x64; with raw sizes of 70 and 100 some are resized on the
+# host
+SIZES = [(64, 80), (80, 64), (70, 70), (40, 55), (30, 99), (130, 190), (210, 180)]
+
+
+def same(found, expected, tolerance=INVARIANCE_F64):
+    assert len(found) == len(expected)
+    for own, other in zip(found, expected, strict=True):
+        assert own["boxes"].dtype == other["boxes"].dtype
+        np.testing.assert_array_equal(own["labels"], other["labels"])
+        np.testing.assert_allclose(own["boxes"], other["boxes"], rtol=0, atol=tolerance)
+        np.testing.assert_allclose(own["scores"], other["scores"], rtol=0, atol=tolerance)
+
+
+@pytest.fixture(scope="module")
+def fcos():
+    model = tiny_model(FCOS_NAME, **OPTIONS[FCOS_NAME])
+    return model, tiny_variables(model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_answers_of_predict(name, x64):
+    """In float64: every image as it is alone, in batches of three, as a list, as floats, and as a stream."""
+    model = tiny_model(name, dtype=np.float64, **OPTIONS[name])
+    variables = tiny_variables(model)
+    images = noise(*SIZES)
+    expected = flaxdet.predict(model, variables, images)
+    assert sum(len(own["scores"]) for own in expected) > 3 * len(images)
+    predictor = flaxdet.Predictor(model, variables, buckets=BUCKETS, batch_size=3, raw_sizes=(70, 100))
+    same(predictor(images), expected)
+    same(predictor([image / np.float64(255) for image in images]), expected)
+    same(list(predictor.stream(image for image in images)), expected)
+    same(predictor(images[:1]), expected[:1])
+    assert predictor([]) == []
+    assert predictor.model_compile_count <= len(BUCKETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        pytest.param(sides.FCOS_NAME, {}, marks=pytest.mark.xdist_group("fcos")),
+        pytest.param(sides.V2_NAME, {"rpn_post_nms_top_n_test": 60}, marks=pytest.mark.xdist_group("v2")),
+    ],
+)
+def test_real_photos_folded(name, options, x64):
+    """torchvision's architecture on a ResNet-18, in a bucket larger than the canvas."""
+    model, variables, _ = sides.both(name, 18, dtype="float64", min_size=96, max_size=160, **options)
+    images = [sides.crop("china", 100, 150), sides.crop("flower", 120, 100)]
+    expected = flaxdet.predict(model, variables, images)
+    assert sum(len(own["scores"]) for own in expected) > 20
+    predictor = flaxdet.Predictor(model, variables, buckets=[(160, 192)], batch_size=2)
+    for own, other in zip(predictor(images), expected, strict=True):
+        assert verify.match_detections(own, other, INVARIANCE_F64, INVARIANCE_F64).same
+    assert predictor.model_compile_count == 1
+
+
+@pytest.mark.xdist_group("fcos")
+def test_a_new_size_compiles_nothing(fcos):
+    predictor = flaxdet.Predictor(*fcos, buckets=BUCKETS, raw_sizes=(128,))
+    assert predictor.compile_count == 0
+    predictor.warmup()
+    assert (predictor.compile_count, predictor.model_compile_count) == (2 * len(BUCKETS), len(BUCKETS))
+    for size in itertools.product((20, 33, 47, 90, 300), (21, 40, 64, 71, 128)):
+        (found,) = predictor(noise(size))
+        assert set(found) == {"boxes", "scores", "labels"}
+    assert predictor.compile_count == 2 * len(BUCKETS)
+
+
+@pytest.mark.xdist_group("fcos")
+def test_programs_are_compiled_when_first_needed(fcos):
+    predictor = flaxdet.Predictor(*fcos)
+    predictor(noise((64, 80), (60, 75)))
+    assert (predictor.compile_count, predictor.model_compile_count) == (2, 1)
+
+
+@pytest.mark.xdist_group("fcos")
+def test_one_size_for_all_traces_no_masks(fcos):
+    model = tiny_model(FCOS_NAME, fixed_size=(96, 64), **OPTIONS[FCOS_NAME])
+    predictor = flaxdet.Predictor(model, fcos[1])
+    assert predictor.buckets == [(64, 96)]
+    images = noise((64, 80), (200, 30))
+    same(predictor(images), flaxdet.predict(model, fcos[1], images), 1e-4)
+
+
+@pytest.mark.xdist_group("fcos")
+def test_a_mesh_divides_the_batch(fcos):
+    predictor = flaxdet.Predictor(*fcos, buckets=BUCKETS, batch_size=2, mesh=make_mesh(jax.devices()[:1]))
+    images = noise(*SIZES[:3])
+    same(predictor(images), flaxdet.Predictor(*fcos, buckets=BUCKETS, batch_size=2)(images), 0)
+
+
+@pytest.mark.xdist_group("fcos")
+def test_bfloat16(fcos):
+    model = tiny_model(FCOS_NAME, dtype=jnp.bfloat16, **OPTIONS[FCOS_NAME])
+    (found,) = flaxdet.Predictor(model, fcos[1], buckets=BUCKETS)(noise((64, 80)))
+    assert found["boxes"].dtype == found["scores"].dtype == np.float32
+    assert len(found["scores"])
+
+
+# Streams
+
+
+@pytest.mark.xdist_group("fcos")
+def test_a_stream_of_files_and_arrays_in_order(fcos, tmp_path):
+    images = noise(*SIZES)
+    for i in (1, 4):
+        Image.fromarray(images[i]).save(tmp_path / f"{i}.png")
+    mixed = list(images)
+    mixed[1], mixed[4], mixed[5] = tmp_path / "1.png", str(tmp_path / "4.png"), lambda: images[5]
+    predictor = flaxdet.Predictor(*fcos, buckets=BUCKETS, batch_size=2, raw_sizes=(100,))
+    same(list(predictor.stream(mixed)), predictor(images), 0)
+
+
+@pytest.mark.xdist_group("fcos")
+def test_what_fails_is_reported_in_its_place(fcos, tmp_path):
+    good, other = noise((64, 80), (70, 70))
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"nothing")
+    predictor = flaxdet.Predictor(*fcos, buckets=[(64, 96)], batch_size=2)
+    stream = [good, broken, other, np.zeros((3, 3)), tmp_path / "none.png", np.zeros((90, 60, 3), np.uint8), good]
+    found = list(predictor.stream(stream))
+    (one, two) = predictor([good, other])
+    same([found[0], found[2], found[6]], [one, two, one], 0)
+    messages = {i: str(error) for i, error in enumerate(found) if isinstance(error, Exception)}
+    assert set(messages) == {1, 3, 4, 5}
+    assert isinstance(found[1], ImageError)
+    assert "broken.png" in messages[1]
+    assert "none.png" in messages[4]
+    assert messages[3].startswith("image 3: expected shape [H, W, 3]")
+    assert messages[5].startswith("image 5: its canvas of 96x64 (rows x columns) fits none of the buckets 64x96")
+
+
+@pytest.mark.xdist_group("fcos")
+def test_an_endless_stream_reads_few_and_gives_a_rare_shape_its_turn(fcos):
+    taken = 0
+
+    def frames():
+        nonlocal taken
+        for i in itertools.count():
+            taken += 1
+            yield noise((80, 64) if i == 1 else (64, 80), seed=i)[0]  # image 1 is alone in its bucket
+
+    predictor = flaxdet.Predictor(*fcos, buckets=BUCKETS[:2], batch_size=2)
+    stream = predictor.stream(frames())
+    found = list(itertools.islice(stream, 5))
+    same(found[1:2], predictor(noise((80, 64), seed=1)), 0)
+    assert taken < 40
+    stream.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("flaxdet-read")]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"buckets": [(64, 100)]}, r"bucket 64x100 \(rows x columns\) should have multiples of 32"),
+        ({"buckets": []}, "expected at least one bucket"),
+        ({"buckets": [(64,)]}, r"a bucket should be \(rows, columns\)"),
+        ({"batch_size": 0}, "should be at least 1, got 0"),
+        ({"raw_sizes": (0,)}, r"should be at least 1, got 1 and \(0,\)"),
+    ],
+)
+def test_bad_options(fcos, options, message):
+    with pytest.raises(ValueError, match=message):
+        flaxdet.Predictor(*fcos, **options)
+
+
+def test_a_model_whose_canvases_fit_no_bucket(fcos):
+    with pytest.raises(ValueError, match="size_divisible=8 has canvases that don't fit"):
+        flaxdet.Predictor(tiny_model(FCOS_NAME, size_divisible=8), fcos[1], buckets=BUCKETS)
+
+
+def test_bad_images_are_named_and_nothing_is_computed(fcos):
+    predictor = flaxdet.Predictor(*fcos, buckets=[(64, 96)])
+    good, tall = noise((64, 80), (90, 60))
+    with pytest.raises(ValueError, match=r"image 1: its canvas of 96x64 .* fits none of the buckets 64x96"):
+        predictor([good, tall])
+    with pytest.raises(TypeError, match="image 1: expected every image in one dtype"):
+        predictor([good, good / 255])
+    with pytest.raises(ValueError, match=r"image 0 of 1x300 .* too elongated"):
+        predictor(noise((1, 300)))
+    with pytest.raises(ValueError, match="workers should be at least 1, got 0"):
+        next(predictor.stream([good], workers=0))
+    assert predictor.compile_count == 0
+
+
+@pytest.mark.xdist_group("fcos")
+def test_out_of_memory_says_where(fcos, monkeypatch):
+    predictor = flaxdet.Predictor(*fcos, buckets=[(64, 96)], batch_size=4)
+
+    def exhausted(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12 bytes.")
+
+    monkeypatch.setattr(predictor, "_detect", exhausted)
+    with pytest.raises(MemoryError, match=r"bucket 64x96 \(rows x columns\) with batch_size=4: make the batch"):
+        predictor(noise((64, 80)))
+    other = jax.errors.JaxRuntimeError("INTERNAL: something else")
+    monkeypatch.setattr(predictor, "_detect", lambda *_: (_ for _ in ()).throw(other))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        predictor(noise((64, 80)))
+
+
+def test_overflow_is_an_error(fcos, monkeypatch):
+    predictor = flaxdet.Predictor(*fcos, buckets=[(64, 96)])
+    detections = flaxdet.Detections(
+        boxes=jnp.zeros((1, 2, 4)),
+        scores=jnp.zeros((1, 2)),
+        labels=jnp.zeros((1, 2), jnp.int32),
+        valid=jnp.zeros((1, 2), bool),
+        overflow=jnp.ones((1,), bool),
+    )
+    monkeypatch.setattr(predictor, "_detect", lambda *_: detections)
+    with pytest.raises(RuntimeError, match=r"images \[0\]: more candidates"):
+        predictor(noise((64, 80)))
+
+
+def test_the_module_is_reachable():
+    assert module.Predictor is flaxdet.Predictor
