@@ -160,7 +160,7 @@ def to_torchvision(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nda
 
 
 def _check_not_folded(model: Any) -> None:
-    if getattr(getattr(model.backbone, "body", None), "folded", False):
+    if getattr(getattr(getattr(model, "backbone", None), "body", None), "folded", False):
         raise ValueError(
             "BatchNorm of the model is folded (fold_batch_norm), so torchvision has no such model: pass the one before"
         )

@@ -6,6 +6,7 @@ from flaxdet.classes import match_classes, replace_classes
 from flaxdet.compiling import compiler_options
 from flaxdet.draw import draw_detections
 from flaxdet.evaluate import evaluate
+from flaxdet.export import export, load_exported
 from flaxdet.files import load, load_categories, save
 from flaxdet.folding import fold_batch_norm
 from flaxdet.models import FCOS, FasterRCNN
@@ -33,11 +34,13 @@ __all__ = [
     "data",
     "draw_detections",
     "evaluate",
+    "export",
     "fasterrcnn_resnet50_fpn_v2",
     "fcos_resnet50_fpn",
     "fold_batch_norm",
     "load",
     "load_categories",
+    "load_exported",
     "match_classes",
     "ops",
     "predict",

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -37,3 +42,20 @@ def test_another_jaxlib_knows_some(monkeypatch):
 def test_other_platforms_have_none(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert flaxdet.compiler_options() is None
+
+
+def in_a_process(tmp_path, **environment) -> str:
+    """The folder of the cache after ``keep_compiled`` in a process of its own, where no test's setting reaches."""
+    code = "import sys; from flaxdet.compiling import keep_compiled; print(keep_compiled(sys.argv[1]))"
+    told = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], env={**told, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_cache_is_the_users_own_where_there_is_one(tmp_path):
+    assert Path(in_a_process(tmp_path)).parent == tmp_path
+    assert in_a_process(tmp_path, JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
+    assert in_a_process(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false") == "None"

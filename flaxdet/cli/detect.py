@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -14,14 +15,17 @@ from flaxdet.cli.options import (
     ModelName,
     Quiet,
     Size,
-    check_categories,
     check_sizes,
+    check_threshold,
     free_name,
+    given_names,
     labels_of,
-    load_model,
+    load_with_names,
     make_folder,
-    read_categories,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,9 @@ class Detect:
     max_size: Size = None
     """But the longer side to no more than this. Default: 1333, or what the file says."""
 
+    batch_size: int = 1
+    """Images at a time; the answers do not depend on it."""
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16 is faster on GPU and TPU, and a little less exact."""
 
@@ -73,12 +80,12 @@ class Detect:
 
     def run(self) -> int:
         """Runs the command; returns the exit status."""
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise ValueError(f"--threshold should be from 0 to 1, got {self.threshold}")
+        check_threshold(self.threshold)
         check_sizes(self.min_size, self.max_size)
+        if self.batch_size < 1:
+            raise ValueError(f"--batch-size should be at least 1, got {self.batch_size}")
         if not self.images:
             raise ValueError("expected at least one image, folder or pattern, before the options")
-        import jax.numpy as jnp
         import numpy as np
         from PIL import Image
         from tqdm import tqdm
@@ -86,32 +93,36 @@ class Detect:
         from flaxdet.convert.checkpoint import replacing
         from flaxdet.data.images import ImageError, read_image
         from flaxdet.draw import draw_detections
-        from flaxdet.predict import predict
+        from flaxdet.predictor import Predictor
 
-        names = None if self.categories is None else read_categories(self.categories)
+        given = given_names(self.categories)
         make_folder(self.out)
         paths, failed = self._find()
-        model, variables, known = load_model(
-            self.model,
-            self.weights,
-            progress=self.progress,
-            threshold=self.threshold,
-            min_size=self.min_size,
-            max_size=self.max_size,
-            dtype=jnp.dtype(self.dtype).type,
-        )
-        if self.categories is not None and names is not None:
-            check_categories(self.categories, names, model.num_classes)
-        names = names or known
+        model, variables, names = load_with_names(self, given)
         wanted = labels_of(self.classes, names, model.num_classes)
 
         done: list[dict[str, Any]] = []
         # a picture must not replace one of the photos, as `detect . --out .` would
         taken = {path.name.casefold() for path in paths if path.resolve().parent == self.out.resolve()}
-        for path in tqdm(paths, unit="image", disable=not self.progress or len(paths) < 2):
+        images: dict[int, np.ndarray] = {}  # those on their way, for their pictures
+
+        def source(number: int) -> Callable[[], np.ndarray]:
+            def read() -> np.ndarray:
+                images[number] = read_image(paths[number])
+                return images[number]
+
+            return read
+
+        predictor = Predictor(model, variables, batch_size=self.batch_size)
+        del variables  # the predictor has its own, folded
+        stream = predictor.stream(source(number) for number in range(len(paths)))
+        results = tqdm(stream, total=len(paths), unit="image", disable=not self.progress or len(paths) < 2)
+        for (number, path), found in zip(enumerate(paths), results, strict=True):
+            image = images.pop(number, None)
             try:
-                image = read_image(path)
-                (found,) = predict(model, variables, [image])
+                if isinstance(found, Exception):
+                    raise found
+                assert image is not None
                 if wanted is not None:
                     kept = np.isin(found["labels"], sorted(wanted))
                     found = {field: values[kept] for field, values in found.items()}

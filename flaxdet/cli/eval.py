@@ -11,11 +11,11 @@ from flaxdet.cli.options import (
     ModelName,
     Quiet,
     Size,
-    check_categories,
     check_sizes,
-    load_model,
+    check_threshold,
+    given_names,
+    load_with_names,
     make_folder,
-    read_categories,
 )
 
 
@@ -73,36 +73,22 @@ class Eval:
 
     def run(self) -> int:
         """Runs the command; returns the exit status."""
-        if self.threshold is not None and not 0 <= self.threshold <= 1:
-            raise ValueError(f"--threshold should be from 0 to 1, got {self.threshold}")
+        check_threshold(self.threshold)
         check_sizes(self.min_size, self.max_size)
         for name, value in (("--batch-size", self.batch_size), ("--workers", self.workers)):
             if value < 1:
                 raise ValueError(f"{name} should be at least 1, got {value}")
-        import jax.numpy as jnp
-
         from flaxdet.coco_metrics import read_annotations, require_pycocotools
         from flaxdet.convert.checkpoint import replacing
         from flaxdet.data.coco import read_coco
         from flaxdet.evaluate import coco_results, detect_dataset, evaluate_results
 
         require_pycocotools()
-        names = None if self.categories is None else read_categories(self.categories)
+        given = given_names(self.categories)
         truth = read_annotations(self.annotations)
         if self.out is not None:
             make_folder(self.out)
-        model, variables, known = load_model(
-            self.model,
-            self.weights,
-            progress=self.progress,
-            threshold=self.threshold,
-            min_size=self.min_size,
-            max_size=self.max_size,
-            dtype=jnp.dtype(self.dtype).type,
-        )
-        if self.categories is not None and names is not None:
-            check_categories(self.categories, names, model.num_classes)
-        names = names or known
+        model, variables, names = load_with_names(self, given)
         dataset = read_coco(self.images, self.annotations, categories=names, num_classes=model.num_classes)
         found = detect_dataset(
             model,

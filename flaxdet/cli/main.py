@@ -15,15 +15,18 @@ from typing import Any
 
 import tyro
 
+from flaxdet._download import cache_dir
 from flaxdet.cli.convert import Convert
 from flaxdet.cli.detect import Detect
 from flaxdet.cli.eval import Eval
+from flaxdet.cli.export import Export
 from flaxdet.cli.train import Train
 from flaxdet.cli.verify import Verify
+from flaxdet.compiling import keep_compiled
 
-COMMANDS = {"detect": Detect, "train": Train, "eval": Eval, "convert": Convert, "verify": Verify}
+COMMANDS = {"detect": Detect, "train": Train, "eval": Eval, "convert": Convert, "export": Export, "verify": Verify}
 DESCRIPTION = (
-    "torchvision's FCOS and Faster R-CNN v2 in JAX: detect, train, evaluate, convert weights, verify equality."
+    "torchvision's FCOS and Faster R-CNN v2 in JAX: detect, train, evaluate, convert weights, export, verify equality."
 )
 
 
@@ -37,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:  # a process of ours: what it compiles serves the next
+        keep_compiled(cache_dir() / "compiled")
     if not given:
         with contextlib.redirect_stdout(sys.stderr):  # help, but nothing was done
             _parse(["--help"])
@@ -49,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("flaxdet: interrupted", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
         print(f"flaxdet {given[0]}: error: {error}", file=sys.stderr)
         return 2
 

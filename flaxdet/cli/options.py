@@ -134,6 +134,47 @@ def load_model(
     return made, variables, names
 
 
+def load_with_names(command: Any, given: list[str] | None) -> tuple[Any, Any, list[str] | None]:
+    """The model, its variables and the names of its labels, as a command's options say.
+
+    Args:
+        command: with the options model, weights, categories, threshold, min_size, max_size, dtype and progress.
+        given: what --categories holds (``given_names``), read before anything is written.
+
+    Returns:
+        Model, variables, and names: those given, else those that the weights carry, else None.
+
+    Raises:
+        ValueError: as ``load_model``, or if --categories doesn't name every label.
+        OSError: if a file can't be read.
+    """
+    import jax.numpy as jnp
+
+    model, variables, known = load_model(
+        command.model,
+        command.weights,
+        progress=command.progress,
+        threshold=command.threshold,
+        min_size=command.min_size,
+        max_size=command.max_size,
+        dtype=jnp.dtype(command.dtype).type,
+    )
+    if given is not None:
+        check_categories(command.categories, given, model.num_classes)
+    return model, variables, given or known
+
+
+def given_names(path: Path | None) -> list[str] | None:
+    """``read_categories`` of --categories, None where it is not given."""
+    return None if path is None else read_categories(path)
+
+
+def check_threshold(threshold: float | None) -> None:
+    """Raises ValueError unless a score can be above it."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"--threshold should be from 0 to 1, got {threshold}")
+
+
 def read_categories(path: Path) -> list[str]:
     """Names of labels from a file, label 0 (the background) first.
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 import flaxdet
 from flaxdet.builders import initial_variables, make_model
-from flaxdet.cli import detect as detect_command
+from flaxdet.cli import options
 from flaxdet.cli.main import main
 
 NAMES = ["__background__", "Platelets", "RBC", "white cell"]
@@ -78,14 +78,10 @@ def weights(tmp_path_factory) -> Path:
 @pytest.fixture
 def quick(monkeypatch):
     """Loads the same weights with the same options only once in the session: reading them is another test's."""
-    monkeypatch.setattr(detect_command, "load_model", _load_model)
+    monkeypatch.setattr(options, "load_model", _load_model)
 
 
-@functools.cache
-def _load_model(*arguments, **options):
-    from flaxdet.cli.options import load_model
-
-    return load_model(*arguments, **options)
+_load_model = functools.cache(options.load_model)
 
 
 @pytest.fixture

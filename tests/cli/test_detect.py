@@ -55,7 +55,7 @@ def test_one_photo(run, weights, photo, out):
 
     model, variables = flaxdet.load(weights)
     assert (model.min_size, model.max_size) == (96, 160)
-    (expected,) = flaxdet.predict(model, variables, [read_image(photo)])
+    (expected,) = flaxdet.Predictor(model, variables)([read_image(photo)])
     rows = record["detections"]
     assert len(rows) == len(expected["scores"]) > 3
     assert f"{len(rows)} detections in 1 images -> {out / 'detections.json'}" in found.out
@@ -534,9 +534,7 @@ def test_interrupted(run, quick, weights, photo, out, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    import sys
-
-    monkeypatch.setattr(sys.modules["flaxdet.predict"], "predict", interrupt)
+    monkeypatch.setattr(flaxdet.Predictor, "stream", interrupt)
     found = run("detect", photo, "--weights", weights, "--out", out)
     assert (found.status, found.error) == (130, "flaxdet: interrupted")
     assert files(out) == []

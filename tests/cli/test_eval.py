@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import flaxdet
-from flaxdet.cli import eval as eval_command
+from flaxdet.cli import options
 from flaxdet.data import read_image
 from tests.cli.conftest import NAMES, _load_model
 
@@ -26,13 +26,13 @@ IDS = {"white cell": 2, "Platelets": 5}  # other numbers than their labels, and 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Reads the weights once in the session."""
-    monkeypatch.setattr(eval_command, "load_model", _load_model)
+    monkeypatch.setattr(options, "load_model", _load_model)
 
 
 @pytest.fixture
 def nameless(monkeypatch):
     """The same weights as a .pth has them: without names."""
-    monkeypatch.setattr(eval_command, "load_model", lambda *args, **kept: (*_load_model(*args, **kept)[:2], None))
+    monkeypatch.setattr(options, "load_model", lambda *args, **kept: (*_load_model(*args, **kept)[:2], None))
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def test_interrupted(run, weights, data, out, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["flaxdet.evaluate"], "detect", interrupt)
+    monkeypatch.setattr(sys.modules["flaxdet.evaluate"], "jitted_detect", interrupt)
     found = run(*write(data), "--weights", weights, "--out", out)
     assert (found.status, found.error) == (130, "flaxdet: interrupted")
     assert files(out) == []

@@ -1,0 +1,102 @@
+"""``flaxdet export``: a detector as StableHLO, for programs that have jax alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from flaxdet.cli.options import (
+    ModelName,
+    Quiet,
+    Size,
+    check_sizes,
+    check_threshold,
+    given_names,
+    load_with_names,
+    make_folder,
+)
+
+
+@dataclass(frozen=True)
+class Export:
+    """Export a detector as StableHLO.
+
+    Writes OUT/signature.json, OUT/weights.safetensors and a program for each bucket, each the whole pipeline from
+    pixels to detections, lowered for CPU, CUDA and TPU. jax alone runs them; README.md shows how.
+    """
+
+    out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
+    """Folder to write to."""
+
+    weights: str = "COCO_V1"
+    """A file (.safetensors or .pth, ours or torchvision's), or the name of published weights (downloaded once)."""
+
+    model: Annotated[ModelName | None, Quiet] = None
+    """Which detector; told by the file where WEIGHTS is one. Default fcos_resnet50_fpn."""
+
+    buckets: Annotated[tuple[str, ...], Quiet, tyro.conf.arg(metavar="ROWSxCOLUMNS...")] = ()
+    """Sizes of the programs, in pixels after the resize, multiples of 32. Default: seven, which hold every image."""
+
+    batch_sizes: Annotated[tuple[int, ...], Quiet, tyro.conf.arg(metavar="B...")] = ()
+    """A program for each. Default: one that takes any."""
+
+    raw_size: int = 1280
+    """Side of the square arrays that images come in; larger photos must be made smaller before."""
+
+    platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = ("cpu", "cuda", "tpu")
+    """What each program is lowered for."""
+
+    threshold: Annotated[float | None, Quiet] = None
+    """Only detections with a score above this, from 0 to 1. Default: the model's (FCOS .2, Faster R-CNN .05)."""
+
+    categories: Annotated[Path | None, Quiet] = None
+    """Names of the labels, for weights that carry none: COCO annotations, a JSON list, or a name a line."""
+
+    min_size: Size = None
+    """Resize the shorter side to this many pixels. Default: 800, or what the file says."""
+
+    max_size: Size = None
+    """But the longer side to no more than this. Default: 1333, or what the file says."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is faster on GPU and TPU, and a little less exact."""
+
+    progress: bool = True
+    """Show progress bars."""
+
+    def run(self) -> int:
+        """Runs the command; returns the exit status."""
+        check_threshold(self.threshold)
+        check_sizes(self.min_size, self.max_size)
+        buckets = [_bucket(text) for text in self.buckets]
+        given = given_names(self.categories)
+        make_folder(self.out)
+        from flaxdet.export import export
+
+        model, variables, names = load_with_names(self, given)
+        signature = export(
+            self.out,
+            model,
+            variables,
+            buckets=buckets or None,
+            batch_sizes=self.batch_sizes or None,
+            raw_size=self.raw_size,
+            platforms=self.platforms,
+            categories=names,
+            progress=self.progress,
+        )
+        files = [signature["weights"]["file"], *(program["file"] for program in signature["programs"])]
+        size = sum((self.out / file).stat().st_size for file in files) / 1e6
+        print(f"{len(files) - 1} programs for {', '.join(self.platforms)}, {size:.0f} MB -> {self.out}")
+        return 0
+
+
+def _bucket(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        raise ValueError(f"--buckets should be ROWSxCOLUMNS such as 800x1088, got {text!r}")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,278 @@
+"""A detector as StableHLO: a folder that any program with jax runs, without flaxdet.
+
+It holds signature.json, weights.safetensors, and one file for each bucket, a serialised ``jax.export.Exported`` lowered
+for several platforms. Each is the whole pipeline from 8-bit pixels to detections: resize, normalise, network, decode,
+NMS. README.md shows how to run one with jax alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from flaxdet.buckets import Size, assign, default_buckets, sort_buckets
+from flaxdet.compiling import compiler_options
+from flaxdet.convert.checkpoint import replacing, write_safetensors
+from flaxdet.folding import fold_batch_norm
+from flaxdet.models.detector import Detector
+from flaxdet.predict import detect, unpad
+from flaxdet.structures import Detections, ImageBatch, TransformConfig
+from flaxdet.transform import canvas_size, check_images, resize_image, resized_size
+
+FORMAT = 1
+PLATFORMS = ("cpu", "cuda", "tpu")
+SIGNATURE, WEIGHTS = "signature.json", "weights.safetensors"
+
+
+class ExportError(ValueError):
+    """A folder holds no artifact that this flaxdet can run; the message names it and what was expected."""
+
+
+def export(
+    folder: str | Path,
+    model: Detector,
+    variables: Any,
+    *,
+    buckets: Sequence[Size] | None = None,
+    batch_sizes: Sequence[int] | None = None,
+    raw_size: int = 1280,
+    platforms: Sequence[str] = PLATFORMS,
+    fold: bool = True,
+    categories: Sequence[str] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Writes a detector as StableHLO, with its weights beside it.
+
+    A program takes (weights, images [B, raw_size, raw_size, 3] uint8, size [B, 2] int32, new_size [B, 2] int32): each
+    image in the top left corner of its array, its (rows, columns), and its (rows, columns) after the resize, which the
+    caller computes in doubles as torchvision does (README.md; on a device, in float32, some would be a pixel off).
+    It returns {"boxes": [B, K, 4] xyxy in pixels of the image as given, "scores": [B, K], "labels": [B, K] int32,
+    "valid": [B, K] bool}. Everything beyond an image's own canvas is masked, as everywhere in flaxdet.
+
+    Args:
+        folder: where to; created if need be. Files of an earlier artifact are replaced, signature.json last.
+        model: from a builder or ``flaxdet.load``.
+        variables: its ``{"params": ..., "batch_stats": ...}``.
+        buckets: (rows, columns) after the resize, multiples of 32; default ``default_buckets(model.transform)``.
+        batch_sizes: a program for each; default one program for any (its batch is symbolic).
+        raw_size: side of the square arrays that images come in; larger photos must be made smaller before.
+        platforms: that each program is lowered for, of "cpu", "cuda", "rocm" and "tpu".
+        fold: fold BatchNorm into the convolutions.
+        categories: name of each label, for the signature.
+        progress: shows a bar.
+
+    Returns:
+        The content of signature.json.
+
+    Raises:
+        ValueError: for a bucket that is not a multiple of 32, sizes below 1, or a model whose canvases are no
+            multiples of 32.
+        OSError: if the folder can't be written.
+    """
+    from tqdm import tqdm
+
+    config, folder = model.transform, Path(folder)
+    shapes = sort_buckets(default_buckets(config) if buckets is None else buckets)
+    if any(side % 32 for bucket in shapes for side in bucket) or config.size_divisible % 32:
+        raise ValueError(
+            f"buckets and the model's size_divisible should be multiples of 32, got {shapes}, {config.size_divisible}"
+        )
+    if raw_size < 1 or not all(size >= 1 for size in batch_sizes or ()):
+        raise ValueError(f"raw_size and batch_sizes should be at least 1, got {raw_size} and {batch_sizes}")
+    if fold:
+        model, variables = fold_batch_norm(model, variables)  # pyright: ignore[reportArgumentType, reportAssignmentType]
+    weights = flat_weights(variables)
+    abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    batches: list[Any] = list(batch_sizes) if batch_sizes else [jax.export.symbolic_shape("batch")[0]]
+    programs = []
+    for bucket, batch in tqdm(
+        [(bucket, batch) for bucket in shapes for batch in batches], desc="lowering", disable=not progress
+    ):
+        exported = jax.export.export(jax.jit(_pipeline(model, bucket)), platforms=tuple(platforms))(
+            abstract,
+            jax.ShapeDtypeStruct((batch, raw_size, raw_size, 3), jnp.uint8),
+            jax.ShapeDtypeStruct((batch, 2), jnp.int32),
+            jax.ShapeDtypeStruct((batch, 2), jnp.int32),
+        )
+        fixed = batch if isinstance(batch, int) else None
+        name = f"detect-{bucket[0]}x{bucket[1]}{'' if fixed is None else f'-batch{fixed}'}.stablehlo"
+        content = bytes(exported.serialize())
+        with replacing(folder / name) as file:
+            file.write(content)
+        programs.append({"file": name, "bucket": list(bucket), "batch": fixed, "sha256": _hash(content)})
+    write_safetensors(folder / WEIGHTS, weights, {"format": str(FORMAT)})
+    signature = {
+        "format": FORMAT,
+        "model": type(model).__name__,
+        "jax": jax.__version__,
+        "calling_convention_version": jax.export.maximum_supported_calling_convention_version,
+        "platforms": list(platforms),
+        "raw_size": raw_size,
+        "inputs": ["weights", "images [B, raw, raw, 3] uint8", "size [B, 2] int32", "new_size [B, 2] int32"],
+        "outputs": ["boxes [B, K, 4]", "scores [B, K]", "labels [B, K] int32", "valid [B, K] bool"],
+        "resize": {
+            "min_size": config.min_size[-1],  # pyright: ignore[reportIndexIssue]
+            "max_size": config.max_size,
+            "fixed_size": config.fixed_size,
+            "size_divisible": config.size_divisible,
+        },
+        "compiler_options": {"cpu": compiler_options(model.box_dtype) or {}},
+        "categories": None if categories is None else list(categories),
+        "weights": {"file": WEIGHTS, "sha256": _hash((folder / WEIGHTS).read_bytes())},
+        "programs": programs,
+    }
+    with replacing(folder / SIGNATURE) as file:
+        file.write((json.dumps(signature, indent=1) + "\n").encode())
+    return signature
+
+
+def flat_weights(variables: Any) -> dict[str, np.ndarray]:
+    """Variables as one dict of numpy arrays by dotted names, the form in which a program takes them."""
+    flat = traverse_util.flatten_dict(jax.device_get(dict(variables)), sep=".")
+    return {name: np.ascontiguousarray(array) for name, array in flat.items()}
+
+
+def _pipeline(model: Detector, bucket: Size) -> Callable[..., dict[str, jax.Array]]:
+    config = model.transform
+    resize = functools.partial(
+        resize_image,
+        bucket=bucket,
+        mean=config.image_mean,  # pyright: ignore[reportArgumentType]
+        std=config.image_std,  # pyright: ignore[reportArgumentType]
+        dtype=model.box_dtype,
+    )
+
+    def pipeline(weights: dict[str, Any], images: Any, size: Any, new_size: Any) -> dict[str, jax.Array]:
+        step = int(config.size_divisible)
+        batch = ImageBatch(
+            pixels=jax.vmap(resize)(images, size, new_size),
+            size=new_size,
+            original_size=size,
+            canvas=-(-new_size // step) * step,
+            roi_reference_height=new_size[:, 0],
+        )
+        found = detect(model, traverse_util.unflatten_dict(weights, sep="."), batch)
+        return {"boxes": found.boxes, "scores": found.scores, "labels": found.labels, "valid": found.valid}
+
+    return pipeline
+
+
+@dataclass(frozen=True)
+class ExportedDetector:
+    """An artifact of ``export`` in use: what its README page does, with checks.
+
+    Attributes:
+        signature: the content of signature.json.
+        weights: arrays by dotted name.
+    """
+
+    signature: dict[str, Any]
+    weights: dict[str, Any]
+    _run: Callable[[int], Callable[..., dict[str, jax.Array]]]
+
+    def __call__(self, images: Sequence[Any]) -> list[dict[str, np.ndarray]]:
+        """Detects objects in images of any sizes up to the artifact's raw size.
+
+        Args:
+            images: arrays [H, W, 3] uint8, RGB.
+
+        Returns:
+            As ``flaxdet.predict``: for each image {"boxes": [N, 4] xyxy in its pixels, "scores": [N], "labels": [N]}.
+
+        Raises:
+            TypeError: for images that are not uint8.
+            ValueError: for something that is no image, is larger than the raw size, or fits no bucket, by its number.
+        """
+        signature, results = self.signature, []
+        raw, resize = signature["raw_size"], signature["resize"]
+        config = TransformConfig(
+            resize["min_size"],
+            resize["max_size"],
+            size_divisible=resize["size_divisible"],
+            fixed_size=resize["fixed_size"],
+        )
+        buckets = [tuple(program["bucket"]) for program in signature["programs"]]
+        for i, image in enumerate(check_images(images)):
+            size = (image.shape[0], image.shape[1])
+            if image.dtype != np.uint8:
+                raise TypeError(f"image {i}: expected uint8, got {image.dtype}")
+            if max(size) > raw:
+                raise ValueError(f"image {i}: expected at most {raw} pixels a side, got {size[0]}x{size[1]}")
+            new_size = resized_size(size, config, name=f"image {i}")
+            own = np.array([canvas_size(new_size, config)])
+            number = int(assign(own, buckets, names=[f"image {i}"])[0])
+            count = signature["programs"][number]["batch"] or 1
+            padded = np.zeros((count, raw, raw, 3), np.uint8)
+            padded[:, : size[0], : size[1]] = image
+            sizes = (np.tile(np.array([pair], np.int32), (count, 1)) for pair in (size, new_size))
+            found = self._run(number)(self.weights, padded, *sizes)
+            first = {name: values[:1] for name, values in found.items()}
+            results += unpad(Detections(**first, overflow=np.zeros(1, bool)))  # pyright: ignore[reportArgumentType]
+        return results
+
+
+def load_exported(folder: str | Path) -> ExportedDetector:
+    """Reads an artifact of ``export``.
+
+    Args:
+        folder: with signature.json.
+
+    Returns:
+        A function of images; each program is compiled when first needed.
+
+    Raises:
+        ExportError: if a file is missing or not the one that was exported, or the artifact's format is another's.
+    """
+    folder = Path(folder)
+    try:
+        signature = json.loads((folder / SIGNATURE).read_text())
+        version = signature["format"]
+    except FileNotFoundError:
+        raise ExportError(f"{folder}: expected a folder with {SIGNATURE}, which `flaxdet export` writes") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{folder / SIGNATURE}: expected the JSON that `flaxdet export` writes ({error})") from None
+    if version != FORMAT:
+        raise ExportError(
+            f"{folder / SIGNATURE}: the artifact has format {version}, this flaxdet runs format {FORMAT}: export it "
+            "again, or use the flaxdet that wrote it"
+        )
+    contents = {}
+    for part in (signature["weights"], *signature["programs"]):
+        path = folder / part["file"]
+        try:
+            contents[part["file"]] = path.read_bytes()
+        except OSError as error:
+            raise ExportError(f"{path}: {error.strerror}; an artifact needs it beside {SIGNATURE}") from None
+        if _hash(contents[part["file"]]) != part["sha256"]:
+            raise ExportError(f"{path}: is not the file that {SIGNATURE} was written with (sha256 differs)")
+    if jax.default_backend() not in (signature["platforms"] + ["gpu"] * ("cuda" in signature["platforms"])):
+        raise ExportError(
+            f"{folder}: was exported for {', '.join(signature['platforms'])}, this process runs on "
+            f"{jax.default_backend()}"
+        )
+
+    @functools.cache
+    def run(number: int) -> Callable[..., dict[str, jax.Array]]:
+        exported = jax.export.deserialize(bytearray(contents[signature["programs"][number]["file"]]))
+        options = signature["compiler_options"].get(jax.default_backend()) or None
+        return jax.jit(exported.call, compiler_options=options)
+
+    weights = jax.device_put(safetensors.numpy.load(contents[signature["weights"]["file"]]))
+    return ExportedDetector(signature, weights, run)
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
