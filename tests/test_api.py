@@ -92,15 +92,12 @@ def is_bare_array(annotation: Any) -> bool:
 def find(name: str, scope: dict[str, Any]) -> Any:
     """What a docstring or a raise statement calls ``name``; None if there is no such thing."""
     *path, last = name.split(".")
+    if not path:
+        return scope.get(last, vars(builtins).get(last))
     try:
-        return (
-            getattr(importlib.import_module(".".join(path)), last)
-            if path
-            else scope.get(last, vars(builtins).get(last))
-        )
+        return getattr(importlib.import_module(".".join(path)), last)
     except (ImportError, AttributeError):
         return None
-    return scope.get(last, vars(builtins).get(last))
 
 
 def raised(function: Callable[..., Any]) -> set[str]:
@@ -131,9 +128,8 @@ def faults_of_function(function: Callable[..., Any], *, terse: bool = False, sou
     if returns not in ("None", None, "NoReturn") and not terse and not {"Returns", "Yields"} & set(found):
         faults.append("does not say what it returns")
     if any(BOXES.search(name) for name in promised):
-        faults += [
-            f"names no {what} of boxes" for what, sign in (("layout", LAYOUT), ("unit", UNIT)) if not sign.search(text)
-        ]
+        signs = {"layout": LAYOUT, "unit": UNIT}
+        faults += [f"names no {what} of boxes" for what, sign in signs.items() if not sign.search(text)]
     errors = {name: find(name, scope) for name in entries(found.get("Raises", ""))}
     unknown = [name for name, kind in errors.items() if not (inspect.isclass(kind) and issubclass(kind, BaseException))]
     if unknown or ("Raises" in found and not errors):
