@@ -100,7 +100,14 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, Any]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """The texts that a ``.safetensors`` file carries besides its tensors; {} for a file of any other kind."""
+    """Reads the texts that a ``.safetensors`` file carries besides its tensors.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Texts by name; {} for a file of any other kind.
+    """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})

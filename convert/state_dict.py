@@ -31,6 +31,11 @@ _SHOWN = 8
 class StateDictError(ValueError):
     """A state_dict that does not fit a model, with every fault.
 
+    Args:
+        subject: what does not fit what, the message's beginning.
+        faults: sentences by kind.
+        hint: the end of the message's first line.
+
     Attributes:
         faults: sentences by kind: "missing", "unexpected", "doubled", "wrong shape", "not finite",
             "wrong type". The message shows the first few of each.
@@ -68,7 +73,7 @@ def from_torchvision(
     Raises:
         StateDictError: with everything that is missing, unexpected, doubled, of a wrong shape or type, or
             not finite.
-        CheckpointError: if the file can't be read or holds no state_dict.
+        flaxdet.convert.CheckpointError: if the file can't be read or holds no state_dict.
         TypeError: if `state_dict` is neither a dict nor a path.
     """
     _check_not_folded(model)
@@ -102,7 +107,7 @@ def backbone_from_torchvision(
 
     Raises:
         StateDictError: as for `from_torchvision`.
-        CheckpointError: if the file can't be read or holds no state_dict.
+        flaxdet.convert.CheckpointError: if the file can't be read or holds no state_dict.
         TypeError: if `state_dict` is neither a dict nor a path.
     """
     subject, state = _open(state_dict, source)
@@ -127,8 +132,8 @@ def to_torchvision(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nda
         variables: its variables.
 
     Returns:
-        Arrays of the same dtypes by torchvision's key, in torchvision's order, each contiguous and a copy;
-        ``num_batches_tracked`` is an int64 0 for every live BatchNorm.
+        Arrays of the same dtypes, in torchvision's shapes, by torchvision's key, in torchvision's order, each
+        contiguous and a copy; ``num_batches_tracked`` is an int64 0 for every live BatchNorm.
 
     Raises:
         StateDictError: if the variables are not the model's: leaves missing, unexpected or of a wrong shape.

@@ -1,11 +1,13 @@
 """torchvision's FCOS and Faster R-CNN v2 detectors in JAX/Flax: the same answers, convertible both ways."""
 
 from flaxdet import convert, data, ops, train
+from flaxdet._version import __version__
+from flaxdet.bridges import to_supervision
 from flaxdet.builders import fasterrcnn_resnet50_fpn_v2, fcos_resnet50_fpn
 from flaxdet.classes import match_classes, replace_classes
 from flaxdet.compiling import compiler_options
 from flaxdet.draw import draw_detections
-from flaxdet.evaluate import evaluate
+from flaxdet.evaluate import coco_results, evaluate
 from flaxdet.export import export, load_exported
 from flaxdet.files import load, load_categories, save
 from flaxdet.folding import fold_batch_norm
@@ -13,6 +15,7 @@ from flaxdet.models import FCOS, FasterRCNN
 from flaxdet.ops import AnchorGenerator
 from flaxdet.predict import predict
 from flaxdet.predictor import Predictor
+from flaxdet.pretrained import load_pretrained, save_pretrained
 from flaxdet.structures import Detections, ImageBatch, Proposals, Targets, TransformConfig
 from flaxdet.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights
 
@@ -29,6 +32,8 @@ __all__ = [
     "ResNet50_Weights",
     "Targets",
     "TransformConfig",
+    "__version__",
+    "coco_results",
     "compiler_options",
     "convert",
     "data",
@@ -41,10 +46,13 @@ __all__ = [
     "load",
     "load_categories",
     "load_exported",
+    "load_pretrained",
     "match_classes",
     "ops",
     "predict",
     "replace_classes",
     "save",
+    "save_pretrained",
+    "to_supervision",
     "train",
 ]

@@ -1,7 +1,8 @@
 """Models in files: ``load`` and ``save``.
 
 Every file holds a state_dict with torchvision's keys and layouts. Our own .safetensors also describe the model:
-builder, options and names of the labels, as JSON in the metadata.
+builder, options and names of the labels, as JSON in the metadata, with the number of this format and the flaxdet that
+wrote it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from flaxdet._version import __version__
 from flaxdet.builders import BUILDERS, OWN_FIELDS, OWN_PARTS, Variables, make_model
 from flaxdet.convert import checkpoint
 from flaxdet.convert.identify import identify
@@ -24,6 +26,8 @@ from flaxdet.models.roi_heads import MultiScaleRoIAlign
 from flaxdet.ops import AnchorGenerator
 
 METADATA_KEY = "flaxdet"
+# Of the description. It grows when an older flaxdet would misread a file, not when one only learns to write more.
+FORMAT = 1
 # Small frozen dataclasses among the options, which the description can hold.
 _STORED_PARTS = {"AnchorGenerator": AnchorGenerator, "MultiScaleRoIAlign": MultiScaleRoIAlign}
 
@@ -46,12 +50,17 @@ def load(path: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variabl
 
     Raises:
         FileNotFoundError: if there is no such file.
-        flaxdet.convert.CheckpointError: if it is no checkpoint of either architecture.
+        flaxdet.convert.CheckpointError: if it is no checkpoint of either architecture, or one that a newer flaxdet
+            wrote in a format that this one doesn't know, or a folder (``load_pretrained`` reads those).
         flaxdet.convert.StateDictError: if its keys, shapes or values don't fit.
         TypeError: for an unknown override.
     """
+    if Path(path).is_dir():
+        raise checkpoint.CheckpointFileError(
+            f"{path}: is a folder; give the file in it, or use flaxdet.load_pretrained for what save_pretrained wrote"
+        )
+    stored = read_stored(path)
     state_dict = checkpoint.read(path)
-    stored = _stored_options(path)
     builder, options = identify(state_dict, source=str(path))
     if stored is not None:
         if stored["builder"] != builder:
@@ -92,25 +101,39 @@ def save(
         OSError: if the file can't be written; nothing is left behind then.
     """
     path = Path(path)
-    if categories is not None and len(categories) != num_classes(model):
-        raise ValueError(
-            f"{path}: categories should name every label, background included: expected {num_classes(model)} names, "
-            f"got {len(categories)}"
-        )
+    check_categories(path, model, categories)
     if path.suffix == ".pth":
         checkpoint.write_pth(path, to_torchvision(model, variables))
     elif path.suffix == ".safetensors":
-        description = {**_describe(model), "categories": None if categories is None else list(categories)}
-        metadata = {METADATA_KEY: json.dumps(description)}
+        metadata = {METADATA_KEY: json.dumps(describe(model, categories))}
         checkpoint.write_safetensors(path, to_torchvision(model, variables), metadata)
     else:
         raise ValueError(f"{path}: expected a name ending in .safetensors or .pth")
 
 
 def load_categories(path: str | Path) -> list[str] | None:
-    """Names of the labels that a file of ours carries, label 0 first; ``None`` where it has none."""
-    stored = _stored_options(path)
+    """Reads the names of the labels from a file.
+
+    Args:
+        path: a file of ``save``, or any other.
+
+    Returns:
+        The names, label 0 first; ``None`` where the file has none.
+
+    Raises:
+        flaxdet.convert.CheckpointError: if the file's description of its model is damaged, or of a newer format.
+    """
+    stored = read_stored(path)
     return None if stored is None else stored["categories"]
+
+
+def check_categories(path: str | Path, model: FCOS | FasterRCNN, categories: Sequence[str] | None) -> None:
+    """Raises ValueError, naming the file to be written, unless ``categories`` name every label."""
+    if categories is not None and len(categories) != num_classes(model):
+        raise ValueError(
+            f"{path}: categories should name every label, background included: expected {num_classes(model)} names, "
+            f"got {len(categories)}"
+        )
 
 
 def num_classes(model: FCOS | FasterRCNN) -> int:
@@ -120,25 +143,65 @@ def num_classes(model: FCOS | FasterRCNN) -> int:
     return model.box_predictor.num_classes  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
 
 
-def _stored_options(path: str | Path) -> dict[str, Any] | None:
+def read_stored(path: str | Path) -> dict[str, Any] | None:
+    """The description in a file of ours, as ``read_description`` gives it; ``None`` for any other file."""
     metadata = checkpoint.read_metadata(path)
     if METADATA_KEY not in metadata:
         return None
+    return read_description(f"{path}", metadata[METADATA_KEY], "flaxdet's description of the model in its metadata")
+
+
+def read_description(path: str, text: str, expected: str) -> dict[str, Any]:
+    """Reads what ``describe`` gives as JSON.
+
+    Args:
+        path: the file that holds it, for messages.
+        text: the JSON.
+        expected: what it should be, for messages.
+
+    Returns:
+        {"builder": name, "options": {name: value}, "categories": list of names or None}.
+
+    Raises:
+        flaxdet.convert.CheckpointError: if it is anything else, or of a newer format.
+    """
     try:
-        stored = json.loads(metadata[METADATA_KEY])
+        stored = json.loads(text)
+        number = stored.get("format", 1)  # files of before the number was written are of the first format
+        if type(number) is not int or number < 1:
+            raise ValueError(f"format {number!r}")
+        if number > FORMAT:
+            writer = stored.get("flaxdet", "of an unknown version")
+            raise checkpoint.CheckpointError(
+                checkpoint.one_line(
+                    f"{path}: was written by flaxdet {writer} in format {number}, and this flaxdet {__version__} reads "
+                    f"format {FORMAT} at most: install a newer flaxdet"
+                )
+            )
         return {
             "builder": stored["builder"],
             "options": {name: _unstore(value) for name, value in stored["options"].items()},
             "categories": stored["categories"],
         }
+    except checkpoint.CheckpointError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise checkpoint.CheckpointError(
-            f"{path}: expected flaxdet's description of the model in its metadata, got something unreadable ({error})"
-        ) from None
+        raise checkpoint.CheckpointError(f"{path}: expected {expected}, got something unreadable ({error})") from None
 
 
-def _describe(model: FCOS | FasterRCNN) -> dict[str, Any]:
-    """Builder and options from which ``make_model`` makes this very model again."""
+def describe(model: FCOS | FasterRCNN, categories: Sequence[str] | None) -> dict[str, Any]:
+    """Builder and options from which ``make_model`` makes this very model again, ready for JSON.
+
+    Args:
+        model: a model of one of the two builders.
+        categories: name of each label, label 0 first, or ``None``.
+
+    Returns:
+        {"format": 1, "flaxdet": version, "builder": name, "options": {name: value}, "categories": names or None}.
+
+    Raises:
+        ValueError: for a model that neither builder makes.
+    """
     builder = next((name for name, kind in BUILDERS.items() if type(model) is kind), None)
     if builder is None:
         raise ValueError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}")
@@ -160,7 +223,13 @@ def _describe(model: FCOS | FasterRCNN) -> dict[str, Any]:
             f"a .safetensors file stores the options of {builder}, and this model has parts that the builder does "
             "not make (another backbone, head or predictor); save it as .pth, or its variables on their own"
         )
-    return {"builder": builder, "options": {name: _store(value) for name, value in options.items()}}
+    return {
+        "format": FORMAT,
+        "flaxdet": __version__,
+        "builder": builder,
+        "options": {name: _store(value) for name, value in options.items()},
+        "categories": None if categories is None else list(categories),
+    }
 
 
 def _store(value: Any) -> Any:

@@ -65,7 +65,7 @@ def shard_batch(batch: Mapping[str, Any], mesh: Mesh | None) -> dict[str, jax.Ar
         mesh: of ``make_mesh``; ``None`` for the default device.
 
     Returns:
-        Arrays of the global batch, divided by rows.
+        Arrays in the shapes of the global batch, divided by rows.
 
     Raises:
         ValueError: if this process's devices don't divide its rows.

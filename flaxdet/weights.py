@@ -90,11 +90,14 @@ class WeightsEnum(enum.Enum):
 
     @classmethod
     def verify(cls, obj: Self | str | None) -> Self | None:
-        """Returns the member that `obj` means.
+        """Finds the member that is meant.
 
         Args:
             obj: a member, its name with or without the enum's ("COCO_V1",
                 "FCOS_ResNet50_FPN_Weights.COCO_V1", "DEFAULT"), or None.
+
+        Returns:
+            The member; None for None.
 
         Raises:
             ValueError: if there is no member of this name.
@@ -121,7 +124,14 @@ class WeightsEnum(enum.Enum):
         return self.value.meta
 
     def transforms(self, **overrides: Any) -> Any:
-        """The preset of the images (`ObjectDetection`, `ImageClassification`), with fields overridden."""
+        """What was done to the images that the weights were trained for.
+
+        Args:
+            **overrides: fields to change.
+
+        Returns:
+            An `ObjectDetection` or `ImageClassification`.
+        """
         return dataclasses.replace(self.value.preset, **overrides)
 
     def get_path(self, progress: bool = True) -> Path:
@@ -130,16 +140,22 @@ class WeightsEnum(enum.Enum):
         Args:
             progress: show a progress bar on stderr while downloading.
 
+        Returns:
+            Its path in the cache.
+
         Raises:
             DownloadError: if it can't be downloaded; the message says where to put the file instead.
         """
         return fetch(self.url, progress=progress)
 
     def get_state_dict(self, progress: bool = True) -> dict[str, Any]:
-        """torchvision's state_dict as numpy arrays, downloaded on first use; torch is not needed.
+        """torchvision's state_dict, downloaded on first use; torch is not needed.
 
         Args:
             progress: show a progress bar on stderr while downloading.
+
+        Returns:
+            numpy arrays by torchvision's key.
 
         Raises:
             DownloadError: if it can't be downloaded.

@@ -14,7 +14,7 @@ from PIL import Image
 import flaxdet
 from flaxdet.data import ImageError
 from flaxdet.data.coco import read_coco
-from flaxdet.evaluate import coco_results, detect_dataset, evaluate, evaluate_results
+from flaxdet.evaluate import detect_dataset, evaluate, evaluate_results
 from flaxdet.predict import detect_program
 from flaxdet.structures import Detections
 from tests.tiny import CATEGORIES, FCOS_NAME, V2_NAME, tiny_model, tiny_variables
@@ -94,7 +94,7 @@ def test_every_image_as_it_is_alone(name, option, dataset, x64, monkeypatch):
 @pytest.mark.xdist_group("fcos")
 def test_evaluate(uniform, fcos, capfd):
     found = detect_dataset(*fcos, uniform)
-    rows = coco_results(found, [3, 8, 13, 18, 23], {1: 2, 2: 5, 3: 9})
+    rows = flaxdet.coco_results(found, [3, 8, 13, 18, 23], {1: 2, 2: 5, 3: 9})
     expected = evaluate_results(rows, uniform.annotations)
     assert expected.detections > len(uniform)
     capfd.readouterr()
@@ -173,7 +173,7 @@ def test_coco_results():
         {"boxes": np.zeros((0, 4)), "scores": np.zeros(0), "labels": np.zeros(0, np.int32)},
         {"boxes": np.array([[0, 0, 1, 1], [0, 0, 2, 2]]), "scores": np.array([0.75, 0.25]), "labels": np.array([1, 2])},
     ]
-    rows = coco_results(found, [7, 8, 9])
+    rows = flaxdet.coco_results(found, [7, 8, 9])
     assert rows == [
         {"image_id": 7, "category_id": 3, "bbox": [1, 2, 3, 6.5], "score": 0.5},
         {"image_id": 9, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.75},
@@ -181,10 +181,10 @@ def test_coco_results():
     ]
     assert json.loads(json.dumps(rows)) == rows
     # labels that are no category of the data set are left out
-    assert [row["category_id"] for row in coco_results(found, [7, 8, 9], {0: 1, 2: 90, 3: 0})] == [0, 90]
-    assert coco_results([], []) == []
+    assert [row["category_id"] for row in flaxdet.coco_results(found, [7, 8, 9], {0: 1, 2: 90, 3: 0})] == [0, 90]
+    assert flaxdet.coco_results([], []) == []
     with pytest.raises(ValueError, match="an id for each image, got 2 ids for 3 images"):
-        coco_results(found, [7, 8])
+        flaxdet.coco_results(found, [7, 8])
 
 
 # Reading ahead

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
+
+import pytest
 
 # orbax comes with flax itself; torch and the rest only with their extras.
 OPTIONAL = [
@@ -19,6 +23,7 @@ OPTIONAL = [
     "scipy.sparse",
     "skimage",
     "sklearn",
+    "supervision",
     "tensorboardX",
     "tensorflow",
     "torch",
@@ -36,14 +41,53 @@ def modules_after(statement: str) -> set[str]:
     return set(json.loads(run(f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")))
 
 
-def test_works_where_torch_is_not_installed():
-    out = run(
-        "import sys\n"
-        "for name in ('torch', 'torchvision'): sys.modules[name] = None  # importing it now raises ImportError\n"
-        "import flaxdet, flaxdet.convert, flaxdet.cli.main\n"
-        "print(flaxdet.__name__)"
-    )
-    assert out.strip() == "flaxdet"
+# What needs each package that comes with an extra alone, and that extra.
+NEEDS = {
+    "torch": ("torch", "flaxdet.convert.reference.torchvision()"),
+    "torchvision": ("torch", "flaxdet.convert.reference.torchvision()"),
+    "matplotlib": ("train", "flaxdet.train.pictures.draw_curves([{'step': 1, 'loss': 1.0}], folder + '/curves.png')"),
+    "grain": ("train", "flaxdet.data.streams.import_grain()"),
+    "orbax": ("train", "flaxdet.train.Checkpoints(folder + '/run')"),
+    "pycocotools": ("train", "flaxdet.evaluate(None, None, None)"),
+    "tensorboardX": ("train", "flaxdet.train.logs.TensorBoardWriter(folder + '/run')"),
+    "supervision": ("bridges", "flaxdet.to_supervision({})"),
+}
+DISTRIBUTIONS = {"orbax": "orbax-checkpoint"}
+
+
+@pytest.fixture(scope="module")
+def without_any(tmp_path_factory) -> dict[str, str]:
+    """For each package the message of what needs it, in one interpreter that has none of the optional packages."""
+    folder = tmp_path_factory.mktemp("empty")
+    missing = [name for name in OPTIONAL if "." not in name]
+    code = f"""
+import json, sys
+for name in {missing}: sys.modules[name] = None  # importing it now raises ImportError
+import flaxdet, flaxdet.convert.reference, flaxdet.cli.main, flaxdet.data.streams, flaxdet.train.pictures
+import flaxdet.train.logs
+said, folder = {{}}, {str(folder)!r}
+for package, (_, statement) in {NEEDS}.items():
+    if package == "torchvision":
+        import types
+        sys.modules["torch"] = types.ModuleType("torch")
+    try: exec(statement)
+    except ImportError as error: said[package] = str(error)
+print(json.dumps(said))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert not list(folder.iterdir())
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("package", NEEDS)
+def test_works_without_and_says_what_to_install(package, without_any):
+    extra, _ = NEEDS[package]
+    assert f"pip install 'flaxdet[{extra}]'" in without_any[package]
+    project = tomllib.loads(Path(__file__).parents[1].joinpath("pyproject.toml").read_text())["project"]
+    distribution = DISTRIBUTIONS.get(package, package)
+    assert any(line.startswith(distribution) for line in project["optional-dependencies"][extra])
+    assert not any(line.startswith(distribution + ">") for line in project["dependencies"])
 
 
 def test_changes_no_jax_config():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,10 @@ FUNCTIONS = {
     "dtype param_dtype precision **kwargs",
     "load": "path **overrides",
     "save": "path model variables * categories",
+    "load_pretrained": "folder **overrides",
+    "save_pretrained": "folder model variables * categories",
+    "coco_results": "detections image_ids category_ids",
+    "to_supervision": "found categories",
     "predict": "model variables images * canvas",
     "convert.from_torchvision": "model state_dict",
     "convert.to_torchvision": "model variables",
@@ -111,3 +117,12 @@ def test_defaults():
 def test_weights_are_not_mixed_up():
     assert flaxdet.FCOS_ResNet50_FPN_Weights.DEFAULT is flaxdet.FCOS_ResNet50_FPN_Weights.COCO_V1
     assert flaxdet.FasterRCNN_ResNet50_FPN_V2_Weights.DEFAULT.url.endswith("v2_coco-dd69338a.pth")
+
+
+def test_one_version():
+    """pyproject.toml takes it from the package; the two files that repeat it agree."""
+    root = Path(__file__).parents[1]
+    assert f"\nversion: {flaxdet.__version__}\n" in (root / "CITATION.cff").read_text()
+    changes = re.findall(r"^## \[(.+?)\]", (root / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert changes[0] in (flaxdet.__version__, "Unreleased")
+    assert flaxdet.__version__ in changes

@@ -7,6 +7,7 @@ Builds a small detector, writes it as torchvision's file and as our own, reads b
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -28,6 +29,7 @@ def check_installation() -> None:
         assert module.__file__ is not None
         assert site in Path(module.__file__).parents, f"{module.__name__} is not the wheel's: {module.__file__}"
     assert (site / "flaxdet" / "py.typed").is_file()
+    assert importlib.metadata.version("flaxdet") == flaxdet.__version__
     assert not (site / "flaxdet" / "convert").is_symlink()
     assert importlib.util.find_spec("convert") is None, "the wheel installs a top-level package convert"
     assert importlib.util.find_spec("torch") is None, "this environment was to have no torch"

@@ -91,7 +91,13 @@ class CocoDataset:
         return Record(self._ids[i], path, (rows, columns), self._boxes[own].copy(), self._labels[own].copy())
 
     def read_image(self, i: int) -> UInt8[np.ndarray, "H W 3"]:
-        """The pixels of image ``i`` as they are stored, an EXIF orientation not applied: boxes refer to those.
+        """The pixels of an image as they are stored, an EXIF orientation not applied: boxes refer to those.
+
+        Args:
+            i: its place in the data set.
+
+        Returns:
+            [H, W, 3] RGB.
 
         Raises:
             ImageError: if the file is broken, or of another size than the annotations say.
@@ -133,6 +139,9 @@ def read_coco(
         num_classes: of a model whose labels are category ids, background included.
         remove_empty: for training: leave out images without annotations, or all of whose boxes have a side of a pixel
             or less (_coco_remove_images_without_annotations in the same file; crowds count as annotations there).
+
+    Returns:
+        The images, without their pixels, and their boxes.
 
     Raises:
         ValueError: in one line that names the file and the faulty entry, if the file can't be read, is not JSON or not

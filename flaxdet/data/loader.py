@@ -73,7 +73,8 @@ def train_batches(
         process_count: each process gets ``batch_size / process_count`` rows of every batch.
 
     Returns:
-        An iterator of ``steps`` batches.
+        An iterator of ``steps`` batches: dicts of numpy arrays, whose names and shapes are listed at the head of
+        ``flaxdet.data.loader``.
 
     Raises:
         ValueError: for arguments that can't be met, among them an image that fits no bucket or has more boxes than
@@ -128,7 +129,7 @@ def eval_batches(
         process_count: each process gets ``batch_size / process_count`` rows of every batch.
 
     Returns:
-        An iterator, finite, of known length.
+        An iterator, finite, of known length, of dicts as ``train_batches`` gives them.
 
     Raises:
         ValueError: as ``train_batches``.
@@ -147,6 +148,8 @@ def eval_batches(
 
 class Batches:
     """An iterator over the batches of a run, which can say where it stands and go on from there.
+
+    ``train_batches`` and ``eval_batches`` make it.
 
     ``close`` it, or use it in a ``with`` statement, to stop its threads or workers early. An error in one of these is
     raised here, at the batch that it concerns.
@@ -201,6 +204,9 @@ class Batches:
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes on where ``get_state`` was called, in this or another process, with any number of workers.
+
+        Args:
+            state: of ``get_state``.
 
         Raises:
             ValueError: if the state is of another plan: another seed, batch size or number of images.

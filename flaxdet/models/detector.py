@@ -106,7 +106,11 @@ class Detector(TypedModule):
         return features
 
     def sow_all(self, arrays: dict[str, Any]) -> None:
-        """Leaves arrays in the collection ``intermediates`` under their names, for whoever asks for it."""
+        """Leaves arrays in the collection ``intermediates``, for whoever asks for it.
+
+        Args:
+            arrays: by name.
+        """
         for name, value in arrays.items():
             self.sow("intermediates", name, value)
 

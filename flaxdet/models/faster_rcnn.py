@@ -237,8 +237,8 @@ class FasterRCNN(Detector):
         """The best boxes of the RPN's outputs.
 
         Args:
-            objectness: logits of each level.
-            deltas: offsets of each level.
+            objectness: logits [B, hwA] of each level.
+            deltas: offsets [B, hwA, 4] of each level.
             batch: the images that they belong to.
             shapes: (h, w) of each level's map.
             train: takes the training numbers of candidates and proposals.
@@ -276,8 +276,8 @@ class FasterRCNN(Detector):
 
         Args:
             features: of the backbone.
-            objectness: logits of each level, of the RPN's head.
-            deltas: offsets of each level, of the RPN's head.
+            objectness: logits [B, hwA] of each level, of the RPN's head.
+            deltas: offsets [B, hwA, 4] of each level, of the RPN's head.
             proposals: what the box head trains on is sampled from these and the ground truth.
             batch: the images.
             targets: ground truth in the pixels of the resized images.

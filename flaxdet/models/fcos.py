@@ -78,6 +78,9 @@ class FCOSHead(TypedModule):
         num_classes: including the background.
         num_convs: convolutions in each branch.
         prior_probability: of a positive, which the initial classification bias gives.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
     """
 
     in_channels: int

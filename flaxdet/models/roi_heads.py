@@ -106,6 +106,9 @@ class TwoMLPHead(TypedModule):
     Attributes:
         in_channels: C * h * w of the pooled maps.
         representation_size: width of both layers.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
     """
 
     in_channels: int
@@ -116,7 +119,14 @@ class TwoMLPHead(TypedModule):
 
     @nn.compact
     def __call__(self, x: Float[Array, "R h w C"]) -> Float[Array, "R D"]:
-        """[R, h, w, C] to [R, representation_size]."""
+        """Computes one vector a pooled map.
+
+        Args:
+            x: [R, h, w, C], the pooled maps of all images.
+
+        Returns:
+            [R, representation_size].
+        """
         options: dict[str, Any] = {
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,
@@ -136,6 +146,9 @@ class FastRCNNConvFCHead(TypedModule):
         fc_layers: width of each dense layer.
         use_norm: live BatchNorm after each convolution, which then has no bias.
         freeze_bn: as in ``ResNet``.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
     """
 
     input_size: tuple[int, int, int]
@@ -190,6 +203,9 @@ class FastRCNNPredictor(TypedModule):
     Attributes:
         in_channels: width of the box head's vectors.
         num_classes: k, including the background.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
     """
 
     in_channels: int
@@ -200,7 +216,14 @@ class FastRCNNPredictor(TypedModule):
 
     @nn.compact
     def __call__(self, x: Float[Array, "R D"]) -> tuple[Float[Array, "R k"], Float[Array, "R k*4"]]:
-        """[R, D] to logits [R, k] and offsets [R, k * 4], class by class."""
+        """Predicts from the box head's vectors.
+
+        Args:
+            x: [R, D].
+
+        Returns:
+            Logits [R, k] and offsets [R, k * 4], class by class.
+        """
         options: dict[str, Any] = {
             "dtype": self.dtype,
             "param_dtype": self.param_dtype,

@@ -27,6 +27,9 @@ class RPNHead(TypedModule):
         in_channels: channels of the features and of the convolutions.
         num_anchors: A, anchors per location.
         conv_depth: 3x3 convolutions before the two predictions.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
     """
 
     in_channels: int

@@ -47,7 +47,17 @@ class LastLevelMaxPool(nn.Module):
     def __call__(
         self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, ...]
     ) -> Features:
-        """Returns the one new level from the pyramid [B, h, w, C]."""
+        """Computes the one new level.
+
+        Args:
+            pyramid: levels by name, [B, h, w, C] each, finest first.
+            stages: the backbone's maps by name, [B, h, w, C] each, finest first; not used.
+            canvas: [B, 2] int32 (rows, columns) inside the bucket; ``None`` for all of it; not used.
+            bucket: (H, W) of the pixels that all come from; not used.
+
+        Returns:
+            {"pool": [B, h, w, C]}.
+        """
         del stages, canvas, bucket
         return {"pool": list(pyramid.values())[-1][:, ::2, ::2]}
 
@@ -56,6 +66,13 @@ class LastLevelP6P7(TypedModule):
     """The extra levels p6 = conv(P5 or C5) and p7 = conv(relu(p6)), stride 2 (torchvision's LastLevelP6P7).
 
     As in torchvision, p6 reads P5 where ``in_channels == out_channels`` and C5 otherwise.
+
+    Attributes:
+        in_channels: of the map that p6 reads.
+        out_channels: of both levels.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
     """
 
     in_channels: int = 256
@@ -68,7 +85,17 @@ class LastLevelP6P7(TypedModule):
     def __call__(
         self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, ...]
     ) -> Features:
-        """Returns the two new levels [B, h, w, out_channels]."""
+        """Computes the two new levels.
+
+        Args:
+            pyramid: levels by name, [B, h, w, C] each, finest first.
+            stages: the backbone's maps by name, [B, h, w, C] each, finest first.
+            canvas: [B, 2] int32 (rows, columns) inside the bucket; ``None`` for all of it.
+            bucket: (H, W) of the pixels that all come from.
+
+        Returns:
+            {"p6": [B, h, w, out_channels], "p7": the same}; beyond the canvas they hold rubbish.
+        """
         source = pyramid if self.in_channels == self.out_channels else stages
         conv_ = functools.partial(
             conv,
@@ -95,6 +122,9 @@ class FeaturePyramidNetwork(TypedModule):
         use_norm: live BatchNorm after each convolution, which then has no bias (torchvision's
             ``norm_layer=nn.BatchNorm2d``).
         freeze_bn: as in ``ResNet``.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
     """
 
     out_channels: int = 256
@@ -202,7 +232,16 @@ class BackboneWithFPN(nn.Module):
     def stages_and_levels(
         self, pixels: Array, *, canvas: Array | None = None, train: bool = False
     ) -> tuple[Features, Features]:
-        """The body's stages and the pyramid's levels, both by name, finest first."""
+        """Computes the body's stages and the pyramid's levels.
+
+        Args:
+            pixels: [B, H, W, 3], as for :meth:`__call__`.
+            canvas: [B, 2], as there.
+            train: as there.
+
+        Returns:
+            Stages and levels, both {name: [B, h, w, C]}, finest first.
+        """
         stages = self.body(pixels, canvas=canvas, train=train)
         read = {name: stages[name] for name in self.returned_stages}
         return stages, self.fpn(read, canvas=canvas, bucket=pixels.shape[1:3], train=train)

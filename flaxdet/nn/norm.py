@@ -25,7 +25,10 @@ class BatchNorm(TypedModule):
     over the cells that ``mask`` admits; under ``jit`` with a sharded batch they are the global batch's.
 
     Attributes:
+        eps: added to the variance.
         momentum: share of the new batch in the running statistics (torch's convention, 1 - Flax's).
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
     """
 
     eps: float = 1e-5
@@ -95,6 +98,11 @@ class FrozenBatchNorm(TypedModule):
 
     All four (scale, bias, mean, var) live in ``batch_stats`` and are never written, so that neither an
     optimiser nor a parameter count sees them.
+
+    Attributes:
+        eps: added to the variance.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
     """
 
     eps: float = 1e-5
@@ -109,7 +117,16 @@ class FrozenBatchNorm(TypedModule):
         train: bool = False,
         mask: Bool[Array, "..."] | None = None,
     ) -> Float[Array, "... C"]:
-        """Applies the map; ``train`` and ``mask`` are taken and make no difference."""
+        """Applies the map.
+
+        Args:
+            x: [..., C].
+            train: makes no difference; taken as ``BatchNorm`` takes it.
+            mask: the same.
+
+        Returns:
+            [..., C] in ``dtype``.
+        """
         del train, mask
         features = (x.shape[-1],)
         wide = at_least_float32(self.dtype)
@@ -127,7 +144,14 @@ class FrozenBatchNorm(TypedModule):
 
 
 class GroupNorm(TypedModule):
-    """``torch.nn.GroupNorm`` on NHWC arrays, its statistics over each image's extent alone."""
+    """``torch.nn.GroupNorm`` on NHWC arrays, its statistics over each image's extent alone.
+
+    Attributes:
+        num_groups: of neighbouring channels, all of one size.
+        eps: added to the variance.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+    """
 
     num_groups: int = 32
     eps: float = 1e-5

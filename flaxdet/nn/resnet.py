@@ -76,6 +76,9 @@ class ResNet(TypedModule):
         remat: for the gradient, keeps the input of each residual block alone and computes the block again: less
             memory, more time. XLA:CPU undoes it unless ``jax.jit`` is given ``flaxdet.compiler_options()``.
         folded: no BatchNorm; its convolutions have a bias instead. ``flaxdet.fold_batch_norm`` makes such a body.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
     """
 
     depth: int = 50

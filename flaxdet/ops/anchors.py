@@ -52,10 +52,13 @@ class AnchorGenerator:
         return [len(base) for base in self.base_anchors()]
 
     def base_anchors(self) -> list[np.ndarray]:
-        """For each level the anchors around the origin: [A, 4] float32 xyxy, whole pixels.
+        """The anchors of each level, around the origin.
 
         Sizes vary fastest. Computed and rounded (half to even) in float32 whatever the model's dtype, as
         torchvision does.
+
+        Returns:
+            For each level [A, 4] float32 xyxy, whole pixels.
         """
         levels = []
         for sizes, ratios in zip(self.sizes, self.aspect_ratios, strict=True):

@@ -27,12 +27,12 @@ def box_area(boxes: Num[Array, "*N 4"], fmt: str = "xyxy") -> Num[Array, "*N"]:
     """Areas of boxes. Reproduces ``torchvision.ops.box_area``.
 
     Args:
-        boxes: [N, 4] in ``fmt``.
+        boxes: [N, 4] in ``fmt``, in any unit.
         fmt: "xyxy", "xywh" or "cxcywh".
 
     Returns:
-        [N], signed: negative where exactly one side of an xyxy box is reversed. Float types narrower than
-        float32 come back as float32, integers narrower than int32 as int32.
+        [N] in the unit squared, signed: negative where exactly one side of an xyxy box is reversed. Float types
+        narrower than float32 come back as float32, integers narrower than int32 as int32.
 
     Raises:
         ValueError: if ``fmt`` is unknown or ``boxes`` don't have 4 coordinates.
@@ -49,12 +49,12 @@ def box_convert(boxes: Num[Array, "*N 4"], in_fmt: str, out_fmt: str) -> Num[Arr
     """Boxes in another format. Reproduces ``torchvision.ops.box_convert``, without the rotated formats.
 
     Args:
-        boxes: [N, 4] in ``in_fmt``.
+        boxes: [N, 4] in ``in_fmt``, in any unit.
         in_fmt: "xyxy" (two corners), "xywh" (left upper corner, size) or "cxcywh" (centre, size).
         out_fmt: the same.
 
     Returns:
-        [N, 4] in ``out_fmt``. To or from "cxcywh", integers become float32.
+        [N, 4] in ``out_fmt``, in the same unit. To or from "cxcywh", integers become float32.
 
     Raises:
         ValueError: if a format is unknown or ``boxes`` don't have 4 coordinates.
@@ -81,7 +81,7 @@ def clip_boxes_to_image(boxes: Float[Array, "*N 4"], size: ArrayLike) -> Float[A
     """Moves what lies outside an image onto its border. Reproduces ``torchvision.ops.clip_boxes_to_image``.
 
     Args:
-        boxes: [N, 4] xyxy.
+        boxes: [N, 4] xyxy in pixels of the image.
         size: [2], the image's (rows, columns); may be a traced int32 array.
 
     Returns:
@@ -104,7 +104,7 @@ def remove_small_boxes(boxes: Num[Array, "*N 4"], min_size: float) -> Bool[Array
     ``torchvision.ops.remove_small_boxes`` as a mask: its list of indices has no static shape.
 
     Args:
-        boxes: [N, 4] xyxy.
+        boxes: [N, 4] xyxy in pixels.
         min_size: in pixels; compared in the boxes' dtype.
 
     Returns:
@@ -125,12 +125,12 @@ def resize_boxes(boxes: Float[Array, "*N 4"], original_size: ArrayLike, new_size
     even where the boxes are float64.
 
     Args:
-        boxes: [N, 4] xyxy in the original image.
+        boxes: [N, 4] xyxy in pixels of the original image.
         original_size: [2], (rows, columns); may be a traced int32 array.
         new_size: [2], the same after the resize.
 
     Returns:
-        [N, 4] xyxy in the resized image.
+        [N, 4] xyxy in pixels of the resized image.
 
     Raises:
         ValueError: if ``boxes`` don't have 4 coordinates.

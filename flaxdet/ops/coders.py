@@ -44,8 +44,8 @@ class BoxCoder:
         """Offsets (dx, dy, dw, dh) that turn each proposal into its reference box.
 
         Args:
-            reference_boxes: [N, 4] xyxy, the ground truth of each proposal.
-            proposals: [N, 4] xyxy, proposals or anchors.
+            reference_boxes: [N, 4] xyxy in pixels, the ground truth of each proposal.
+            proposals: [N, 4] xyxy in pixels, proposals or anchors.
 
         Returns:
             [N, 4]. A reference box without area (padding) gives -inf, and a proposal without area NaN or
@@ -65,10 +65,10 @@ class BoxCoder:
 
         Args:
             rel_codes: [N, 4], or [N, k, 4] for k sets of offsets per box (one a class).
-            boxes: [N, 4] xyxy, proposals or anchors; cast to the dtype of ``rel_codes``.
+            boxes: [N, 4] xyxy in pixels, proposals or anchors; cast to the dtype of ``rel_codes``.
 
         Returns:
-            xyxy boxes in the shape of ``rel_codes``. They are not clipped to the image.
+            xyxy boxes in pixels, in the shape of ``rel_codes``. They are not clipped to the image.
 
         Raises:
             ValueError: if the shapes don't fit each other.
@@ -106,8 +106,8 @@ class BoxLinearCoder:
         The names are torchvision's: here the *reference* boxes are the anchors.
 
         Args:
-            reference_boxes: [N, 4] xyxy, the anchors.
-            proposals: [N, 4] xyxy, the ground truth of each anchor.
+            reference_boxes: [N, 4] xyxy in pixels, the anchors.
+            proposals: [N, 4] xyxy in pixels, the ground truth of each anchor.
 
         Returns:
             [N, 4]; negative where the centre lies outside the box.
@@ -125,10 +125,10 @@ class BoxLinearCoder:
 
         Args:
             rel_codes: [N, 4], or [N, k, 4] for k sets of distances per anchor.
-            boxes: [N, 4] xyxy, the anchors; cast to the dtype of ``rel_codes``.
+            boxes: [N, 4] xyxy in pixels, the anchors; cast to the dtype of ``rel_codes``.
 
         Returns:
-            xyxy boxes in the shape of ``rel_codes``. They are not clipped to the image.
+            xyxy boxes in pixels, in the shape of ``rel_codes``. They are not clipped to the image.
 
         Raises:
             ValueError: if the shapes don't fit each other.

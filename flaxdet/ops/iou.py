@@ -21,8 +21,8 @@ def box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"], fmt: str = "xy
     """Intersection over union of every pair. Reproduces ``torchvision.ops.box_iou``.
 
     Args:
-        boxes1: [N, 4] in ``fmt``.
-        boxes2: [M, 4] in ``fmt``.
+        boxes1: [N, 4] in ``fmt``, in any unit.
+        boxes2: [M, 4] in ``fmt``, in the same unit.
         fmt: "xyxy", "xywh" or "cxcywh".
 
     Returns:
@@ -40,8 +40,8 @@ def generalized_box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"]) ->
     """Generalized IoU of every pair. Reproduces ``torchvision.ops.generalized_box_iou``.
 
     Args:
-        boxes1: [N, 4] xyxy.
-        boxes2: [M, 4] xyxy.
+        boxes1: [N, 4] xyxy, in any unit.
+        boxes2: [M, 4] xyxy, in the same unit.
 
     Returns:
         [N, M] in [-1, 1]: the IoU less the share of the smallest enclosing box that the union leaves
@@ -61,8 +61,8 @@ def distance_box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"], eps: 
     """Distance IoU of every pair. Reproduces ``torchvision.ops.distance_box_iou``.
 
     Args:
-        boxes1: [N, 4] xyxy.
-        boxes2: [M, 4] xyxy.
+        boxes1: [N, 4] xyxy, in any unit.
+        boxes2: [M, 4] xyxy, in the same unit.
         eps: added to the enclosing box's squared diagonal.
 
     Returns:
@@ -80,8 +80,8 @@ def complete_box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"], eps: 
     """Complete IoU of every pair. Reproduces ``torchvision.ops.complete_box_iou``.
 
     Args:
-        boxes1: [N, 4] xyxy.
-        boxes2: [M, 4] xyxy.
+        boxes1: [N, 4] xyxy, in any unit.
+        boxes2: [M, 4] xyxy, in the same unit.
         eps: added to the enclosing box's squared diagonal and to the weight's denominator.
 
     Returns:

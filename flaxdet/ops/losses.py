@@ -32,7 +32,7 @@ def sigmoid_focal_loss(
         reduction: "none", "mean" or "sum".
 
     Returns:
-        The losses, or their mean or sum (the mean of none is NaN).
+        The losses, of the same shape, or their mean or sum (the mean of none is NaN).
 
     Raises:
         ValueError: if ``alpha`` or ``reduction`` is none of these, or the shapes differ.
@@ -55,8 +55,8 @@ def generalized_box_iou_loss(
     """1 - generalized IoU of paired boxes. Reproduces ``torchvision.ops.generalized_box_iou_loss``.
 
     Args:
-        boxes1: [N, 4] xyxy.
-        boxes2: [N, 4] xyxy, the partner of each.
+        boxes1: [N, 4] xyxy, in any unit.
+        boxes2: [N, 4] xyxy, the partner of each, in the same unit.
         reduction: "none", "mean" or "sum".
         eps: added to the denominators.
 
@@ -80,8 +80,8 @@ def distance_box_iou_loss(
     """1 - distance IoU of paired boxes. Reproduces ``torchvision.ops.distance_box_iou_loss``.
 
     Args:
-        boxes1: [N, 4] xyxy.
-        boxes2: [N, 4] xyxy, the partner of each.
+        boxes1: [N, 4] xyxy, in any unit.
+        boxes2: [N, 4] xyxy, the partner of each, in the same unit.
         reduction: "none", "mean" or "sum".
         eps: added to the denominators.
 
@@ -101,8 +101,8 @@ def complete_box_iou_loss(
     """1 - complete IoU of paired boxes. Reproduces ``torchvision.ops.complete_box_iou_loss``.
 
     Args:
-        boxes1: [N, 4] xyxy.
-        boxes2: [N, 4] xyxy, the partner of each.
+        boxes1: [N, 4] xyxy, in any unit.
+        boxes2: [N, 4] xyxy, the partner of each, in the same unit.
         reduction: "none", "mean" or "sum".
         eps: added to the denominator of the weight of the aspect term. As in torchvision it does not
             reach the other denominators, which have 1e-7.
@@ -131,7 +131,7 @@ def smooth_l1_loss(
         reduction: "none", "mean" or "sum".
 
     Returns:
-        The losses, or their mean or sum (the mean of none is NaN).
+        The losses, of the same shape, or their mean or sum (the mean of none is NaN).
 
     Raises:
         ValueError: if ``beta`` is negative, ``reduction`` unknown, or the shapes differ.
@@ -159,7 +159,7 @@ def binary_cross_entropy_with_logits(
         reduction: "none", "mean" or "sum".
 
     Returns:
-        The losses, or their mean or sum (the mean of none is NaN).
+        The losses, of the same shape, or their mean or sum (the mean of none is NaN).
 
     Raises:
         ValueError: if ``reduction`` is unknown or the shapes differ.

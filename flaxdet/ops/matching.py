@@ -91,8 +91,8 @@ def fcos_match(
     first half of ``torchvision.models.detection.FCOS.compute_loss``.
 
     Args:
-        anchors: [N, 4] xyxy, all levels one after another; only centre and width count.
-        boxes: [G, 4] xyxy, the ground truth.
+        anchors: [N, 4] xyxy in pixels, all levels one after another; only centre and width count.
+        boxes: [G, 4] xyxy in pixels of the same image, the ground truth.
         num_anchors_per_level: static; its first and last numbers are the anchors of the levels that have
             no lower and no upper limit. Where levels are padded, padding counts.
         center_sampling_radius: in anchor sizes.

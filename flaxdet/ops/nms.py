@@ -74,7 +74,7 @@ def batched_nms(
     per cent of its float32 answers.) There is one pass over all categories, however many they are.
 
     Args:
-        boxes: [N, 4] xyxy, as for :func:`nms`.
+        boxes: [N, 4] xyxy, any unit, as for :func:`nms`.
         scores: [N].
         idxs: [N] integers, the category of each box.
         iou_threshold: in [0, 1], as for :func:`nms`.

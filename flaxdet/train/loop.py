@@ -51,7 +51,12 @@ class NonFiniteLossError(RuntimeError):
 
 
 class InterruptedTrainingError(KeyboardInterrupt):
-    """Training was asked to stop, and did after a whole step; ``step`` is the one that was saved, or None."""
+    """Training was asked to stop, and did after a whole step.
+
+    Attributes:
+        step: the last one.
+        saved: whether it was saved.
+    """
 
     def __init__(self, step: int, saved: bool):
         super().__init__(f"interrupted after step {step}" + (", which was saved" if saved else ""))
@@ -82,7 +87,8 @@ def fit(
     Args:
         train_step: of ``make_train_step``; it may donate the state.
         state: where to begin; after ``resume`` somewhere in the middle.
-        batches: batch dicts, numpy, this process's rows. To be saved with the state they need ``get_state``.
+        batches: dicts of numpy arrays, in the shapes that ``train_batches`` gives, of this process's rows. To be
+            saved with the state they need ``get_state``.
         steps: the last step.
         mesh: that the step was made for.
         schedule: step -> learning rate, for the log.
@@ -168,7 +174,14 @@ def fit(
 
 
 def evaluation_variables(state: TrainState) -> dict[str, Any]:
-    """The variables to evaluate and to keep: the moving averages where the state has them."""
+    """The variables to evaluate and to keep.
+
+    Args:
+        state: of a run.
+
+    Returns:
+        {"params": ..., "batch_stats": ...}: the moving averages where the state has them.
+    """
     if state.ema is not None:
         return state.ema
     return {"params": state.params, "batch_stats": state.batch_stats}

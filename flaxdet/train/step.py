@@ -149,7 +149,7 @@ def loss_and_gradients(
         loss_weights: as in ``make_train_step``.
 
     Returns:
-        ((loss, (losses by name, new batch_stats)), gradients): what ``jax.value_and_grad`` gives.
+        ((loss, (losses by name, new batch_stats)), gradients), the losses scalars: what ``jax.value_and_grad`` gives.
     """
 
     def total(trainable: Params) -> tuple[jax.Array, tuple[Losses, Tree]]:

@@ -462,6 +462,40 @@ def test_tampered_metadata(folder, drawn_models):
         load({**good, "options": {"num_classes": 5}})
 
 
+@FILES
+def test_the_format_is_versioned(folder, drawn_models):
+    """Files say which format they have; those of before it was written still load, newer ones are refused by name."""
+    model, variables = drawn_models(FCOS_NAME, 4)
+    path = folder / "model.safetensors"
+    flaxdet.save(path, model, variables)
+    state, metadata = checkpoint.read(path), checkpoint.read_metadata(path)
+    description = json.loads(metadata["flaxdet"])
+    assert description["format"] == 1
+    assert description["flaxdet"] == flaxdet.__version__
+
+    def load(**changes):
+        changed = {key: value for key, value in {**description, **changes}.items() if value is not ...}
+        checkpoint.write_safetensors(path, state, {"flaxdet": json.dumps(changed)})
+        return flaxdet.load(path)
+
+    assert load(format=..., flaxdet=...)[0] == model
+    newer = rf"was written by flaxdet 9\.1 in format 2, and this flaxdet {flaxdet.__version__} reads format 1 at most"
+    with pytest.raises(CheckpointError, match=f"{path}: {newer}: install a newer flaxdet"):
+        load(format=2, flaxdet="9.1", options="of a kind unknown today")
+    with pytest.raises(CheckpointError, match=newer):
+        flaxdet.load_categories(path)
+    with pytest.raises(CheckpointError, match="by flaxdet of an unknown version in format 2"):
+        load(format=2, flaxdet=...)
+    for number in (0, -1, 1.5, "2", None, True):
+        with pytest.raises(CheckpointError, match=f"{path}: expected flaxdet's description .* \\(format "):
+            load(format=number)
+
+
+def test_a_folder_is_no_file(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path}: is a folder; .* use flaxdet.load_pretrained"):
+        flaxdet.load(tmp_path)
+
+
 def test_files_that_are_no_detector(tmp_path):
     path = tmp_path / "file"
     with pytest.raises(FileNotFoundError, match=str(path)):
