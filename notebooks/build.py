@@ -65,6 +65,7 @@ def execute(name: str, *, timeout: int = 600) -> Any:
         client = NotebookClient(
             notebook,
             timeout=timeout,
+            startup_timeout=timeout,
             kernel_name="python3",
             record_timing=False,
             resources={"metadata": {"path": folder}},
