@@ -1,15 +1,14 @@
 # %% [markdown]
 # # A torchvision checkpoint to Flax and back
 #
-# A `state_dict` becomes Flax variables and a `state_dict` again, both ways bit for bit. Then torchvision and flaxdet run
-# on the same photo with these weights, and their answers are compared stage by stage.
+# A `state_dict` becomes Flax variables and a `state_dict` again, both ways bit for bit. Then torchvision and flaxdet
+# run on the same photo with these weights, and their answers are compared stage by stage.
 #
-# To need no download, the checkpoint is made here, from random weights chosen so that every tensor matters and something
-# is detected. **With COCO weights** take in place of the first two cells of "The checkpoint"
+# To need no download, the checkpoint is made here, from random weights chosen so that every tensor matters and
+# something is detected. **With COCO weights** take in place of the first cell of "The checkpoint"
 #
 # ```python
 # theirs = torchvision.models.detection.fcos_resnet50_fpn(weights="COCO_V1", **SIZES).eval()  # or your own model
-# torch.save(theirs.state_dict(), folder / "model.pth")
 # ```
 #
 # or, without torch, `model, variables = flaxdet.fcos_resnet50_fpn(weights="COCO_V1")`. On the command line all of this
@@ -19,14 +18,15 @@
 import tempfile
 from pathlib import Path
 
-import flaxdet
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from flaxdet.convert import StateDictError, from_torchvision, reference, to_torchvision, verify
 from matplotlib import cbook
 from PIL import Image
+
+import flaxdet
+from flaxdet.convert import StateDictError, from_torchvision, reference, to_torchvision, verify
 
 torchvision = reference.torchvision()  # import torchvision; also where pip's wheel and torch do not fit each other
 folder = Path(tempfile.mkdtemp())
@@ -50,16 +50,16 @@ len(state_dict), sum(tensor.numel() for tensor in state_dict.values())
 # %% [markdown]
 # ## To Flax
 #
-# `flaxdet.load` tells the architecture and the number of classes from the keys. What the keys do not say, such as sizes,
-# is given as to torchvision's builder. torch is not needed to read the file.
+# `flaxdet.load` tells the architecture and the number of classes from the keys. What the keys do not say, such as
+# sizes, is given as to torchvision's builder. torch is not needed to read the file.
 
 # %%
 model, variables = flaxdet.load(folder / "model.pth", **SIZES)
 type(model), model.num_classes
 
 # %% [markdown]
-# The variables are a nested dict of arrays: `params`, which train, and `batch_stats`, where a frozen BatchNorm keeps all
-# four of its vectors. Module names are torchvision's; a convolution's kernel is [h, w, in, out] here and
+# The variables are a nested dict of arrays: `params`, which train, and `batch_stats`, where a frozen BatchNorm keeps
+# all four of its vectors. Module names are torchvision's; a convolution's kernel is [h, w, in, out] here and
 # [out, in, h, w] there.
 
 # %%
@@ -95,14 +95,16 @@ assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), state_
 
 # %% [markdown]
 # The other way round, from Flax: variables that never came from torchvision, trained in JAX say, survive the trip too.
-# `.safetensors` also keeps how the model was built and the names of the classes.
+# A `.safetensors` file of `flaxdet.save` has the same keys, so torchvision can read it; beside them it keeps how the
+# model was built, and can keep the names of the classes (`categories=`), so that `flaxdet.load` needs no options.
 
 # %%
 trained = jax.tree.map(lambda x: x * 0.9, variables)  # as if it had been trained
 flaxdet.save(folder / "trained.safetensors", model, trained)
-_, loaded = flaxdet.load(folder / "trained.safetensors")
+loaded_model, loaded = flaxdet.load(folder / "trained.safetensors")
 through_torch = from_torchvision(model, to_torchvision(model, trained))
 
+assert loaded_model == model
 for tree in (loaded, through_torch):
     assert jax.tree.structure(tree) == jax.tree.structure(trained)
     assert all(map(np.array_equal, jax.tree.leaves(tree), jax.tree.leaves(trained)))
@@ -157,26 +159,27 @@ print(f"largest difference: boxes {match.box_error:.1e} px, scores {match.score_
 assert double.same
 
 # %%
-figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
-names = [stage.name for stage in comparison.stages]
+figure, axis = plt.subplots(figsize=(8, 3.8), layout="constrained")
+stages = [stage.name for stage in comparison.stages]
 for found, label, colour in ((comparison, "float32", "#e08214"), (double, "float64", "#1f5fa8")):
-    axis.plot(names, [stage.relative for stage in found.stages], "o-", color=colour, label=label)
-    epsilon = np.finfo(label).eps
+    axis.plot(stages, [stage.relative for stage in found.stages], "o-", color=colour, label=label)
+    epsilon = float(np.finfo(label).eps)
     axis.axhline(epsilon, color=colour, linewidth=0.8, linestyle="--")
-    axis.text(len(names) - 0.5, epsilon, f"{label}'s epsilon", color=colour, fontsize=8, ha="right", va="bottom")
+    axis.text(len(stages) - 1, epsilon / 1.5, f"epsilon of {label}", color=colour, fontsize=8, ha="right", va="top")
 axis.set(yscale="log", ylabel="largest error / largest value", title="torchvision and flaxdet, stage by stage")
+axis.set_ylim(1e-17, 1e-4)
 axis.tick_params(axis="x", rotation=60)
-axis.legend(loc="center right")
-axis.grid(axis="y", color="#e6e6e6");
+axis.grid(axis="y", color="#e6e6e6")
+axis.legend(loc="center right").set_title("computed in")
 
 # %% [markdown]
-# And the detections themselves, the best thirty. (The weights are random, so what they mark means nothing; that both
+# And the detections themselves, the best ten. (The weights are random, so what they mark means nothing; that both
 # mark it does.)
 
 # %%
-figure, axes = plt.subplots(1, 2, figsize=(9, 5.6), layout="constrained")
+figure, axes = plt.subplots(1, 2, figsize=(8.4, 5.2), layout="constrained")
 for axis, title, (found,) in zip(axes, ("torchvision", "flaxdet"), (comparison.theirs, comparison.ours), strict=True):
-    best = {name: value[:30] for name, value in found.items()}
-    axis.imshow(flaxdet.draw_detections(photo, best))
+    best = {name: value[:10] for name, value in found.items()}
+    axis.imshow(flaxdet.draw_detections(photo, best, line_width=3, font_size=14))
     axis.set_title(title)
     axis.set_axis_off()
