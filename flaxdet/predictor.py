@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxdet.buckets import Size, assign, default_buckets, holds, sort_buckets
-from flaxdet.compiling import compiler_options
+from flaxdet.compiling import compiler_options, give_memory_back
 from flaxdet.data.ahead import read_ahead
 from flaxdet.data.images import read_image
 from flaxdet.folding import fold_batch_norm
@@ -50,6 +50,16 @@ class _Sample(NamedTuple):
     canvas: Size
     bucket: Size
     raw: int | None  # the smallest of raw_sizes that holds it
+
+
+def _one_by_one(run: Callable[..., Any], variables: Any, batch: ImageBatch) -> Detections:
+    """The images of a batch in turn: a CPU gains nothing from many at once, and one at a time takes less memory."""
+
+    def one(row: ImageBatch) -> Detections:
+        found = run(variables, jax.tree.map(lambda x: x[None], row))
+        return jax.tree.map(lambda x: x[0], found)
+
+    return jax.lax.map(one, batch)
 
 
 class Predictor:
@@ -157,11 +167,7 @@ class Predictor:
             MemoryError: if the device has too little memory for a batch of a bucket.
         """
         samples = [self._sample(i, array, f"image {i}") for i, array in enumerate(check_images(images))]
-        results = list(self._run(iter(samples), patience=None))
-        for error in results:
-            if isinstance(error, Exception):
-                raise error
-        return results  # pyright: ignore[reportReturnType]
+        return list(self._run(iter(samples), patience=None))  # pyright: ignore[reportReturnType]
 
     def stream(self, images: Iterable[Source], *, workers: int = 2) -> Generator[Found | Exception]:
         """Detects objects in a long or endless sequence of images, reading ahead while the device computes.
@@ -313,6 +319,7 @@ class Predictor:
         if key not in self._programs:
             with self._memory(bucket):
                 self._programs[key] = self._compile_resize(bucket, raw) if raw else self._compile_model(bucket)
+            give_memory_back()
         return self._programs[key]
 
     def _compile_resize(self, bucket: Size, raw: int) -> Callable[..., Any]:
@@ -342,7 +349,9 @@ class Predictor:
             roi_reference_height=self._abstract((), jnp.int32),  # pyright: ignore[reportArgumentType]
         )
 
-        run = functools.partial(detect, self.model)
+        run: Callable[..., Any] = functools.partial(detect, self.model)
+        if self.batch_size > 1 and self.mesh is None and jax.default_backend() == "cpu":
+            run = functools.partial(_one_by_one, run)
         return (
             jax.jit(on_mesh(run, self.mesh))
             .lower(self._variables, batch)

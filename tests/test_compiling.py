@@ -59,3 +59,8 @@ def test_the_cache_is_the_users_own_where_there_is_one(tmp_path):
     assert Path(in_a_process(tmp_path)).parent == tmp_path
     assert in_a_process(tmp_path, JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
     assert in_a_process(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false") == "None"
+
+
+def test_another_c_library_has_nothing_to_give_back(monkeypatch):
+    monkeypatch.setattr(compiling.ctypes, "CDLL", lambda name: object())
+    compiling.give_memory_back()

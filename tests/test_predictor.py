@@ -121,10 +121,29 @@ def test_one_size_for_all_traces_no_masks(fcos):
 
 
 @pytest.mark.xdist_group("fcos")
-def test_a_mesh_divides_the_batch(fcos):
-    predictor = flaxdet.Predictor(*fcos, buckets=BUCKETS, batch_size=2, mesh=make_mesh(jax.devices()[:1]))
-    images = noise(*SIZES[:3])
-    same(predictor(images), flaxdet.Predictor(*fcos, buckets=BUCKETS, batch_size=2)(images), 0)
+def test_a_mesh_divides_the_batch(x64):
+    model = tiny_model(FCOS_NAME, dtype=np.float64, **OPTIONS[FCOS_NAME])
+    variables, images = tiny_variables(model), noise(*SIZES[:3])
+    mesh = make_mesh(jax.devices()[:1])
+    predictor = flaxdet.Predictor(model, variables, buckets=BUCKETS, batch_size=2, mesh=mesh)
+    same(predictor(images), flaxdet.predict(model, variables, images))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere the images of a batch run together")
+@pytest.mark.xdist_group("fcos")
+def test_on_a_cpu_the_images_of_a_batch_take_turns(fcos):
+    """So a neighbour changes no bit, and a batch needs the memory of one image."""
+    one, four = (flaxdet.Predictor(*fcos, buckets=BUCKETS[2:], batch_size=size) for size in (1, 4))
+    images = noise(*SIZES[:4])
+    same(four(images[:1] + images[3:]), [four(images)[0], four(images)[3]], 0)
+    one(images[:1])
+    temporary = [
+        program.memory_analysis().temp_size_in_bytes
+        for predictor in (one, four)
+        for (kind, *_), program in predictor._programs.items()
+        if kind == "detect"
+    ]
+    assert temporary[1] < 1.1 * temporary[0]
 
 
 @pytest.mark.xdist_group("fcos")

@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Float, Int
 
 from flaxdet.nn.layers import (
@@ -57,7 +58,8 @@ class _Block(nn.Module):
         if residual.shape[-1] != x.shape[-1] or self.strides > 1:
             residual = self.conv(x.shape[-1], 1, strides=self.strides, name="downsample_conv")(residual)
             residual = apply_norm(self.norm(name="downsample_bn"), residual, out_extent, train=train)
-        return nn.relu(x + residual)
+        # without a barrier XLA:CPU adds up all earlier blocks again in each, and keeps their maps for it
+        return lax.optimization_barrier(nn.relu(x + residual))
 
 
 def _no_norm(*, name: str) -> None:
