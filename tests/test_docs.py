@@ -151,7 +151,8 @@ def test_every_block_runs(page, quick, capsys):
             if block.not_run is not None:
                 continue
             if block.language == "python":
-                exec(compile("\n" * block.line + block.code, str(ROOT / page), "exec"), namespace)
+                code = "\n" * block.line + block.code  # so that a traceback names the line of the page
+                exec(compile(code, str(ROOT / page), "exec", dont_inherit=True), namespace)
             elif block.language == "sh":
                 for words in commands(block):
                     if words and words[0] in RUN:
