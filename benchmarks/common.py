@@ -26,6 +26,7 @@ import flaxdet
 from flaxdet.builders import make_model
 from flaxdet.compiling import compiler_options
 from flaxdet.convert import from_torchvision, reference
+from flaxdet.convert.lively import make_lively
 
 __all__ = ["MODELS"]  # which other files import from here
 
@@ -49,7 +50,7 @@ def photos(count: int, rows: int = 480, columns: int = 640) -> list[np.ndarray]:
 
 def lively_weights(name: str, path: Path) -> None:
     """Writes seeded weights under which every tensor matters to a file that both sides read."""
-    state_dict = reference.make_lively(reference.build(name)).state_dict()
+    state_dict = make_lively(reference.build(name)).state_dict()
     model = make_model(name, num_classes=91)
     flaxdet.save(path, model, from_torchvision(model, state_dict))
 

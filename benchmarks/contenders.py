@@ -59,13 +59,20 @@ def torch_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def allow_tf32(dtype: str) -> None:
+    """Lets torch's float32 products take TF32, or not."""
+    import torch
+
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+
+
 def load_torch(name: str, weights: str | Path, mode: str, *, dtype: str, min_size: int) -> Any:
     """torchvision's model on its device; compiled, if that is the mode, when it first runs."""
     import torch
     from safetensors.torch import load_file
     from torchvision.models import detection
 
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
+    allow_tf32(dtype)
     model = getattr(detection, name)(weights=None, weights_backbone=None, **geometry(min_size))
     model.load_state_dict(load_file(weights))
     model = model.eval().to(torch_device())
@@ -76,12 +83,12 @@ def load_torch(name: str, weights: str | Path, mode: str, *, dtype: str, min_siz
     return model
 
 
-def compile_parts(model: Any) -> None:
-    """torch.compile of backbone and heads with frozen weights, inductor's best float32 mode."""
+def compile_parts(model: Any, *, freezing: bool = True) -> None:
+    """torch.compile of backbone and heads, for inference with frozen weights, inductor's best float32 mode."""
     import torch
     import torch._inductor.config as inductor
 
-    inductor.freezing = True
+    inductor.freezing = freezing
     torch._dynamo.reset()
     for path in _COMPILED_PARTS:
         *parents, attribute = path.split(".")

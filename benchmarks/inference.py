@@ -39,6 +39,9 @@ from common import (
 from contenders import CONTENDERS, DTYPES, MODELS, Contender, load_torch, make_predictor, torch_contender
 from PIL import Image
 
+from flaxdet.predict import detect
+from flaxdet.transform import transform
+
 SIZE = (480, 640)
 
 
@@ -77,7 +80,7 @@ def one_batch(name: str, weights: Path, batch: int, options: Any) -> dict[str, A
         if seconds is not None:
             compiling[contender] = seconds
         if predictor is not None:
-            gflop = model_flops(predictor) / 1e9
+            gflop = batch * model_flops(predictor) / 1e9
 
     result = show(f"{name}, batch {batch}", measure(functions, options.repeats, failed))
     for contender, seconds in compiling.items():
@@ -94,10 +97,11 @@ def one_batch(name: str, weights: Path, batch: int, options: Any) -> dict[str, A
 
 
 def model_flops(predictor: Any) -> float:
-    """Operations of the model's program on one batch, as XLA counts them."""
-    (program,) = (program for (kind, *_), program in predictor._programs.items() if kind == "detect")
-    costs = program.cost_analysis()
-    return (costs[0] if isinstance(costs, list) else costs)["flops"]
+    """Operations of the model on one image, as XLA counts them (in a loop over images it counts one turn)."""
+    ((rows, columns),) = predictor.buckets
+    batch = transform([np.zeros((rows, columns, 3), np.uint8)], predictor.model.transform, bucket=(rows, columns))
+    costs = jax.jit(functools.partial(detect, predictor.model)).lower(predictor._variables, batch).cost_analysis()
+    return (costs or {})["flops"]
 
 
 def show_rates(name: str, batches: dict[str, Any], limit: float) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from flaxdet.convert.reference import reset_roi_scales, torchvision
+
 Calibration = tuple[float, float]  # (mean, standard deviation) that every channel of a prediction gets
 
 _CENTERNESS = (0.0, 1.0)
@@ -55,8 +57,6 @@ def make_lively(model: nn.Module, seed: int = 0) -> nn.Module:
     Raises:
         TypeError: if the model is neither an FCOS nor a Faster R-CNN.
     """
-    from .reference import torchvision
-
     torchvision()
     from torchvision.models.detection import FCOS, FasterRCNN
 
@@ -221,8 +221,6 @@ def _calibrate_faster_rcnn(model: Any, features: dict[str, torch.Tensor]) -> Non
     corner = torch.rand_like(size) * (torch.tensor([320.0, 256.0]) - size).clamp(min=0)
     boxes = torch.cat([corner, corner + size], dim=1)
     pooled = model.roi_heads.box_roi_pool(features, [boxes], [(256, 320)])
-    from .reference import reset_roi_scales
-
     reset_roi_scales(model)
     hidden = [model.roi_heads.box_head(pooled)]
     predictor = model.roi_heads.box_predictor

@@ -236,7 +236,7 @@ def both_sides(
 
     Args:
         name: the builder's.
-        weights: "random" (lively, see ``reference.make_lively``), the name of published weights, or a file.
+        weights: "random" (lively, see ``lively.make_lively``), the name of published weights, or a file.
         dtype: float32 or float64, of both sides.
         seed: of random weights.
         progress: bar while downloading.
@@ -270,7 +270,9 @@ def both_sides(
     )
     theirs = reference.build(name, frozen=frozen, num_classes=num_classes, **options)
     if state_dict is None:
-        reference.make_lively(theirs, seed)
+        from flaxdet.convert.lively import make_lively  # which needs torch
+
+        make_lively(theirs, seed)
         variables = from_torchvision(model, theirs.state_dict())
     else:
         variables = from_torchvision(model, state_dict, source=weights)  # its report of faults is the clearer one

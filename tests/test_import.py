@@ -1,7 +1,9 @@
-"""What `import flaxdet` must not do. Each test is a fresh interpreter: this one has imported everything already."""
+"""What `import flaxdet` must not do, each time in a fresh interpreter; and which modules may import which."""
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import json
 import subprocess
 import sys
@@ -9,6 +11,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
+
+import flaxdet
 
 # orbax comes with flax itself; torch and the rest only with their extras.
 OPTIONAL = [
@@ -121,3 +125,51 @@ def test_prints_nothing():
         check=True,
     )
     assert (result.stdout, result.stderr) == ("", "")
+
+
+LAYERS = [
+    "structures",
+    "ops",
+    "nn",
+    "models",
+    "transform",
+    "convert",
+    "weights",
+    "builders",
+]  # then all others, then cli
+COMPARISON = {"stages", "verify", "reference", "lively", "torch_ops"}  # of whole models, in convert/: beside cli
+
+
+def modules() -> dict[str, Path]:
+    root = Path(flaxdet.__file__).parent
+    paths = {path.relative_to(root.parent): path for path in [*root.rglob("*.py"), *(root / "convert").glob("*.py")]}
+    return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): at for path, at in paths.items()}
+
+
+def imported(path: Path, known: dict[str, Path]) -> set[str]:
+    """The modules of flaxdet that one imports, those inside functions too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "flaxdet":
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else node.module for name in names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name in known}
+    return found
+
+
+def test_imports_go_one_way():
+    def layer(name: str) -> int:
+        part, *rest = name.split(".")[1:] or ["__init__"]
+        if part == "cli" or (part == "convert" and COMPARISON & set(rest)):
+            return len(LAYERS) + 1
+        if part.startswith("_") and part != "__init__":
+            return 0
+        return LAYERS.index(part) if part in LAYERS else len(LAYERS)
+
+    known = modules()
+    assert {"flaxdet", "flaxdet.cli.main", "flaxdet.convert.verify"} <= set(known)
+    graph = {name: imported(path, known) - {name} for name, path in known.items()}
+    upwards = {(name, other) for name, others in graph.items() for other in others if layer(other) > layer(name)}
+    assert upwards == set()
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError

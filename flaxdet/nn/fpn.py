@@ -235,7 +235,7 @@ class BackboneWithFPN(nn.Module):
         """Computes the body's stages and the pyramid's levels.
 
         Args:
-            pixels: [B, H, W, 3], as for :meth:`__call__`.
+            pixels: [B, H, W, 3], as for ``__call__``.
             canvas: [B, 2], as there.
             train: as there.
 

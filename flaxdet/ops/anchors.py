@@ -87,7 +87,7 @@ class AnchorGenerator:
 
         Returns:
             For each level [h*w*A, 4] xyxy in pixels of the canvas, by row, then column, then anchor; not
-            clipped. Those beyond the extent (see :meth:`valid`) lie on the same grid, continued.
+            clipped. Those beyond the extent (see ``valid``) lie on the same grid, continued.
 
         Raises:
             ValueError: if the number of levels is not that of ``sizes``.
@@ -112,8 +112,8 @@ class AnchorGenerator:
         """Which anchors belong to the image's own canvas.
 
         Args:
-            extents: as for :meth:`__call__`.
-            shapes: as for :meth:`__call__`.
+            extents: as for ``__call__``.
+            shapes: as for ``__call__``.
 
         Returns:
             For each level [h*w*A] in the anchors' order, True where the location lies within the extent.

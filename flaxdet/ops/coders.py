@@ -61,7 +61,7 @@ class BoxCoder:
         )
 
     def decode(self, rel_codes: Float[Array, "*N_k 4"], boxes: Float[Array, "*N 4"]) -> Float[Array, "*N_k 4"]:
-        """Applies offsets to boxes; the inverse of :meth:`encode`.
+        """Applies offsets to boxes; the inverse of ``encode``.
 
         Args:
             rel_codes: [N, 4], or [N, k, 4] for k sets of offsets per box (one a class).
@@ -121,7 +121,7 @@ class BoxLinearCoder:
         return codes / _size_twice(reference_boxes) if self.normalize_by_size else codes
 
     def decode(self, rel_codes: Float[Array, "*N_k 4"], boxes: Float[Array, "*N 4"]) -> Float[Array, "*N_k 4"]:
-        """Boxes at the given distances from the centres of ``boxes``; the inverse of :meth:`encode`.
+        """Boxes at the given distances from the centres of ``boxes``; the inverse of ``encode``.
 
         Args:
             rel_codes: [N, 4], or [N, k, 4] for k sets of distances per anchor.

@@ -67,17 +67,17 @@ def batched_nms(
     max_output: int | None = None,
     valid: Bool[Array, " N"] | None = None,
 ) -> Int[Array, " K"]:
-    """:func:`nms` in which boxes suppress only boxes of their own category (class, pyramid level, ...).
+    """``nms`` in which boxes suppress only boxes of their own category (class, pyramid level, ...).
 
     Reproduces ``torchvision.ops.batched_nms`` in its exact, per-category form, the one it uses for large
     inputs. (For small ones torchvision shifts each category's boxes far apart, whose rounding changes a few
     per cent of its float32 answers.) There is one pass over all categories, however many they are.
 
     Args:
-        boxes: [N, 4] xyxy, any unit, as for :func:`nms`.
+        boxes: [N, 4] xyxy, any unit, as for ``nms``.
         scores: [N].
         idxs: [N] integers, the category of each box.
-        iou_threshold: in [0, 1], as for :func:`nms`.
+        iou_threshold: in [0, 1], as for ``nms``.
         max_output: K, how many indices to return, of all categories together; default N.
         valid: [N], False for boxes that don't take part; default all True.
 

@@ -82,7 +82,7 @@ def multiscale_roi_align(
     """RoIAlign of each box on the pyramid level that suits its size.
 
     Reproduces ``torchvision.ops.MultiScaleRoIAlign`` for one image, given the levels' scales (torchvision
-    infers them from the first images it sees); :func:`assign_levels` tells which level a box takes. With more
+    infers them from the first images it sees); ``assign_levels`` tells which level a box takes. With more
     than one level, a box whose area is negative or NaN belongs to none and gives 0, as in torchvision.
 
     Args:

@@ -16,6 +16,9 @@ from tests.tolerances import LIVELY_BOXES, LIVELY_SCORES, OP_F64, SUM_OF_16_F32
 torch = pytest.importorskip("torch")
 torchvision = reference.torchvision()
 
+from flaxdet.convert import torch_ops  # noqa: E402
+from flaxdet.convert.lively import make_lively  # noqa: E402
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 NMS = np.load(GOLDEN / "nms.npz")
 ROI_ALIGN = np.load(GOLDEN / "roi_align.npz")
@@ -31,7 +34,7 @@ def nms_cases():
 @pytest.mark.parametrize("case", nms_cases())
 def test_plain_nms_is_the_cpp_one(case, dtype):
     boxes, scores = (torch.tensor(NMS[f"{case}/{key}"], dtype=DTYPES[dtype]) for key in ("boxes", "scores"))
-    kept = reference.plain_nms(boxes, scores, float(NMS[f"{case}/threshold"]))
+    kept = torch_ops.nms(boxes, scores, float(NMS[f"{case}/threshold"]))
     np.testing.assert_array_equal(kept.numpy(), NMS[f"{case}/{dtype}"])
 
 
@@ -45,7 +48,7 @@ def test_plain_roi_align_is_the_cpp_one(case, dtype):
     rois = torch.cat([torch.zeros_like(boxes[:, :1]), boxes], dim=1)
     height, width = ROI_ALIGN[f"{case}/output_size"].tolist()
     options = int(ROI_ALIGN[f"{case}/sampling_ratio"]), bool(ROI_ALIGN[f"{case}/aligned"])
-    output = reference.plain_roi_align(features, rois, 0.25, height, width, *options).permute(0, 2, 3, 1)
+    output = torch_ops.roi_align(features, rois, 0.25, height, width, *options).permute(0, 2, 3, 1)
     bar = {"float32": SUM_OF_16_F32, "float64": OP_F64}[dtype]
     expected = ROI_ALIGN[f"{case}/{dtype}"]
     np.testing.assert_allclose(output.detach().numpy(), expected, rtol=bar, atol=bar)
@@ -58,7 +61,7 @@ def test_plain_roi_align_is_the_cpp_one(case, dtype):
 def test_plain_roi_align_samples_adaptively():
     """A bin of 3x2 pixels takes 3x2 samples: the mean of a ramp is its value at the middle."""
     ramp = torch.arange(12.0)[:, None] * 10 + torch.arange(12.0)
-    output = reference.plain_roi_align(ramp[None, None], torch.tensor([[0, 1, 2, 5, 8.0]]), 1.0, 2, 2, -1, False)
+    output = torch_ops.roi_align(ramp[None, None], torch.tensor([[0, 1, 2, 5, 8.0]]), 1.0, 2, 2, -1, False)
     torch.testing.assert_close(output[0, 0], torch.tensor([[37.0, 39.0], [67.0, 69.0]]))
 
 
@@ -126,7 +129,7 @@ def photo():
 
 @pytest.fixture(scope="module", params=["fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"])
 def lively(request):
-    return reference.make_lively(reference.build(request.param, min_size=160, max_size=256), seed=0)
+    return make_lively(reference.build(request.param, min_size=160, max_size=256), seed=0)
 
 
 @torch.no_grad()
@@ -195,9 +198,9 @@ def test_lively_repeats_and_leaves_the_generator_alone():
     models = []
     for model in (reference.build("fcos_resnet50_fpn", frozen=True, num_classes=3) for _ in range(2)):
         torch.random.set_rng_state(before)
-        models.append(reference.make_lively(model, seed=3).state_dict())
+        models.append(make_lively(model, seed=3).state_dict())
         assert torch.equal(torch.random.get_rng_state(), before)
     for name in models[0]:
         torch.testing.assert_close(models[0][name], models[1][name], rtol=0, atol=0)
     with pytest.raises(TypeError, match="ReLU"):
-        reference.make_lively(torch.nn.ReLU())
+        make_lively(torch.nn.ReLU())

@@ -66,7 +66,9 @@ def flax_detector(
 @functools.cache
 def lively_state_dict(name: str, depth: int, num_classes: int, frozen: bool = False) -> dict[str, Any]:
     """torchvision's state_dict with lively weights, float32."""
-    return reference.make_lively(torch_detector(name, depth, num_classes, frozen)).state_dict()
+    from flaxdet.convert.lively import make_lively
+
+    return make_lively(torch_detector(name, depth, num_classes, frozen)).state_dict()
 
 
 def both(

@@ -8,6 +8,7 @@ import torch
 
 import flaxdet
 from flaxdet.convert import from_torchvision, reference, stages, to_torchvision
+from flaxdet.convert.lively import make_lively
 from tests.parity import sides
 
 KINDS = {
@@ -22,7 +23,7 @@ SMALL = {"min_size": 96, "max_size": 160}
 @pytest.mark.xdist_group("round trip")
 def test_bit_for_bit_and_the_same_answer(kind, tmp_path):
     name, frozen, count = KINDS[kind]
-    theirs = reference.make_lively(reference.build(name, frozen=frozen, num_classes=7, **SMALL), seed=3)
+    theirs = make_lively(reference.build(name, frozen=frozen, num_classes=7, **SMALL), seed=3)
     state_dict = theirs.state_dict()
     options = dict(SMALL, rpn_post_nms_top_n_test=60) if name == sides.V2_NAME else SMALL
     model = flaxdet.builders.make_model(name, num_classes=7, frozen_bn=frozen, **options)
