@@ -26,7 +26,7 @@ from matplotlib import cbook
 from PIL import Image
 
 import flaxdet
-from flaxdet.convert import StateDictError, from_torchvision, reference, to_torchvision, verify
+from flaxdet.convert import StateDictError, from_torchvision, lively, reference, to_torchvision, verify
 
 torchvision = reference.torchvision()  # import torchvision; also where pip's wheel and torch do not fit each other
 folder = Path(tempfile.mkdtemp())
@@ -39,7 +39,7 @@ SIZES = {"min_size": 256, "max_size": 320}  # small, to be quick; leave it out f
 
 # %%
 theirs = reference.build("fcos_resnet50_fpn", frozen=True, **SIZES)
-reference.make_lively(theirs)
+lively.make_lively(theirs)
 type(theirs)
 
 # %%

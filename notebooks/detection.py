@@ -256,8 +256,9 @@ maps = {
 }
 
 # %% [markdown]
-# Three classes with the highest scores, on the two levels that see most. Which level an object belongs to is a question
-# of its size after the resize: up to 64 pixels it is `p3`'s, up to 128 `p4`'s, and so on.
+# Three classes with the highest scores, on the two levels that see most. In training a cell of `p3` answers for an
+# object if no side of its box is more than 64 pixels away (after the resize), one of `p4` if the farthest is 64 to 128
+# away, and so on. So stickers are `p3`'s; only of the largest ones some cells off the centre are `p4`'s.
 
 # %%
 shown_classes = np.sort(np.argsort(scores.max(axis=0))[-3:])
