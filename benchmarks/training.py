@@ -85,7 +85,7 @@ def flaxdet_contender(
     padded = transform_targets(targets, batch, max_boxes=8)
     arrays = shard_batch({**vars(batch), **vars(padded)}, None)
     state = create_state(model, from_torchvision(model, state_dict), tx, key=jax.random.key(0))
-    costs = train_step.lower(state, arrays).cost_analysis()
+    costs = train_step.lower(state, arrays).cost_analysis()  # pyright: ignore[reportFunctionMemberAccess]
 
     def step() -> float:
         nonlocal state
