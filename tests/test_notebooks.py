@@ -91,6 +91,7 @@ def test_is_what_comes_of_its_source(name):
     assert path.stat().st_size < MOST_BYTES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_runs(name, tmp_path):
     needed = ("ipykernel", "nbclient", "matplotlib", *NEEDS[name])
