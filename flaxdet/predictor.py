@@ -78,7 +78,8 @@ class Predictor:
         variables: its ``{"params": ..., "batch_stats": ...}``.
         buckets: (rows, columns) of the static shapes, in pixels after the resize, multiples of 32; default
             ``default_buckets(model.transform)``, which hold every image.
-        batch_size: B, images a call of the model. A batch that is not full is filled up with copies.
+        batch_size: B, images a call of the model. A batch that is not full is filled up with copies. On a CPU, without
+            a mesh, the images of a batch take turns: as quick there, in the memory of one.
         raw_sizes: an image of 8-bit pixels is sent to the device in the smallest square array of these sides that
             holds it, and resized there. Larger ones, and floats, take the same resize on the host.
         fold: fold BatchNorm into the convolutions (``flaxdet.fold_batch_norm``).

@@ -122,6 +122,7 @@ def test_one_size_for_all_traces_no_masks(fcos):
 
 @pytest.mark.xdist_group("fcos")
 def test_a_mesh_divides_the_batch(x64):
+    """In float64: the images of a mesh run together, and elsewhere on a CPU in turn, so that sums differ in order."""
     model = tiny_model(FCOS_NAME, dtype=np.float64, **OPTIONS[FCOS_NAME])
     variables, images = tiny_variables(model), noise(*SIZES[:3])
     mesh = make_mesh(jax.devices()[:1])
