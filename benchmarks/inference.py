@@ -100,7 +100,8 @@ def model_flops(predictor: Any) -> float:
     """Operations of the model on one image, as XLA counts them (in a loop over images it counts one turn)."""
     ((rows, columns),) = predictor.buckets
     batch = transform([np.zeros((rows, columns, 3), np.uint8)], predictor.model.transform, bucket=(rows, columns))
-    costs = jax.jit(functools.partial(detect, predictor.model)).lower(predictor._variables, batch).cost_analysis()
+    model = jax.jit(functools.partial(detect, predictor.model))
+    costs = model.lower(predictor._programs.variables, batch).cost_analysis()
     return (costs or {})["flops"]
 
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from flaxdet.files import num_classes as classes_of
 from flaxdet.models.faster_rcnn import FasterRCNN
-from flaxdet.models.fcos import FCOS, FCOSHead
+from flaxdet.models.fcos import FCOS
+from flaxdet.models.fcos_head import FCOSHead
 from flaxdet.models.roi_heads import FastRCNNPredictor
 
 Variables = dict[str, Any]

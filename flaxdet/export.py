@@ -28,8 +28,9 @@ from flaxdet.convert.checkpoint import replacing, write_safetensors
 from flaxdet.folding import fold_batch_norm
 from flaxdet.models.detector import Detector
 from flaxdet.predict import detect, unpad
+from flaxdet.resize import resize_image
 from flaxdet.structures import Detections, ImageBatch, TransformConfig
-from flaxdet.transform import canvas_size, check_images, resize_image, resized_size
+from flaxdet.transform import canvas_size, check_images, resized_size
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "tpu")

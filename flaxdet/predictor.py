@@ -10,27 +10,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from flaxdet.buckets import Size, assign, default_buckets, holds, sort_buckets
-from flaxdet.compiling import compiler_options, give_memory_back
 from flaxdet.data.ahead import read_ahead
 from flaxdet.data.images import read_image
 from flaxdet.folding import fold_batch_norm
 from flaxdet.models.detector import DATA_AXIS, Detector
-from flaxdet.predict import detect, unpad
-from flaxdet.sharding import by_rows, on_mesh, replicated
+from flaxdet.predict import unpad
+from flaxdet.programs import Programs
+from flaxdet.resize import resize_array
+from flaxdet.sharding import replicated
 from flaxdet.structures import Detections, ImageBatch
-from flaxdet.transform import (
-    canvas_size,
-    check_image,
-    check_images,
-    resize_array,
-    resize_image,
-    resized_size,
-)
+from flaxdet.transform import canvas_size, check_image, check_images, resized_size
 
 Found = dict[str, np.ndarray]
 Source = np.ndarray | str | Path | Callable[[], np.ndarray]
@@ -50,16 +43,6 @@ class _Sample(NamedTuple):
     canvas: Size
     bucket: Size
     raw: int | None  # the smallest of raw_sizes that holds it
-
-
-def _one_by_one(run: Callable[..., Any], variables: Any, batch: ImageBatch) -> Detections:
-    """The images of a batch in turn: a CPU gains nothing from many at once, and one at a time takes less memory."""
-
-    def one(row: ImageBatch) -> Detections:
-        found = run(variables, jax.tree.map(lambda x: x[None], row))
-        return jax.tree.map(lambda x: x[0], found)
-
-    return jax.lax.map(one, batch)
 
 
 class Predictor:
@@ -117,24 +100,24 @@ class Predictor:
             raise ValueError(
                 f"batch_size={batch_size} should be a multiple of the mesh's {mesh.shape[DATA_AXIS]} devices"
             )
-        self.batch_size, self.mesh = batch_size, mesh
+        self.batch_size = batch_size
         self.raw_sizes = tuple(sorted({int(size) for size in raw_sizes}))
         folded: Any = fold_batch_norm(model, variables) if fold else (model, variables)  # pyright: ignore[reportArgumentType]
-        self.model, self._variables = folded
-        self._variables = jax.device_put(self._variables, None if mesh is None else replicated(mesh))
+        self.model, variables = folded
+        variables = jax.device_put(variables, None if mesh is None else replicated(mesh))
         # where the resize makes every image as large as the one bucket, no masks are needed
-        self._masked = config.fixed_size is None or [canvas_size(resized_size((1, 1), config), config)] != self.buckets
-        self._programs: dict[tuple[Any, ...], Callable[..., Any]] = {}
+        masked = config.fixed_size is None or [canvas_size(resized_size((1, 1), config), config)] != self.buckets
+        self._programs = Programs(self.model, variables, batch_size=batch_size, masked=masked, mesh=mesh)
 
     @property
     def compile_count(self) -> int:
         """Programs compiled so far: at most one of the model a bucket, and one resize a bucket and raw size."""
-        return len(self._programs)
+        return len(self._programs.resizes) + len(self._programs.detects)
 
     @property
     def model_compile_count(self) -> int:
         """Programs of the model among them."""
-        return sum(name == "detect" for name, *_ in self._programs)
+        return len(self._programs.detects)
 
     def warmup(self, *, progress: bool = False) -> None:
         """Compiles every program ahead of time, so that no image has to wait for it.
@@ -144,11 +127,12 @@ class Predictor:
         """
         from tqdm import tqdm
 
-        resizes = [("resize", bucket, raw) for bucket in self.buckets for raw in self.raw_sizes]
-        for name, bucket, *raw in tqdm(
-            [*(("detect", bucket) for bucket in self.buckets), *resizes], desc="compiling", disable=not progress
-        ):
-            self._program(name, bucket, *raw)
+        models = [functools.partial(self._programs.detect, bucket) for bucket in self.buckets]
+        resizes = [
+            functools.partial(self._programs.resize, bucket, raw) for bucket in self.buckets for raw in self.raw_sizes
+        ]
+        for compile_one in tqdm([*models, *resizes], desc="compiling", disable=not progress):
+            compile_one()
 
     def __call__(self, images: Sequence[Any]) -> list[Found]:
         """Detects objects in a list of images.
@@ -238,7 +222,7 @@ class Predictor:
 
         def settle() -> None:
             batch, bucket, detections = running.popleft()
-            with self._memory(bucket):
+            with self._programs.memory(bucket):
                 host = jax.device_get(detections)
             for row, sample in enumerate(batch):
                 own = jax.tree.map(lambda x, row=row: x[row : row + 1], host)
@@ -246,7 +230,7 @@ class Predictor:
 
         def start(bucket: Size) -> None:
             batch = self._take(waiting, bucket)
-            with self._memory(bucket):
+            with self._programs.memory(bucket):
                 running.append((batch, bucket, self._detect(batch, bucket)))
             if len(running) > 1:
                 settle()
@@ -283,6 +267,7 @@ class Predictor:
         return batch
 
     def _detect(self, batch: list[_Sample], bucket: Size) -> Detections:
+        put = self._programs.put
         rows = batch + batch[:1] * (self.batch_size - len(batch))
         sizes = {
             name: np.array([getattr(row, name) for row in rows], np.int32) for name in ("size", "new_size", "canvas")
@@ -293,84 +278,19 @@ class Predictor:
             for place, row in zip(pixels, rows, strict=True):
                 ready = row.image if row.resized else self._resize_on_host(row)
                 place[: row.new_size[0], : row.new_size[1]] = ready
-            pixels = self._put(pixels)
+            pixels = put(pixels)
         else:
             side = max(raw_sizes)  # pyright: ignore[reportArgumentType]
             raw = np.zeros((len(rows), side, side, 3), np.uint8)
             for place, row in zip(raw, rows, strict=True):
                 place[: row.size[0], : row.size[1]] = row.image
-            resize = self._program("resize", bucket, side)
-            pixels = resize(self._put(raw), self._put(sizes["size"]), self._put(sizes["new_size"]))
-        canvas = self._put(sizes["canvas"]) if self._masked else None
+            resize = self._programs.resize(bucket, side)
+            pixels = resize(put(raw), put(sizes["size"]), put(sizes["new_size"]))
         inputs = ImageBatch(
             pixels=pixels,
-            size=self._put(sizes["new_size"]),
-            original_size=self._put(sizes["size"]),
-            canvas=canvas,
-            roi_reference_height=self._put(sizes["new_size"][:, 0]),
+            size=put(sizes["new_size"]),
+            original_size=put(sizes["size"]),
+            canvas=put(sizes["canvas"]) if self._programs.masked else None,
+            roi_reference_height=put(sizes["new_size"][:, 0]),
         )
-        return self._program("detect", bucket)(self._variables, inputs)
-
-    def _put(self, array: np.ndarray) -> jax.Array:
-        return jax.device_put(array, None if self.mesh is None else by_rows(self.mesh))
-
-    def _program(self, name: str, bucket: Size, raw: int = 0) -> Callable[..., Any]:
-        """The compiled program, compiled now if it is not there."""
-        key = (name, bucket, raw)
-        if key not in self._programs:
-            with self._memory(bucket):
-                self._programs[key] = self._compile_resize(bucket, raw) if raw else self._compile_model(bucket)
-            give_memory_back()
-        return self._programs[key]
-
-    def _compile_resize(self, bucket: Size, raw: int) -> Callable[..., Any]:
-        config = self.model.transform
-        resize = functools.partial(
-            resize_image,
-            bucket=bucket,
-            mean=config.image_mean,  # pyright: ignore[reportArgumentType]
-            std=config.image_std,  # pyright: ignore[reportArgumentType]
-            dtype=self.model.box_dtype,
-        )
-        sizes = self._abstract((2,), jnp.int32)
-        image = self._abstract((raw, raw, 3), jnp.uint8)
-        return (
-            jax.jit(on_mesh(jax.vmap(resize), self.mesh))
-            .lower(image, sizes, sizes)
-            .compile(compiler_options(self.model.box_dtype))
-        )
-
-    def _compile_model(self, bucket: Size) -> Callable[..., Any]:
-        sizes = self._abstract((2,), jnp.int32)
-        batch = ImageBatch(
-            pixels=self._abstract((*bucket, 3), self.model.box_dtype),  # pyright: ignore[reportArgumentType]
-            size=sizes,  # pyright: ignore[reportArgumentType]
-            original_size=sizes,  # pyright: ignore[reportArgumentType]
-            canvas=sizes if self._masked else None,  # pyright: ignore[reportArgumentType]
-            roi_reference_height=self._abstract((), jnp.int32),  # pyright: ignore[reportArgumentType]
-        )
-
-        run: Callable[..., Any] = functools.partial(detect, self.model)
-        if self.batch_size > 1 and self.mesh is None and jax.default_backend() == "cpu":
-            run = functools.partial(_one_by_one, run)
-        return (
-            jax.jit(on_mesh(run, self.mesh))
-            .lower(self._variables, batch)
-            .compile(compiler_options(self.model.box_dtype))
-        )
-
-    def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        sharding = None if self.mesh is None else by_rows(self.mesh)
-        return jax.ShapeDtypeStruct((self.batch_size, *shape), dtype, sharding=sharding)
-
-    @contextlib.contextmanager
-    def _memory(self, bucket: Size) -> Iterator[None]:
-        try:
-            yield
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
-                raise
-            raise MemoryError(
-                f"out of memory in bucket {bucket[0]}x{bucket[1]} (rows x columns) with batch_size={self.batch_size}: "
-                "make the batch, or the model's min_size and max_size, smaller"
-            ) from error
+        return self._programs.detect(bucket)(inputs)

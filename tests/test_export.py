@@ -13,8 +13,8 @@ import pytest
 from flaxdet import builders
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.predict import detect
+from flaxdet.resize import resize_image
 from flaxdet.structures import ImageBatch
-from flaxdet.transform import resize_image
 from tests.parity.sides import FCOS_NAME, V2_NAME
 
 PLATFORMS = ("cpu", "cuda", "tpu")

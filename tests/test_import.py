@@ -132,6 +132,7 @@ LAYERS = [
     "ops",
     "nn",
     "models",
+    "resize",
     "transform",
     "convert",
     "weights",

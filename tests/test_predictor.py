@@ -141,8 +141,7 @@ def test_on_a_cpu_the_images_of_a_batch_take_turns(fcos):
     temporary = [
         program.memory_analysis().temp_size_in_bytes
         for predictor in (one, four)
-        for (kind, *_), program in predictor._programs.items()
-        if kind == "detect"
+        for program in predictor._programs.detects.values()
     ]
     assert temporary[1] < 1.1 * temporary[0]
 

@@ -14,8 +14,9 @@ from flaxdet.buckets import Size
 from flaxdet.data.augment import choose_min_size, fixed_size_crop, horizontal_flip, scale_jitter
 from flaxdet.data.batches import Batch, EvalPlan, TrainPlan
 from flaxdet.data.coco import Record
+from flaxdet.resize import resize_array
 from flaxdet.structures import TransformConfig
-from flaxdet.transform import canvas_size, resize_array, resized_size
+from flaxdet.transform import canvas_size, resized_size
 
 BucketCanvas = Literal["image", "bucket"]
 

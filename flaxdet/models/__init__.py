@@ -1,7 +1,8 @@
 """The detectors."""
 
 from flaxdet.models.faster_rcnn import FasterRCNN
-from flaxdet.models.fcos import FCOS, FCOSHead
+from flaxdet.models.fcos import FCOS
+from flaxdet.models.fcos_head import FCOSHead
 from flaxdet.models.roi_heads import FastRCNNConvFCHead, FastRCNNPredictor, MultiScaleRoIAlign, TwoMLPHead
 from flaxdet.models.rpn import RPNHead
 

@@ -1,0 +1,113 @@
+"""The two branches of FCOS's head, after torchvision.models.detection.fcos."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jax.nn.initializers import constant
+from jaxtyping import Float
+
+from flaxdet.models.detector import Extents
+from flaxdet.nn.fpn import Features
+from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, mask_beyond, normal_001
+from flaxdet.nn.norm import GroupNorm
+
+HeadOutputs = dict[str, Float[Array, "B hwA _"]]
+
+
+class _Tower(TypedModule):
+    """num_convs x (conv3x3 + GroupNorm(32) + ReLU), then the named 3x3 prediction layers."""
+
+    channels: int
+    num_convs: int
+    outputs: tuple[tuple[str, int, float], ...]  # (name, channels, bias)
+    dtype: Dtype
+    param_dtype: Dtype | None
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, features: Features, extents: Extents) -> dict[str, list[Array]]:
+        options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        conv3x3 = functools.partial(conv, kernel_size=3, kernel_init=normal_001, precision=self.precision, **options)
+        layers = [
+            (conv3x3(self.channels, name=f"conv_{i}"), GroupNorm(name=f"norm_{i}", **options))
+            for i in range(self.num_convs)
+        ]
+        predictions = {
+            name: conv3x3(channels, bias_init=constant(bias), name=name) for name, channels, bias in self.outputs
+        }
+        maps: dict[str, list[Array]] = {name: [] for name in predictions}
+        for name, x in features.items():
+            extent = None if extents is None else extents[name]
+            for layer, norm in layers:
+                x = nn.relu(norm(layer(mask_beyond(x, extent)), extent))
+            x = mask_beyond(x, extent)
+            for output, layer in predictions.items():
+                maps[output].append(layer(x))
+        return maps
+
+
+class FCOSHead(TypedModule):
+    """The classification and the regression branch (torchvision's FCOSHead).
+
+    Attributes:
+        in_channels: channels of the features, and of the branches' convolutions.
+        num_anchors: per location; 1 in FCOS.
+        num_classes: including the background.
+        num_convs: convolutions in each branch.
+        prior_probability: of a positive, which the initial classification bias gives.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
+    """
+
+    in_channels: int
+    num_anchors: int
+    num_classes: int
+    num_convs: int = 4
+    prior_probability: float = 0.01
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype | None = None
+    precision: Precision = None
+
+    @nn.compact
+    def __call__(self, features: Features, extents: Extents = None) -> HeadOutputs:
+        """Applies both branches to every level.
+
+        Args:
+            features: {name: [B, h, w, C]}, finest first.
+            extents: {name: [B, 2] int32} rows and columns of each map that belong to the canvas.
+
+        Returns:
+            {"cls_logits": [B, hwA, k], "bbox_regression": [B, hwA, 4], "bbox_ctrness": [B, hwA, 1]}, levels
+            one after the other, cells by rows; the distances (l, t, r, b) >= 0 in anchor sizes.
+        """
+        tower = functools.partial(
+            _Tower,
+            self.in_channels,
+            self.num_convs,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            precision=self.precision,
+        )
+        prior = -math.log((1 - self.prior_probability) / self.prior_probability)
+        maps = tower(outputs=(("cls_logits", self.num_anchors * self.num_classes, prior),), name="classification_head")(
+            features, extents
+        )
+        maps |= tower(
+            outputs=(("bbox_reg", self.num_anchors * 4, 0.0), ("bbox_ctrness", self.num_anchors, 0.0)),
+            name="regression_head",
+        )(features, extents)
+
+        def flat(levels: list[Array], width: int) -> Array:
+            return jnp.concatenate([x.reshape(x.shape[0], -1, width) for x in levels], axis=1)
+
+        return {
+            "cls_logits": flat(maps["cls_logits"], self.num_classes),
+            "bbox_regression": nn.relu(flat(maps["bbox_reg"], 4)),
+            "bbox_ctrness": flat(maps["bbox_ctrness"], 1),
+        }
