@@ -1,8 +1,9 @@
-"""One saved model that all tests of the command line share, photos, and a way to run a command."""
+"""What all tests of the command line share: one saved model, photos, a way to run a command, what it has written."""
 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -98,3 +99,21 @@ def write_photo() -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "results"
+
+
+@pytest.fixture
+def photo(tmp_path, write_photo):
+    return write_photo(tmp_path / "photos" / "photo.jpg")
+
+
+def results(out) -> dict:
+    return json.loads((out / "detections.json").read_text())
+
+
+def files(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())

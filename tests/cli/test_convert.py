@@ -11,7 +11,7 @@ import pytest
 import flaxdet
 from flaxdet.cli import options
 from flaxdet.convert import read
-from tests.cli.conftest import NAMES
+from tests.cli.conftest import NAMES, files
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +22,6 @@ def pth(weights, tmp_path_factory):
     path = tmp_path_factory.mktemp("pth") / "cells.pth"
     assert main(["convert", str(weights), str(path)]) == 0
     return path
-
-
-def files(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def assert_same_bits(found: dict, expected: dict):

@@ -12,7 +12,7 @@ import pytest
 import flaxdet
 from flaxdet.cli import options
 from flaxdet.data import read_image
-from tests.cli.conftest import NAMES, _load_model
+from tests.cli.conftest import NAMES, _load_model, files
 
 pytest.importorskip("pycocotools")
 
@@ -56,15 +56,6 @@ def write(data, **change):
     path = folder / "val.json"
     path.write_text(json.dumps(content | change))
     return ["eval", "--images", folder / "images", "--annotations", path, "--no-progress"]
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "results"
-
-
-def files(folder) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # What it does

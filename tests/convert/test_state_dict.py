@@ -1,3 +1,5 @@
+"""State_dicts into variables and back: the real models, and every form in which users have them."""
+
 from __future__ import annotations
 
 import subprocess
@@ -10,13 +12,11 @@ import numpy as np
 import pytest
 
 from flaxdet.convert import (
-    CheckpointError,
     StateDictError,
     backbone_from_torchvision,
     from_torchvision,
     identify,
     read,
-    rules,
     to_torchvision,
     write_pth,
     write_safetensors,
@@ -25,48 +25,7 @@ from flaxdet.convert.reference import torchvision
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.models import FCOS, FasterRCNN, FastRCNNConvFCHead, RPNHead
 from flaxdet.nn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7, ResNet
-
-
-class Tiny:
-    """Stands for a detector: some of its modules, with small shapes."""
-
-    def __init__(self, *, frozen: bool = False, dtype=jnp.float32):
-        self.frozen, self.dtype = frozen, dtype
-
-    def init(self, key, batch):
-        assert batch.pixels.ndim == 4
-        kernels = {
-            "backbone/body/conv1": (7, 7, 3, 4),
-            "backbone/fpn/inner_blocks_0/conv": (1, 1, 4, 2),
-            "rpn_head/conv_0": (3, 3, 2, 2),
-            "box_head/fc6": (7 * 7 * 2, 3),
-            "box_predictor/cls_score": (3, 5),
-        }
-        params, stats, sown = {}, {}, {}
-
-        def put(collection, path, shape):
-            *modules, leaf = path.split("/")
-            for module in modules:
-                collection = collection.setdefault(module, {})
-            collection[leaf] = jax.random.normal(key, shape, self.dtype)
-
-        for module, shape in kernels.items():
-            put(params, f"{module}/kernel", shape)
-            put(params, f"{module}/bias", shape[-1:])
-        for leaf in ("scale", "bias", "mean", "var"):
-            in_params = leaf in ("scale", "bias") and not self.frozen
-            put(params if in_params else stats, f"backbone/body/bn1/{leaf}", (4,))
-        put(sown, "backbone/c2", (1, 16, 16, 4))
-        return {"params": params, "batch_stats": stats, "intermediates": sown}
-
-
-def tiny_state(seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    shapes = {row.key: row.shape for row in rules.rules(abstract_variables(Tiny()))}
-    return {
-        key: np.array(7, np.int64) if key.endswith("tracked") else rng.normal(size=shape).astype(dtype)
-        for key, shape in shapes.items()
-    }
+from tests.convert.states import Tiny, renamed, tiny_state
 
 
 def same(a, b) -> bool:
@@ -74,6 +33,9 @@ def same(a, b) -> bool:
         x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     )
+
+
+# --- the real models
 
 
 def fcos(**body) -> FCOS:
@@ -99,9 +61,6 @@ def reference(name: str, **options):
         if tensor.is_floating_point():
             tensor.add_(torch.rand_like(tensor))  # no two alike, zeros and ones included
     return model
-
-
-# --- the real models
 
 
 @pytest.mark.parametrize(
@@ -241,10 +200,6 @@ def test_the_model_decides_the_dtype(x64):
     assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.bfloat16)}
 
 
-def renamed(state, old, new):
-    return {key.replace(old, new): array for key, array in state.items()}
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -262,120 +217,7 @@ def test_what_users_really_have(change):
     assert same(from_torchvision(Tiny(), change(state)), from_torchvision(Tiny(), state))
 
 
-# --- what is not
-
-
-def test_all_faults_in_one_report():
-    state = tiny_state()
-    del state["box_predictor.cls_score.bias".replace("box", "roi_heads.box")]
-    state["extra.weight"] = np.zeros(1, np.float32)
-    state["backbone.fpn.inner_blocks.0.weight"] = state["backbone.fpn.inner_blocks.0.0.weight"]
-    state["backbone.body.conv1.weight"] = np.zeros((4, 3, 3, 3), np.float32)
-    state["backbone.body.bn1.running_var"] = np.array([1, np.nan, np.inf, 2], np.float32)
-    state["rpn.head.conv.0.0.bias"] = np.zeros(2, np.int64)
-    with pytest.raises(StateDictError) as info:
-        from_torchvision(Tiny(), state)
-    assert info.value.faults == {
-        "missing": ["roi_heads.box_predictor.cls_score.bias"],
-        "unexpected": ["extra.weight"],
-        "doubled": ["backbone.fpn.inner_blocks.0.0.weight and backbone.fpn.inner_blocks.0.weight"],
-        "wrong shape": ["backbone.body.conv1.weight: expected [4, 3, 7, 7], found [4, 3, 3, 3]"],
-        "not finite": ["backbone.body.bn1.running_var: 2 of 4 values, as float32"],
-        "wrong type": ["rpn.head.conv.0.0.bias: expected a floating point tensor, found int64"],
-    }
-    lines = str(info.value).splitlines()
-    assert lines[0].startswith(
-        "state_dict does not fit Tiny: 1 missing, 1 unexpected, 1 doubled, 1 wrong shape, 1 not finite, 1 wrong type"
-    )
-    assert len(lines) == 7
-
-
-def test_a_long_report_is_cut_and_complete_in_the_error():
-    state = {"a": np.zeros(1)} | {f"x{i}": np.zeros(1) for i in range(100)}
-    with pytest.raises(StateDictError, match="unexpected: and 93 more") as info:
-        from_torchvision(Tiny(), state)
-    assert len(info.value.faults["unexpected"]) == 101
-    with pytest.raises(StateDictError, match=r"^my file does not fit Tiny: "):
-        from_torchvision(Tiny(), state, source="my file")
-    assert len(str(info.value).splitlines()) < 25
-
-
-def test_doubled_by_a_prefix():
-    state = tiny_state()
-    state["module.rpn.head.conv.0.0.bias"] = state["rpn.head.conv.0.0.bias"]
-    with pytest.raises(StateDictError) as info:
-        from_torchvision(Tiny(), state)
-    assert info.value.faults == {"doubled": ["rpn.head.conv.0.0.bias and module.rpn.head.conv.0.0.bias"]}
-
-
-@pytest.mark.parametrize("value", [3.0, "text", None, [1.0], np.array(["a", "b"]), np.array([True, False])])
-def test_wrong_types(value):
-    with pytest.raises(StateDictError) as info:
-        from_torchvision(Tiny(), tiny_state() | {"rpn.head.conv.0.0.bias": value})
-    (line,) = info.value.faults["wrong type"]
-    assert line.startswith("rpn.head.conv.0.0.bias: expected a floating point tensor, found ")
-    assert info.value.faults.keys() == {"wrong type"}
-
-
-def test_code_in_a_file_is_a_wrong_type(tmp_path):
-    torch = pytest.importorskip("torch")
-
-    class Evil:
-        def __reduce__(self):
-            return exec, (f"open({str(tmp_path / 'witness')!r}, 'w')",)
-
-    state = {key: torch.from_numpy(array) for key, array in tiny_state().items()}
-    for key in ("backbone.body.bn1.weight", "backbone.body.bn1.num_batches_tracked"):
-        torch.save({"model": state | {key: Evil()}, "args": Evil()}, tmp_path / "a.pth")
-        with pytest.raises(StateDictError, match=r"a\.pth does not fit Tiny: 1 wrong type") as info:
-            from_torchvision(Tiny(), tmp_path / "a.pth")
-        (line,) = info.value.faults["wrong type"]
-        assert line.startswith(f"{key}: expected a ")
-        assert line.endswith("builtin__.exec")  # protocol 2 uses Python 2's names
-    assert not (tmp_path / "witness").exists()
-
-
-def test_tensors_without_values():
-    torch = pytest.importorskip("torch")
-    for tensor in (torch.zeros(2, device="meta"), torch.zeros(2).to_sparse()):
-        with pytest.raises(StateDictError, match="found Tensor"):
-            from_torchvision(Tiny(), tiny_state() | {"rpn.head.conv.0.0.bias": tensor})
-
-
-def test_nonfinite_values_can_be_allowed():
-    state = tiny_state(dtype=np.float64)
-    state["rpn.head.conv.0.0.bias"] = np.array([np.nan, 1e300])
-    with pytest.raises(StateDictError, match="2 of 2 values, as float32"):  # one of them by the cast
-        from_torchvision(Tiny(), state)
-    variables = from_torchvision(Tiny(), state, allow_nonfinite=True)
-    np.testing.assert_array_equal(variables["params"]["rpn_head"]["conv_0"]["bias"], [np.nan, np.inf])
-
-
-def test_not_a_state_dict():
-    torch = pytest.importorskip("torch")
-    with pytest.raises(TypeError, match=r"pass model\.state_dict\(\)"):
-        from_torchvision(Tiny(), torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="got int"):
-        from_torchvision(Tiny(), 3)
-    for state in ({}, {"a": 1}, {3: np.zeros(1)}):
-        with pytest.raises(CheckpointError, match="not a state_dict"):
-            from_torchvision(Tiny(), state)
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        from_torchvision(Tiny(), "/nowhere/at/all.pth")
-
-
-def test_variables_of_another_model():
-    variables = from_torchvision(Tiny(), tiny_state())
-    variables["params"]["rpn_head"]["conv_0"]["bias"] = jnp.zeros(3)
-    variables["params"]["rpn_head"]["extra"] = jnp.zeros(3)
-    del variables["batch_stats"]["backbone"]["body"]["bn1"]["mean"]
-    with pytest.raises(StateDictError) as info:
-        to_torchvision(Tiny(), variables)
-    assert info.value.faults == {
-        "missing": ["batch_stats/backbone/body/bn1/mean"],
-        "unexpected": ["params/rpn_head/extra"],
-        "wrong shape": ["params/rpn_head/conv_0/bias: expected [2], found [3]"],
-    }
+# --- what comes out
 
 
 def test_the_result_is_a_copy():
@@ -388,71 +230,6 @@ def test_abstract_variables_hold_no_values():
     abstract = abstract_variables(Tiny())
     assert abstract.keys() == {"params", "batch_stats"}
     assert all(type(leaf) is jax.ShapeDtypeStruct for leaf in jax.tree.leaves(abstract))
-
-
-# --- identify
-
-
-def shapes_of(name: str, group: str = "detection", **options) -> dict[str, np.ndarray]:
-    torch = pytest.importorskip("torch")
-    models = torchvision().models
-    with torch.device("meta"):
-        model = getattr(getattr(models, group) if group else models, name)(**options)
-    return {key: np.broadcast_to(np.float32(0), tensor.shape) for key, tensor in model.state_dict().items()}
-
-
-NOTHING = {"weights": None, "weights_backbone": None}
-
-
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("classes", [2, 91])
-@pytest.mark.parametrize("name", ["fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"])
-def test_identify(name, classes, prefix):
-    state = {prefix + key: array for key, array in shapes_of(name, **NOTHING, num_classes=classes).items()}
-    assert identify(state) == (name, {"num_classes": classes, "frozen_bn": False})
-    frozen = {key: array for key, array in state.items() if not key.endswith("tracked")}
-    assert identify(frozen)[1]["frozen_bn"] == (name == "fcos_resnet50_fpn")
-    old = renamed(renamed(state, "inner_blocks.0.0.", "inner_blocks.0."), "layer_blocks.2.0.", "layer_blocks.2.")
-    assert identify(old) == identify(state)
-
-
-@pytest.mark.parametrize(
-    ("name", "group", "options", "expected"),
-    [
-        (
-            "fasterrcnn_resnet50_fpn",
-            "detection",
-            NOTHING,
-            "fasterrcnn_resnet50_fpn, torchvision's first version",
-        ),
-        ("fasterrcnn_mobilenet_v3_large_fpn", "detection", NOTHING, "a Faster R-CNN with other parts"),
-        ("maskrcnn_resnet50_fpn", "detection", NOTHING, "a Mask R-CNN"),
-        ("maskrcnn_resnet50_fpn_v2", "detection", NOTHING, "a Mask R-CNN"),
-        ("keypointrcnn_resnet50_fpn", "detection", NOTHING, "a Keypoint R-CNN"),
-        ("retinanet_resnet50_fpn", "detection", NOTHING, "a RetinaNet"),
-        ("retinanet_resnet50_fpn_v2", "detection", NOTHING, "a RetinaNet"),
-        ("ssd300_vgg16", "detection", NOTHING, "an SSD"),
-        ("ssdlite320_mobilenet_v3_large", "detection", NOTHING, "an SSDlite"),
-        ("fcn_resnet50", "segmentation", NOTHING, "a segmentation model"),
-        ("deeplabv3_resnet50", "segmentation", NOTHING, "a segmentation model"),
-        ("resnet50", "", {"weights": None}, "a ResNet classifier"),
-        ("vgg11", "", {"weights": None}, "none of torchvision's detectors"),
-    ],
-)
-def test_identify_names_what_it_cannot_take(name, group, options, expected):
-    with pytest.raises(CheckpointError, match=rf"my file: holds {expected}.* expected .*fcos_resnet50_fpn or") as info:
-        identify(shapes_of(name, group, **options), source="my file")
-    assert "\n" not in str(info.value)
-
-
-def test_identify_other_backbones():
-    state = shapes_of("fcos_resnet50_fpn", **NOTHING)
-    deeper = state | {"backbone.body.layer3.6.conv3.weight": np.zeros(1)}
-    with pytest.raises(CheckpointError, match="an FCOS with another backbone"):
-        identify(deeper)
-    state["head.classification_head.cls_logits.weight"] = "text"
-    with pytest.raises(CheckpointError):
-        identify(state)
 
 
 def test_the_converter_imports_no_torch():
