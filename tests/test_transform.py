@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxdet.resize import resize_image
 from flaxdet.structures import TransformConfig
-from flaxdet.transform import resize_image, transform
+from flaxdet.transform import transform
 from tests.tolerances import HAND_F32, PIXELS_BF16, PIXELS_F32, PIXELS_F64, PIXELS_SCALED_F32
 from tests.transforms import SMALL, needs_torch, noise, reference
 

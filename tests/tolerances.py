@@ -23,6 +23,9 @@ OP_F32 = 2e-6  # relative: a handful of operations at 6e-8 each
 ROI_ALIGN_F32 = 3e-5
 ROI_ALIGN_BF16 = 2e-2  # of the largest feature: features and results have 8 bits
 
+# times the plain sum's error, root mean square: 1.3 by experiment, more where XLA orders its sums otherwise
+WINOGRAD_F32 = 2.0
+
 # Training in float64, sampling exhaustive on both sides.
 LOSS_F64 = 1e-9  # relative, and absolute where a loss is zero
 GRADIENT_F64 = 1e-7  # of each tensor's norm: thousands of terms that cancel, through 60 layers

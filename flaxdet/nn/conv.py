@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 Array = jax.Array
+
+# Below these the transforms of maps and kernels cost more than the products they save.
+_WINOGRAD_CELLS = 800
+_WINOGRAD_CHANNELS = 64
 
 
 def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: Any, **kwargs: Any) -> Array:
     """What ``flax.linen.Conv`` calls: ``lax.conv_general_dilated`` for NHWC maps and HWIO kernels.
 
     A plain 1x1 convolution is written as a product over the channels, which XLA:CPU computes more quickly (ResNet-50's
-    body takes a seventh less).
+    body takes a seventh less). Where the program runs on a CPU, plain 3x3 convolutions of large maps in float32 or
+    float64 take Winograd's form with a third fewer multiplications (a detector takes a tenth less), unless a
+    ``precision`` above the default is asked for. Its rounding is 1.3 times that of the plain sum.
 
     Args:
         lhs: [B, H, W, Cin].
@@ -27,9 +35,10 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
         [B, h, w, Cout].
     """
     strides, pads = tuple(window_strides), tuple(tuple(pair) for pair in padding)
+    plain = functools.partial(lax.conv_general_dilated, window_strides=strides, padding=pads, **kwargs)
     dilated = any(tuple(kwargs.get(name) or (1, 1)) != (1, 1) for name in ("lhs_dilation", "rhs_dilation"))
     if dilated or kwargs.get("feature_group_count", 1) != 1:
-        return lax.conv_general_dilated(lhs, rhs, strides, pads, **kwargs)
+        return plain(lhs, rhs)
     precision = kwargs.get("precision")
     if rhs.shape[:2] == (1, 1) and not any(sum(pads, ())):
         if strides != (1, 1):
@@ -37,4 +46,42 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
         # in two dimensions, for the sake of its gradient
         product = lax.dot_general(lhs.reshape(-1, lhs.shape[-1]), rhs[0, 0], (((1,), (0,)), ((), ())), precision)
         return product.reshape(*lhs.shape[:-1], -1)
-    return lax.conv_general_dilated(lhs, rhs, strides, pads, **kwargs)
+    if (
+        (rhs.shape[:2], strides, pads) == ((3, 3), (1, 1), ((1, 1), (1, 1)))
+        and lhs.shape[1] * lhs.shape[2] >= _WINOGRAD_CELLS
+        and min(rhs.shape[2:]) >= _WINOGRAD_CHANNELS
+        and lhs.dtype in (jnp.float32, jnp.float64)
+        and _is_default(precision)
+    ):
+        return lax.platform_dependent(lhs, rhs, cpu=functools.partial(_winograd, **kwargs), default=plain)
+    return plain(lhs, rhs)
+
+
+def _is_default(precision: Any) -> bool:
+    asked = jax.config.jax_default_matmul_precision if precision is None else precision  # pyright: ignore
+    return asked in (None, "default", lax.Precision.DEFAULT, (lax.Precision.DEFAULT,) * 2)
+
+
+def _winograd(x: Array, kernel: Array, **kwargs: Any) -> Array:
+    """A 3x3 convolution of stride 1, padded by 1: F(2, 3) along the columns, each of its four products a 3x1 one.
+
+    Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308). In both directions XLA:CPU
+    gains no more, since more maps pass through memory; F(4, 3) triples the rounding.
+    """
+    # each kernel transformed when its map is there: else XLA holds those of all layers at once
+    x, kernel = lax.optimization_barrier((x, kernel))
+    width = x.shape[2]
+    pairs = -(-width // 2)
+    zero = jnp.zeros((), x.dtype)
+    x = lax.pad(x, zero, ((0, 0, 0), (0, 0, 0), (1, 2 * pairs + 1 - width, 0), (0, 0, 0)))
+    d0, d1, d2, d3 = (lax.slice_in_dim(x, i, i + 2 * pairs - 1, 2, axis=2) for i in range(4))
+    g0, g1, g2 = (kernel[:, i : i + 1] for i in range(3))
+    half = jnp.asarray(0.5, kernel.dtype)
+    conv = functools.partial(lax.conv_general_dilated, window_strides=(1, 1), padding=((1, 1), (0, 0)), **kwargs)
+    m0 = conv(d0 - d2, g0)
+    m1 = conv(d1 + d2, (g0 + g1 + g2) * half)
+    m2 = conv(d2 - d1, (g0 - g1 + g2) * half)
+    m3 = conv(d1 - d3, g2)
+    even, odd = m0 + m1 + m2, m1 - m2 - m3
+    columns = [lax.pad(y, zero, ((0, 0, 0), (0, 0, 0), (i, 1 - i, 1), (0, 0, 0))) for i, y in enumerate((even, odd))]
+    return (columns[0] + columns[1])[:, :, :width]

@@ -1,6 +1,8 @@
-"""The convolution's quick forms against lax's own, values and gradients."""
+"""The convolution's quick forms against lax's own, values and gradients, and where each is taken."""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,25 +11,31 @@ import pytest
 from jax import lax
 
 from flaxdet.nn.conv import conv_general_dilated
-from tests.tolerances import OP_F64
+from tests.tolerances import OP_F64, WINOGRAD_F32
 
 CASES = {
-    "1x1": (1, 1, (3, 5), 1),
-    "1x1 of stride 2": (1, 2, (3, 5), 1),
-    "3x3": (3, 1, (8, 12), 1),
-    "3x3 of stride 2": (3, 2, (12, 8), 1),
-    "groups": (3, 1, (4, 8), 2),
+    "1x1": (1, 1, (3, 5), 1, (6, 9)),
+    "1x1 of stride 2": (1, 2, (3, 5), 1, (6, 9)),
+    "3x3": (3, 1, (8, 12), 1, (6, 9)),
+    "3x3 of stride 2": (3, 2, (12, 8), 1, (6, 9)),
+    "groups": (3, 1, (4, 8), 2, (6, 9)),
+    "Winograd, even width": (3, 1, (64, 72), 1, (20, 40)),
+    "Winograd, odd width": (3, 1, (72, 64), 1, (28, 29)),
+    "Winograd, one column": (3, 1, (64, 64), 1, (800, 1)),
 }
+# NHWC maps and HWIO kernels, as flax.linen.Conv asks for them
+LAYOUT = ("NHWC", "HWIO", "NHWC")
+PLAIN_3X3 = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1)), "dimension_numbers": LAYOUT}
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients(case, x64):
-    size, stride, (channels, out), groups = CASES[case]
+    size, stride, (channels, out), groups, shape = CASES[case]
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 6, 9, channels)))
+    x = jnp.asarray(rng.normal(size=(2, *shape, channels)))
     kernel = jnp.asarray(rng.normal(size=(size, size, channels // groups, out)))
     padding = ((size // 2, size // 2),) * 2
-    options = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": groups}
+    options = {"dimension_numbers": LAYOUT, "feature_group_count": groups}
     weights = jnp.asarray(rng.normal(size=lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, **options).shape))
 
     def value_and_gradients(function, x, kernel):
@@ -39,4 +47,55 @@ def test_values_and_gradients(case, x64):
     expected = value_and_gradients(lax.conv_general_dilated, x, kernel)
     found = value_and_gradients(conv_general_dilated, x, kernel)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=OP_F64, atol=OP_F64 * np.abs(b).max() * 100)
+
+
+def maps(*shape: int, dtype: str = "float32") -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+
+
+def convolutions(x: jax.Array, kernel: jax.Array, platform: str = "cpu", **options) -> int:
+    """How many XLA is asked for."""
+    function = functools.partial(conv_general_dilated, **PLAIN_3X3, **options)
+    lowered = jax.jit(function).trace(x, kernel).lower(lowering_platforms=(platform,))
+    return lowered.as_text().count("stablehlo.convolution")
+
+
+def test_winograd_on_cpus_alone_for_large_maps():
+    x, kernel = maps(1, 25, 32, 64), maps(3, 3, 64, 64)
+    assert convolutions(x, kernel) == 4
+    assert [convolutions(x, kernel, platform) for platform in ("cuda", "tpu")] == [1, 1]
+    assert convolutions(x[:, :24], kernel) == 1
+    assert convolutions(x[..., :63], kernel[:, :, :63]) == 1
+    assert convolutions(x, kernel[..., :63]) == 1
+    assert convolutions(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)) == 1
+
+
+def test_a_higher_precision_takes_the_plain_sum():
+    x, kernel = maps(1, 25, 32, 64), maps(3, 3, 64, 64)
+    assert convolutions(x, kernel, precision=lax.Precision.DEFAULT) == 4
+    assert convolutions(x, kernel, precision=lax.Precision.HIGHEST) == 1
+    assert convolutions(x, kernel, precision=(lax.Precision.HIGHEST, lax.Precision.HIGHEST)) == 1
+    with jax.default_matmul_precision("highest"):
+        assert convolutions(x, kernel) == 1
+
+
+def test_winograd_rounds_little_more_than_the_plain_sum(x64):
+    x, kernel = maps(1, 40, 50, 256, dtype="float64"), maps(3, 3, 256, 256, dtype="float64")
+    truth = lax.conv_general_dilated(x, kernel, **PLAIN_3X3)
+    small = x.astype(jnp.float32), kernel.astype(jnp.float32)
+    plain, quick = (
+        jnp.sqrt(jnp.mean((function(*small, **PLAIN_3X3).astype(truth.dtype) - truth) ** 2))
+        for function in (lax.conv_general_dilated, conv_general_dilated)
+    )
+    assert 0 < quick < WINOGRAD_F32 * plain
+
+
+def test_winograd_forward_mode(x64):
+    x, kernel = maps(1, 25, 33, 64, dtype="float64"), maps(3, 3, 64, 64, dtype="float64")
+    found, expected = (
+        jax.jvp(functools.partial(function, **PLAIN_3X3), (x, kernel), (jnp.cos(x), jnp.sin(kernel)))
+        for function in (conv_general_dilated, lax.conv_general_dilated)
+    )
+    for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=OP_F64, atol=OP_F64 * np.abs(b).max() * 100)
