@@ -71,15 +71,6 @@ def test_winograd_on_cpus_alone_for_large_maps():
     assert convolutions(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)) == 1
 
 
-def test_a_higher_precision_takes_the_plain_sum():
-    x, kernel = maps(1, 25, 32, 64), maps(3, 3, 64, 64)
-    assert convolutions(x, kernel, precision=lax.Precision.DEFAULT) == 4
-    assert convolutions(x, kernel, precision=lax.Precision.HIGHEST) == 1
-    assert convolutions(x, kernel, precision=(lax.Precision.HIGHEST, lax.Precision.HIGHEST)) == 1
-    with jax.default_matmul_precision("highest"):
-        assert convolutions(x, kernel) == 1
-
-
 def test_winograd_rounds_little_more_than_the_plain_sum(x64):
     x, kernel = maps(1, 40, 50, 256, dtype="float64"), maps(3, 3, 256, 256, dtype="float64")
     truth = lax.conv_general_dilated(x, kernel, **PLAIN_3X3)
