@@ -78,8 +78,8 @@ def export(
         The content of signature.json.
 
     Raises:
-        ValueError: for a bucket that is not a multiple of 32, sizes below 1, or a model whose canvases are no
-            multiples of 32.
+        ValueError: for a bucket that is not a multiple of 32, sizes below 1, no platform or an unknown one, or a model
+            whose canvases are no multiples of 32.
         OSError: if the folder can't be written.
     """
     from tqdm import tqdm
@@ -92,11 +92,12 @@ def export(
         )
     if raw_size < 1 or not all(size >= 1 for size in batch_sizes or ()):
         raise ValueError(f"raw_size and batch_sizes should be at least 1, got {raw_size} and {batch_sizes}")
+    if not platforms or not {*platforms} <= {*PLATFORMS, "rocm"}:
+        raise ValueError(f'platforms should be some of "cpu", "cuda", "rocm" and "tpu", got {tuple(platforms)}')
     if fold:
         model, variables = fold_batch_norm(model, variables)  # pyright: ignore[reportArgumentType, reportAssignmentType]
     weights = flat_weights(variables)
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     batches: list[Any] = list(batch_sizes) if batch_sizes else [jax.export.symbolic_shape("batch")[0]]
     programs = []
     for bucket, batch in tqdm(
@@ -111,6 +112,7 @@ def export(
         fixed = batch if isinstance(batch, int) else None
         name = f"detect-{bucket[0]}x{bucket[1]}{'' if fixed is None else f'-batch{fixed}'}.stablehlo"
         content = bytes(exported.serialize())
+        folder.mkdir(parents=True, exist_ok=True)  # not before there is something to write
         with replacing(folder / name) as file:
             file.write(content)
         programs.append({"file": name, "bucket": list(bucket), "batch": fixed, "sha256": _hash(content)})

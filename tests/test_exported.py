@@ -194,9 +194,21 @@ def test_bad_images(artifact):
         ({"buckets": [(64, 97)]}, "should be multiples of 32"),
         ({"raw_size": 0}, "should be at least 1, got 0"),
         ({"batch_sizes": (0,)}, "should be at least 1"),
+        ({"platforms": ["cpu", "gpu"]}, r"should be some of .*, got \('cpu', 'gpu'\)"),
+        ({"platforms": []}, r"should be some of .*, got \(\)"),
     ],
 )
 def test_bad_options(artifact, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         flaxdet.export(tmp_path / "none", *artifact[1:], **options)
+    assert not (tmp_path / "none").exists()
+
+
+def test_nothing_is_written_before_a_program_is_there(artifact, tmp_path, monkeypatch):
+    def no_export(*args, **options):
+        raise ModuleNotFoundError("No module named 'flatbuffers'")
+
+    monkeypatch.setattr(jax.export, "export", no_export)
+    with pytest.raises(ModuleNotFoundError):
+        flaxdet.export(tmp_path / "none", *artifact[1:])
     assert not (tmp_path / "none").exists()

@@ -2,7 +2,8 @@
 
     python wheel_check.py
 
-Builds a small detector, writes it as torchvision's file and as our own, reads both back, and detects.
+Builds a small detector, writes it as torchvision's file and as our own, reads both back, and detects; exports it and
+runs that. So it finds a dependency that only an extra brings.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def check_installation() -> None:
 
 
 def check_models(folder: Path) -> None:
-    """A model goes through both kinds of file unchanged and detects."""
+    """A model goes through both kinds of file unchanged and detects, and so does its export."""
     model, variables = flaxdet.fcos_resnet50_fpn(
         num_classes=4, weights_backbone=None, min_size=64, max_size=96, score_thresh=0.01
     )
@@ -56,6 +57,11 @@ def check_models(folder: Path) -> None:
         (found,) = flaxdet.predict(again, restored, [image])
         for name in expected:
             np.testing.assert_array_equal(found[name], expected[name])
+
+    flaxdet.export(folder / "exported", model, variables, buckets=[(96, 96)], raw_size=96, platforms=["cpu"])
+    (found,) = flaxdet.load_exported(folder / "exported")([image])
+    assert found["boxes"].shape[1] == 4
+    assert len(found["boxes"]) > 0
 
 
 def check_command() -> None:
