@@ -22,6 +22,8 @@ CASES = {
     "Winograd, even width": (3, 1, (64, 72), 1, (20, 40)),
     "Winograd, odd width": (3, 1, (72, 64), 1, (28, 29)),
     "Winograd, one column": (3, 1, (64, 64), 1, (800, 1)),
+    "few outputs": (3, 1, (40, 4), 1, (6, 9)),
+    "one output, one row": (3, 1, (10, 1), 1, (1, 9)),
 }
 # NHWC maps and HWIO kernels, as flax.linen.Conv asks for them
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -68,6 +70,14 @@ def test_winograd_on_cpus_alone_for_large_maps():
     assert convolutions(x[:, :24], kernel) == 1
     assert convolutions(x[..., :63], kernel[:, :, :63]) == 1
     assert convolutions(x, kernel[..., :63]) == 1
+    assert convolutions(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)) == 1
+
+
+def test_few_outputs_by_a_product_on_cpus_alone():
+    x, kernel = maps(1, 25, 32, 64), maps(3, 3, 64, 7)
+    assert convolutions(x, kernel) == 0
+    assert [convolutions(x, kernel, platform) for platform in ("cuda", "tpu")] == [1, 1]
+    assert convolutions(x[..., :63], kernel[:, :, :63]) == 1
     assert convolutions(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)) == 1
 
 
