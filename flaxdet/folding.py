@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from flaxdet.models.faster_rcnn import FasterRCNN
@@ -88,9 +87,9 @@ def _fold(params: dict[str, Any], conv: str, norm: str, stats: dict[str, Any]) -
     except KeyError as error:
         raise ValueError(f"variables don't fit the model: no {error} beside {conv} and {norm}") from None
     factor = scale / np.sqrt(var + _EPSILON)
-    params[conv] = {
-        "kernel": jnp.asarray(np.asarray(kernel, np.float64) * factor, kernel.dtype),
-        "bias": jnp.asarray(bias - mean * factor, kernel.dtype),
+    params[conv] = {  # arrays by device_put, since jnp.asarray compiles a program for each shape
+        "kernel": jax.device_put((np.asarray(kernel, np.float64) * factor).astype(kernel.dtype)),
+        "bias": jax.device_put((bias - mean * factor).astype(kernel.dtype)),
     }
 
 

@@ -41,6 +41,21 @@ def x64():
         yield
 
 
+@pytest.fixture
+def compiled():
+    """A list that gets an entry for each program that XLA compiles during the test, none being compiled before."""
+    jax.clear_caches()
+    entries = []
+
+    def note(event: str, duration_secs: float, **kwargs: object) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            entries.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield entries
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of data and checkpoints that lies beside a developer's checkout."""

@@ -8,6 +8,7 @@ import pytest
 
 import flaxdet
 from flaxdet.convert import verify
+from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.nn import ResNet
 from flaxdet.predict import jitted_detect, unpad
 from flaxdet.transform import transform
@@ -52,6 +53,13 @@ def test_every_batch_norm_of_the_builders_goes(name, frozen):
     expected = jax.eval_shape(folded.init, jax.random.key(0), example_batch())
     assert jax.tree.map(np.shape, fewer) == jax.tree.map(np.shape, dict(expected))
     assert jax.tree.map(lambda leaf: leaf.dtype, fewer) == jax.tree.map(lambda leaf: leaf.dtype, dict(expected))
+
+
+def test_nothing_is_compiled(compiled):
+    model = tiny_model(FCOS_NAME)
+    variables = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), abstract_variables(model))
+    flaxdet.fold_batch_norm(model, variables)
+    assert compiled == []
 
 
 def test_parts_of_another_kind_keep_theirs():

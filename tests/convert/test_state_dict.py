@@ -226,6 +226,13 @@ def test_the_result_is_a_copy():
     assert not (variables["params"]["rpn_head"]["conv_0"]["bias"] == 9).any()
 
 
+def test_nothing_is_compiled(compiled):
+    from_torchvision(Tiny(), tiny_state())
+    assert compiled == []
+    jax.jit(lambda: 0)()
+    assert len(compiled) == 1
+
+
 def test_abstract_variables_hold_no_values():
     abstract = abstract_variables(Tiny())
     assert abstract.keys() == {"params", "batch_stats"}
