@@ -268,5 +268,6 @@ def _convert(
         strange = faults["missing"] or faults["unexpected"] or faults["wrong shape"]
         known_as = describe(state) if strange else None
         raise StateDictError(message, faults, f"; it holds {known_as}" if known_as else "")
-    # not jnp.asarray, which compiles a program for each shape, and keeps it: 40 MB, half a second
+    # The leaves are copies that nobody else holds, so device_put may keep their memory. jnp.asarray would compile a
+    # program for each shape, and keep it: 40 MB, half a second.
     return {at: jax.device_put(leaf) for at, leaf in flat.items()}

@@ -87,7 +87,7 @@ def _fold(params: dict[str, Any], conv: str, norm: str, stats: dict[str, Any]) -
     except KeyError as error:
         raise ValueError(f"variables don't fit the model: no {error} beside {conv} and {norm}") from None
     factor = scale / np.sqrt(var + _EPSILON)
-    params[conv] = {  # arrays by device_put, since jnp.asarray compiles a program for each shape
+    params[conv] = {  # not by jnp.asarray, which compiles a program for each shape
         "kernel": jax.device_put((np.asarray(kernel, np.float64) * factor).astype(kernel.dtype)),
         "bias": jax.device_put((bias - mean * factor).astype(kernel.dtype)),
     }
