@@ -13,8 +13,8 @@ from jaxtyping import Float
 
 from flaxdet.models.detector import Extents
 from flaxdet.nn.fpn import Features
-from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, mask_beyond, normal_001
-from flaxdet.nn.norm import GroupNorm
+from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, kept, normal_001, recomputed
+from flaxdet.nn.norm import Affine, GroupNorm, apply_affine, masked_conv, norm_affine
 
 HeadOutputs = dict[str, Float[Array, "B hwA _"]]
 
@@ -40,15 +40,20 @@ class _Tower(TypedModule):
         predictions = {
             name: conv3x3(channels, bias_init=constant(bias), name=name) for name, channels, bias in self.outputs
         }
-        maps: dict[str, list[Array]] = {name: [] for name in predictions}
-        for name, x in features.items():
-            extent = None if extents is None else extents[name]
-            for layer, norm in layers:
-                x = nn.relu(norm(layer(mask_beyond(x, extent)), extent))
-            x = mask_beyond(x, extent)
-            for output, layer in predictions.items():
-                maps[output].append(layer(x))
-        return maps
+        maps = list(features.values())
+        extent_of = [None] * len(maps) if extents is None else [extents[name] for name in features]
+        affines: list[Affine] = []  # of the last norm, which the next convolution applies
+
+        def convolve(layer: nn.Module, maps: list[Array], affines: list[Affine]) -> list[Array]:
+            if affines:
+                maps = [nn.relu(apply_affine(x, affine, x.dtype)) for x, affine in zip(maps, affines, strict=True)]
+            return [masked_conv(layer, x, extent) for x, extent in zip(maps, extent_of, strict=True)]
+
+        for layer, norm in layers:
+            maps = recomputed(convolve)(layer, maps, affines)
+            maps = [kept(x) for x in maps]  # else XLA:CPU keeps them without their bias too
+            affines = [norm_affine(norm, x, extent, train=False) for x, extent in zip(maps, extent_of, strict=True)]
+        return {name: recomputed(convolve)(layer, maps, affines) for name, layer in predictions.items()}
 
 
 class FCOSHead(TypedModule):

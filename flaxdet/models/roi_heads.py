@@ -14,8 +14,8 @@ from jaxtyping import Bool, Float, Int
 
 from flaxdet.models.detector import feature_extents, gather_detections, per_image
 from flaxdet.nn.fpn import Features
-from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, kaiming_normal_fan_out, linear
-from flaxdet.nn.norm import BatchNorm
+from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, kaiming_normal_fan_out, linear, recomputed
+from flaxdet.nn.norm import BatchNorm, activated_conv, apply_affine
 from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
 from flaxdet.ops.roi_align import multiscale_roi_align
@@ -175,8 +175,9 @@ class FastRCNNConvFCHead(TypedModule):
             [R, fc_layers[-1]].
         """
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        affine = None  # of the last norm, which the next layer applies
         for i, features in enumerate(self.conv_layers):
-            x = conv(
+            layer = conv(
                 features,
                 3,
                 use_bias=not self.use_norm,
@@ -184,12 +185,14 @@ class FastRCNNConvFCHead(TypedModule):
                 precision=self.precision,
                 name=f"conv_{i}",
                 **options,
-            )(x)
+            )
+            x = layer(x) if i == 0 else recomputed(activated_conv)(layer, x, affine, None)
             if self.use_norm:
                 cells = None if mask is None else jnp.broadcast_to(mask[:, None, None], x.shape[:3])
                 norm = BatchNorm(name=f"norm_{i}", **options)
-                x = norm(x, train=train and not self.freeze_bn, mask=cells)
-            x = nn.relu(x)
+                affine = norm.affine(x, train=train and not self.freeze_bn, mask=cells)
+        if self.conv_layers:
+            x = nn.relu(apply_affine(x, affine, x.dtype))
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate(self.fc_layers):
             x = linear(features, x.shape[-1], precision=self.precision, name=f"fc_{i}", **options)(x)

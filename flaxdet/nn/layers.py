@@ -6,6 +6,7 @@ lies beyond it must not be seen, so every spatial convolution reads zeros there:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -130,6 +131,33 @@ def linear(
         precision=precision,
         name=name,
     )
+
+
+def recomputed(function: Callable[..., Any], lift: Callable[..., Any] = nn.remat) -> Callable[..., Any]:
+    """``lift(function)`` where the default backend is a CPU; elsewhere, where it wasn't measured, the function itself.
+
+    For the way from a norm to the next convolution. Its gradient needs the convolution's input, which XLA:CPU keeps
+    beside the norm's; fetching the memory for a second map takes longer than computing it again. Under a jit of one's
+    own it takes ``flaxdet.compiler_options()``, else XLA undoes it.
+
+    Args:
+        function: ``(module, ...)`` for ``nn.remat``.
+        lift: ``jax.checkpoint`` for a function without a module.
+    """
+    return lift(function) if jax.default_backend() == "cpu" else function
+
+
+@jax.custom_jvp
+def kept(x: Array) -> Array:
+    """``x``; where a CPU takes a gradient, both lie behind barriers: XLA keeps them, not what it has them from."""
+    return x
+
+
+@kept.defjvp
+def _kept_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    if jax.default_backend() != "cpu":
+        return primals[0], tangents[0]
+    return lax.optimization_barrier(primals[0]), lax.optimization_barrier(tangents[0])
 
 
 def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 from jax.nn.initializers import ones, zeros
 from jaxtyping import Bool, Float, Int
 
-from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, inside
+from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, inside, mask_beyond
+
+# What a norm does to its input, a factor and a shift for each channel (GroupNorm: and image); None for no norm.
+Affine = tuple[Array, Array] | None
 
 
-def _affine(x: Array, scale: Array, shift: Array, dtype: Dtype) -> Array:
-    """x * scale + shift with the per-channel factors rounded once, to the compute dtype."""
-    shape = (1,) * (x.ndim - scale.ndim) + scale.shape
-    return x.astype(dtype) * scale.astype(dtype).reshape(shape) + shift.astype(dtype).reshape(shape)
+def apply_affine(x: Array, affine: Affine, dtype: Dtype) -> Array:
+    """x * factor + shift, computed in the dtype of the two and returned in ``dtype``."""
+    if affine is None:
+        return x
+    factor, shift = (each.reshape((1,) * (x.ndim - each.ndim) + each.shape) for each in affine)
+    return (x.astype(factor.dtype) * factor + shift).astype(dtype)
 
 
 class BatchNorm(TypedModule):
@@ -36,7 +43,6 @@ class BatchNorm(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
 
-    @nn.compact
     def __call__(
         self,
         x: Float[Array, "... C"],
@@ -57,6 +63,11 @@ class BatchNorm(TypedModule):
         Raises:
             ValueError: in training with a single value a channel, as torch.
         """
+        return apply_affine(x, self.affine(x, train=train, mask=mask), self.dtype)
+
+    @nn.compact
+    def affine(self, x: Array, *, train: bool = False, mask: Array | None = None) -> tuple[Array, Array]:
+        """What ``__call__`` does to ``x``, with its arguments: factor and shift, [C] each in ``dtype``."""
         features = (x.shape[-1],)
         wide = at_least_float32(self.dtype)
         scale = self.param("scale", ones, features, self.param_dtype)
@@ -75,7 +86,7 @@ class BatchNorm(TypedModule):
                     moved = (1 - self.momentum) * running.value.astype(wide) + self.momentum * new
                     running.value = lax.stop_gradient(moved.astype(running.value.dtype))
         factor = scale.astype(wide) * lax.rsqrt(var + self.eps)
-        return _affine(x, factor, bias.astype(wide) - mean * factor, self.dtype)
+        return factor.astype(self.dtype), (bias.astype(wide) - mean * factor).astype(self.dtype)
 
 
 def _batch_statistics(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
@@ -109,7 +120,6 @@ class FrozenBatchNorm(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
 
-    @nn.compact
     def __call__(
         self,
         x: Float[Array, "... C"],
@@ -127,6 +137,11 @@ class FrozenBatchNorm(TypedModule):
         Returns:
             [..., C] in ``dtype``.
         """
+        return apply_affine(x, self.affine(x, train=train, mask=mask), self.dtype)
+
+    @nn.compact
+    def affine(self, x: Array, *, train: bool = False, mask: Array | None = None) -> tuple[Array, Array]:
+        """The map: factor and shift, [C] each in ``dtype``."""
         del train, mask
         features = (x.shape[-1],)
         wide = at_least_float32(self.dtype)
@@ -140,7 +155,7 @@ class FrozenBatchNorm(TypedModule):
             )
         )
         factor = scale * lax.rsqrt(var + self.eps)
-        return _affine(x, factor, bias - mean * factor, self.dtype)
+        return factor.astype(self.dtype), (bias - mean * factor).astype(self.dtype)
 
 
 class GroupNorm(TypedModule):
@@ -158,7 +173,6 @@ class GroupNorm(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
 
-    @nn.compact
     def __call__(self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None) -> Float[Array, "B h w C"]:
         """Normalises each image's groups of channels.
 
@@ -172,6 +186,11 @@ class GroupNorm(TypedModule):
         Raises:
             ValueError: if the groups don't divide the channels.
         """
+        return apply_affine(x, self.affine(x, extent), self.dtype)
+
+    @nn.compact
+    def affine(self, x: Array, extent: Array | None = None) -> tuple[Array, Array]:
+        """What ``__call__`` does to ``x``: factor and shift, [B, 1, 1, C] each in float32 (float64 in float64)."""
         batch, height, width, channels = x.shape
         if channels % self.num_groups:
             raise ValueError(f"num_groups={self.num_groups} should divide the {channels} channels")
@@ -195,16 +214,31 @@ class GroupNorm(TypedModule):
         var = group_mean(jnp.square(wide - mean[:, None, None]))
         factor = scale.astype(wide.dtype)[None] * lax.rsqrt(var + self.eps)
         shift = bias.astype(wide.dtype)[None] - mean * factor
-        return (wide * factor[:, None, None] + shift[:, None, None]).astype(self.dtype)
+        return factor[:, None, None], shift[:, None, None]
 
 
 def apply_norm(norm: nn.Module | None, x: Array, extent: Array | None, *, train: bool) -> Array:
     """Applies any norm above to a map [B, h, w, C] inside its extent; ``None`` is the identity."""
+    return x if norm is None else apply_affine(x, norm_affine(norm, x, extent, train=train), norm.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def norm_affine(norm: Any, x: Array, extent: Array | None, *, train: bool) -> Affine:
+    """What any norm above does to a map [B, h, w, C] inside its extent, for ``apply_affine``."""
     if norm is None:
-        return x
+        return None
     if isinstance(norm, GroupNorm):
-        return norm(x, extent)
+        return norm.affine(x, extent)
     mask = None
     if train and extent is not None:
         mask = inside(extent, x.shape[1:3])
-    return norm(x, train=train, mask=mask)
+    return norm.affine(x, train=train, mask=mask)
+
+
+def masked_conv(layer: Any, x: Array, extent: Array | None) -> Array:
+    """A convolution (``nn.Conv``) of a map [B, h, w, C], zero beyond its extent for kernels that see neighbours."""
+    return layer(x if layer.kernel_size == (1, 1) else mask_beyond(x, extent))
+
+
+def activated_conv(layer: Any, x: Array, affine: Affine, extent: Array | None) -> Array:
+    """The same of ReLU(norm(x)), the norm given by what it does; for ``recomputed``."""
+    return masked_conv(layer, nn.relu(apply_affine(x, affine, x.dtype)), extent)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
@@ -19,10 +20,18 @@ from flaxdet.nn.layers import (
     conv,
     kaiming_normal_fan_out,
     level_extent,
-    mask_beyond,
     max_pool_3x3,
+    recomputed,
 )
-from flaxdet.nn.norm import BatchNorm, FrozenBatchNorm, apply_norm
+from flaxdet.nn.norm import (
+    BatchNorm,
+    FrozenBatchNorm,
+    activated_conv,
+    apply_affine,
+    apply_norm,
+    masked_conv,
+    norm_affine,
+)
 
 STAGE_SIZES = {
     18: (2, 2, 2, 2),
@@ -41,20 +50,20 @@ class _Block(nn.Module):
     convs: tuple[tuple[int, int, int], ...]
     conv: Callable[..., nn.Module]
     norm: Callable[..., nn.Module | None]
+    recompute: Callable[[Callable[..., Any]], Callable[..., Any]]
 
     @nn.compact
     def __call__(self, x: Array, extent: Array | None, out_extent: Array | None, train: bool) -> Array:
         residual = x
         seen = extent
+        affine = None  # of the last norm, which the next convolution applies
         for i, (kernel_size, strides, factor) in enumerate(self.convs, start=1):
-            if kernel_size > 1:
-                x = mask_beyond(x, seen)
-            x = self.conv(self.features * factor, kernel_size, strides=strides, name=f"conv{i}")(x)
+            layer = self.conv(self.features * factor, kernel_size, strides=strides, name=f"conv{i}")
+            x = masked_conv(layer, x, seen) if i == 1 else self.recompute(activated_conv)(layer, x, affine, seen)
             if strides > 1:
                 seen = out_extent
-            x = apply_norm(self.norm(name=f"bn{i}"), x, seen, train=train)
-            if i < len(self.convs):
-                x = nn.relu(x)
+            affine = norm_affine(self.norm(name=f"bn{i}"), x, seen, train=train)
+        x = apply_affine(x, affine, x.dtype)
         if residual.shape[-1] != x.shape[-1] or self.strides > 1:
             residual = self.conv(x.shape[-1], 1, strides=self.strides, name="downsample_conv")(residual)
             residual = apply_norm(self.norm(name="downsample_bn"), residual, out_extent, train=train)
@@ -134,15 +143,18 @@ class ResNet(TypedModule):
             norm = _no_norm
         norm_train = train and not self.freeze_bn
         # the blocks are named below, so their variables have the same paths either way
-        block = nn.remat(_Block, static_argnums=(4,)) if self.remat else _Block  # pyright: ignore[reportArgumentType]
+        block, recompute = _Block, recomputed
+        if self.remat:  # then not its parts once more
+            block, recompute = nn.remat(_Block, static_argnums=(4,)), lambda function: function  # pyright: ignore[reportArgumentType]
         bucket = pixels.shape[1:3]
 
         def extent(x: Array) -> Array | None:
             return level_extent(canvas, bucket, x.shape[1:3])
 
         x = conv_(64, 7, strides=2, name="conv1")(pixels.astype(self.dtype))
-        x = nn.relu(apply_norm(norm(name="bn1"), x, extent(x), train=norm_train))
-        x = max_pool_3x3(x)
+        affine = norm_affine(norm(name="bn1"), x, extent(x), train=norm_train)
+        pooled = recomputed(lambda x, affine: max_pool_3x3(nn.relu(apply_affine(x, affine, x.dtype))), jax.checkpoint)
+        x = pooled(x, affine)
 
         stages = {}
         for stage, blocks in enumerate(STAGE_SIZES[self.depth], start=1):
@@ -152,6 +164,7 @@ class ResNet(TypedModule):
                 convs = ((3, strides, 1), (3, 1, 1)) if self.depth < 50 else ((1, 1, 1), (3, strides, 1), (1, 1, 4))
                 before = extent(x)
                 after = before if strides == 1 or before is None else -(-before // 2)
-                x = block(features, strides, convs, conv_, norm, name=f"layer{stage}_{i}")(x, before, after, norm_train)
+                layer = block(features, strides, convs, conv_, norm, recompute, name=f"layer{stage}_{i}")
+                x = layer(x, before, after, norm_train)
             stages[f"c{stage + 1}"] = x
         return stages

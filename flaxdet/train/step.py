@@ -68,6 +68,8 @@ def make_train_step(
         (loss, (losses, batch_stats)), gradients = loss_and_gradients(
             model, trained, frozen, state.batch_stats, images, targets, key, loss_weights=loss_weights
         )
+        if jax.default_backend() == "cpu":  # else XLA copies each parameter that a gradient might yet read
+            gradients = jax.lax.optimization_barrier(gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, trained)
         params = merge(optax.apply_updates(trained, updates), frozen)  # pyright: ignore[reportArgumentType]
         new = state.replace(  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -283,3 +284,14 @@ def test_bad_input():
         )
     with pytest.raises(ValueError, match="the mask should have the structure of the parameters"):
         create_state(Toy(), toy_variables(), optax.sgd(0.1), key=jax.random.key(0), trainable={"bn": True})
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA:CPU would copy")
+def test_parameters_are_updated_in_place():
+    """XLA copied nearly each, since a gradient might still have read it after its update."""
+    model, tx = tiny_model(FCOS_NAME), sgd(0.1, momentum=0.9)
+    state = create_state(model, tiny_variables(model), tx, key=jax.random.key(0))
+    program: Any = make_train_step(model, tx)
+    text = program.lower(state, random_batch(2)).compile().as_text()
+    assert len(re.findall(r"%state_params\S* = \S+ parameter", text)) == len(jax.tree.leaves(state.params))
+    assert not re.findall(r"copy\(%state_params\S*", text)
