@@ -66,8 +66,26 @@ class BatchNorm(TypedModule):
         return apply_affine(x, self.affine(x, train=train, mask=mask), self.dtype)
 
     @nn.compact
-    def affine(self, x: Array, *, train: bool = False, mask: Array | None = None) -> tuple[Array, Array]:
-        """What ``__call__`` does to ``x``, with its arguments: factor and shift, [C] each in ``dtype``."""
+    def affine(
+        self,
+        x: Float[Array, "... C"],
+        *,
+        train: bool = False,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+        """What ``__call__`` does to ``x``, which is x * factor + shift, without doing it.
+
+        Args:
+            x: [..., C].
+            train: use and update the batch's statistics instead of the running ones.
+            mask: [...], True where a cell counts for the statistics; default everywhere.
+
+        Returns:
+            factor and shift, [C] each in ``dtype``.
+
+        Raises:
+            ValueError: in training with a single value a channel, as torch.
+        """
         features = (x.shape[-1],)
         wide = at_least_float32(self.dtype)
         scale = self.param("scale", ones, features, self.param_dtype)
@@ -140,8 +158,23 @@ class FrozenBatchNorm(TypedModule):
         return apply_affine(x, self.affine(x, train=train, mask=mask), self.dtype)
 
     @nn.compact
-    def affine(self, x: Array, *, train: bool = False, mask: Array | None = None) -> tuple[Array, Array]:
-        """The map: factor and shift, [C] each in ``dtype``."""
+    def affine(
+        self,
+        x: Float[Array, "... C"],
+        *,
+        train: bool = False,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+        """The map, which is x * factor + shift, without applying it.
+
+        Args:
+            x: [..., C].
+            train: makes no difference; taken as ``BatchNorm`` takes it.
+            mask: the same.
+
+        Returns:
+            factor and shift, [C] each in ``dtype``.
+        """
         del train, mask
         features = (x.shape[-1],)
         wide = at_least_float32(self.dtype)
@@ -189,8 +222,21 @@ class GroupNorm(TypedModule):
         return apply_affine(x, self.affine(x, extent), self.dtype)
 
     @nn.compact
-    def affine(self, x: Array, extent: Array | None = None) -> tuple[Array, Array]:
-        """What ``__call__`` does to ``x``: factor and shift, [B, 1, 1, C] each in float32 (float64 in float64)."""
+    def affine(
+        self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
+    ) -> tuple[Float[Array, "B 1 1 C"], Float[Array, "B 1 1 C"]]:
+        """What ``__call__`` does to ``x``, which is x * factor + shift, without doing it.
+
+        Args:
+            x: [B, h, w, C].
+            extent: [B, 2] int32 (rows, columns) that count for the statistics; default all.
+
+        Returns:
+            factor and shift, [B, 1, 1, C] each in float32 (float64 if ``dtype`` is).
+
+        Raises:
+            ValueError: if the groups don't divide the channels.
+        """
         batch, height, width, channels = x.shape
         if channels % self.num_groups:
             raise ValueError(f"num_groups={self.num_groups} should divide the {channels} channels")
