@@ -17,6 +17,7 @@ from jax.nn.initializers import Initializer, normal, uniform, variance_scaling, 
 from jaxtyping import Bool, Float, Int
 
 from flaxdet.nn.conv import conv_general_dilated
+from flaxdet.nn.dot import dot_general
 
 Array = jax.Array
 Dtype = Any
@@ -129,6 +130,7 @@ def linear(
         dtype=dtype,
         param_dtype=default_param_dtype(dtype, param_dtype),
         precision=precision,
+        dot_general=dot_general,
         name=name,
     )
 

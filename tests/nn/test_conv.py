@@ -15,6 +15,7 @@ from tests.tolerances import OP_F64, WINOGRAD_F32
 
 CASES = {
     "1x1": (1, 1, (3, 5), 1, (6, 9)),
+    "1x1 to fewer channels": (1, 1, (5, 3), 1, (6, 9)),
     "1x1 of stride 2": (1, 2, (3, 5), 1, (6, 9)),
     "3x3": (3, 1, (8, 12), 1, (6, 9)),
     "3x3 of stride 2": (3, 2, (12, 8), 1, (6, 9)),
@@ -24,6 +25,11 @@ CASES = {
     "Winograd, one column": (3, 1, (64, 64), 1, (800, 1)),
     "few outputs": (3, 1, (40, 4), 1, (6, 9)),
     "one output, one row": (3, 1, (10, 1), 1, (1, 9)),
+    "3x3, one column": (3, 1, (8, 12), 1, (6, 1)),
+    "7x7 of stride 2": (7, 2, (3, 5), 1, (8, 10)),
+    "7x7 of stride 2, odd sides": (7, 2, (3, 5), 1, (9, 7)),
+    "7x7 of stride 2, one pixel": (7, 2, (3, 5), 1, (1, 1)),
+    "7x7 of stride 2, more channels": (7, 2, (5, 3), 1, (9, 7)),
 }
 # NHWC maps and HWIO kernels, as flax.linen.Conv asks for them
 LAYOUT = ("NHWC", "HWIO", "NHWC")
@@ -81,6 +87,38 @@ def test_few_outputs_by_a_product_on_cpus_alone():
     assert convolutions(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)) == 1
 
 
+def test_stem_over_cells_on_cpus_alone():
+    x, kernel = maps(1, 32, 33, 3), maps(7, 7, 3, 64)
+    stem = functools.partial(
+        conv_general_dilated, window_strides=(2, 2), padding=((3, 3), (3, 3)), dimension_numbers=LAYOUT
+    )
+
+    def kernels(x: jax.Array, kernel: jax.Array, platform: str = "cpu") -> list[str]:
+        text = jax.jit(stem).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+        lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
+        return [line.split("tensor<")[2].split(">")[0] for line in lines]
+
+    assert kernels(x, kernel) == ["4x4x12x64xf32"]
+    assert [kernels(x, kernel, platform) for platform in ("cuda", "tpu")] == [["7x7x3x64xf32"]] * 2
+    assert kernels(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)) == ["7x7x3x64xbf16"]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="other backends take the gradient of one convolution")
+def test_gradient_of_a_kernel_by_columns():
+    """Three convolutions for the kernel and one for the map; of many images the plain two."""
+
+    def gradients(x: jax.ShapeDtypeStruct, kernel: jax.ShapeDtypeStruct) -> int:
+        def loss(x, kernel):
+            return jnp.sum(conv_general_dilated(x, kernel, **PLAIN_3X3))
+
+        text = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, kernel).as_text()
+        return text.count("stablehlo.convolution")  # the sum's gradient needs no value
+
+    kernel = jax.ShapeDtypeStruct((3, 3, 64, 64), jnp.float32)
+    assert gradients(jax.ShapeDtypeStruct((2, 20, 28, 64), jnp.float32), kernel) == 4
+    assert gradients(jax.ShapeDtypeStruct((5, 20, 28, 64), jnp.float32), kernel) == 2
+
+
 def test_winograd_rounds_little_more_than_the_plain_sum(x64):
     x, kernel = maps(1, 40, 50, 256, dtype="float64"), maps(3, 3, 256, 256, dtype="float64")
     truth = lax.conv_general_dilated(x, kernel, **PLAIN_3X3)
@@ -92,8 +130,9 @@ def test_winograd_rounds_little_more_than_the_plain_sum(x64):
     assert 0 < quick < WINOGRAD_F32 * plain
 
 
-def test_winograd_forward_mode(x64):
-    x, kernel = maps(1, 25, 33, 64, dtype="float64"), maps(3, 3, 64, 64, dtype="float64")
+@pytest.mark.parametrize("shape", [(1, 25, 33, 64), (1, 5, 6, 64)], ids=["Winograd", "by columns"])
+def test_forward_mode(shape, x64):
+    x, kernel = maps(*shape, dtype="float64"), maps(3, 3, 64, 64, dtype="float64")
     found, expected = (
         jax.jvp(functools.partial(function, **PLAIN_3X3), (x, kernel), (jnp.cos(x), jnp.sin(kernel)))
         for function in (conv_general_dilated, lax.conv_general_dilated)

@@ -1,0 +1,96 @@
+"""``lax.dot_general`` with gradients in the forms that XLA:CPU computes quickly."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+Array = jax.Array
+
+# The gradient of a larger matrix is not transposed afterwards: that takes longer than its product saves.
+_SMALL = 1 << 22
+
+
+def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, **kwargs: Any) -> Array:
+    """What ``flax.linen.Dense`` calls: ``lax.dot_general``.
+
+    Where the default backend is a CPU, the gradients of a plain product of matrices take the forms that its kernels
+    compute quickly: that of the lhs has the transposed rhs written out, that of the rhs the fewer features first.
+    Either takes up to half the time. The numbers are the same but for the order of sums.
+
+    Args:
+        lhs: [..., K].
+        rhs: [K, N].
+        dimension_numbers: as ``lax.dot_general``.
+        precision: the same.
+        **kwargs: the same.
+
+    Returns:
+        [..., N].
+    """
+    if rhs.ndim != 2 or tuple(map(tuple, dimension_numbers[0])) != ((lhs.ndim - 1,), (0,)) or any(kwargs.values()):
+        return lax.dot_general(lhs, rhs, dimension_numbers, precision, **kwargs)
+    return product(lhs.reshape(-1, lhs.shape[-1]), rhs, precision).reshape(*lhs.shape[:-1], -1)
+
+
+def product(lhs: Array, rhs: Array, precision: Any = None) -> Array:
+    """The product of two matrices [M, K] and [K, N], with the gradients of ``dot_general``."""
+    plain = functools.partial(_plain, precision=precision)
+
+    def tangent_of_lhs(lhs: Array, rhs: Array) -> Array:
+        return _by_rows(lhs, lax.optimization_barrier(rhs.T), precision)
+
+    def tangent_of_rhs(lhs: Array, rhs: Array) -> Array:
+        if rhs.shape[0] <= rhs.shape[1] or rhs.size > _SMALL:
+            return plain(lhs, rhs)
+        return _by_rows(lhs, lax.optimization_barrier(rhs.T), precision)
+
+    return bilinear(plain, tangent_of_lhs, tangent_of_rhs)(lhs, rhs)
+
+
+def bilinear(
+    function: Callable[[Array, Array], Array],
+    tangent_of_lhs: Callable[[Array, Array], Array],
+    tangent_of_rhs: Callable[[Array, Array], Array],
+) -> Callable[[Array, Array], Array]:
+    """A function linear in either argument which is differentiated as two others that equal it.
+
+    jax transposes these into the gradients, so their forms decide those of the gradients. Where the default backend is
+    no CPU, the function itself.
+
+    Args:
+        function: of two arrays.
+        tangent_of_lhs: the same function, transposed in its first argument for that one's gradient.
+        tangent_of_rhs: the same, in its second.
+    """
+    if jax.default_backend() != "cpu":
+        return function
+    ruled = jax.custom_jvp(function)
+
+    @functools.partial(ruled.defjvp, symbolic_zeros=True)
+    def _(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Array]:
+        (lhs, rhs), (of_lhs, of_rhs) = primals, tangents
+        out = ruled(lhs, rhs)
+        parts = []
+        if not isinstance(of_lhs, SymbolicZero):
+            parts.append(tangent_of_lhs(of_lhs, rhs))
+        if not isinstance(of_rhs, SymbolicZero):
+            parts.append(tangent_of_rhs(lhs, of_rhs))
+        return out, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(out)
+
+    # what the gradients need is made when they are taken: else XLA holds the transposed kernels of all layers at once
+    return jax.checkpoint(ruled)
+
+
+def _plain(lhs: Array, rhs: Array, precision: Any) -> Array:
+    return lax.dot_general(lhs, rhs, (((1,), (0,)), ((), ())), precision)
+
+
+def _by_rows(lhs: Array, rhs: Array, precision: Any) -> Array:
+    return lax.dot_general(lhs, rhs, (((1,), (1,)), ((), ())), precision)
