@@ -64,7 +64,7 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
             quick = functools.partial(_by_taps, precision=precision)
         elif lhs.shape[1] * lhs.shape[2] >= _WINOGRAD_CELLS and min(rhs.shape[2:]) >= _WINOGRAD_CHANNELS:
             quick = functools.partial(_winograd, **kwargs)
-        elif lhs.shape[0] <= _FEW_IMAGES:
+        elif isinstance(lhs.shape[0], int) and lhs.shape[0] <= _FEW_IMAGES:  # an exported program's batch is open
             return bilinear(plain, plain, functools.partial(_by_columns, **kwargs))(lhs, rhs)
     if quick is None:
         return plain(lhs, rhs)
