@@ -23,8 +23,9 @@ OP_F32 = 2e-6  # relative: a handful of operations at 6e-8 each
 ROI_ALIGN_F32 = 3e-5
 ROI_ALIGN_BF16 = 2e-2  # of the largest feature: features and results have 8 bits
 
-# times the plain sum's error, root mean square: 1.3 by experiment, more where XLA orders its sums otherwise
-WINOGRAD_F32 = 2.0
+# times the error of XLA's plain sum, root mean square: 2.1 by experiment and 2.2 by the sum of squares of F(4, 3)'s
+# coefficients (F(2, 3), which was here before, has 1.3 and was allowed 2.0); torch's plain sum has 2.2 on the same maps
+WINOGRAD_F32 = 2.5
 
 # Training in float64, sampling exhaustive on both sides.
 LOSS_F64 = 1e-9  # relative, and absolute where a loss is zero
