@@ -44,6 +44,80 @@ def test_other_platforms_have_none(monkeypatch):
     assert flaxdet.compiler_options() is None
 
 
+LARGE = compiling._PIECE // 4 + 1  # float32s
+
+
+def total(x):
+    """Of an array as large as x, which no fusion can do without."""
+    return jax.lax.optimization_barrier(x * 2).sum()
+
+
+def of_size(function=total, **options) -> compiling.JitBySize:
+    jitted = compiling.JitBySize(function, **options)
+    if jitted._pieces is jitted._plain:
+        pytest.skip("temporaries are in pieces on CPUs under glibc alone")
+    return jitted
+
+
+def test_pieces_for_programs_of_small_arrays_alone():
+    jitted = of_size()
+    small, large = jnp.ones(LARGE - 1), jnp.ones(LARGE)
+    for x in (small, large, small):
+        assert jitted(x) == 2 * x.size
+    assert list(jitted.chosen.values()) == [jitted._pieces, jitted._plain]
+    assert [jit._cache_size() for jit in (jitted._pieces, jitted._plain)] == [1, 1]
+    assert jitted.lower(jax.ShapeDtypeStruct((LARGE,), jnp.float32)).compile()(large) == 2 * LARGE
+    assert len(jitted.chosen) == 2
+    assert jitted.__name__ == "total"
+
+
+def with_a_rule(function):
+    ruled = jax.custom_jvp(function)
+    ruled.defjvps(lambda tangent, _, x: 2 * tangent.sum())
+    return ruled
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        jax.jit,
+        jax.checkpoint,
+        jax.grad,
+        lambda f: lambda x: jax.lax.cond(x[0] > 0, f, lambda x: x[0], x),
+        lambda f: lambda x: jax.lax.scan(lambda carry, _: (carry, f(carry)), x, None, 2)[1],
+        with_a_rule,
+    ],
+    ids=["jit", "checkpoint", "grad", "cond", "scan", "custom_jvp"],
+)
+def test_arrays_are_found_wherever_they_are(around):
+    jitted = of_size(around(total))
+    for size in (LARGE - 1, LARGE):
+        assert jitted._choose((jax.ShapeDtypeStruct((size,), jnp.float32),)) is (
+            jitted._pieces if size < LARGE else jitted._plain
+        )
+
+
+def test_inside_another_jit_it_is_a_jit():
+    jitted = of_size()
+    assert jax.jit(jitted)(jnp.ones(3)) == 6
+    assert jax.grad(jitted)(jnp.ones(3)).tolist() == [2, 2, 2]
+    assert jax.vmap(jitted)(jnp.ones((2, 3))).tolist() == [6, 6]
+    assert not jitted.chosen
+
+
+@pytest.mark.parametrize("reason", ["another C library", "another jaxlib", "another platform"])
+def test_elsewhere_one_jit_for_all(monkeypatch, reason):
+    if reason == "another C library":
+        monkeypatch.setattr(compiling.platform, "libc_ver", lambda: ("", ""))
+    elif reason == "another jaxlib":
+        monkeypatch.setattr(compiling, "_IN_PIECES", {"xla_cpu_of_another_year": "1"})
+    else:
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    jitted = compiling.JitBySize(total)
+    assert jitted._pieces is jitted._plain
+    assert jitted(jnp.ones(3)) == 6
+
+
 def in_a_process(tmp_path, **environment) -> str:
     """The folder of the cache after ``keep_compiled`` in a process of its own, where no test's setting reaches."""
     code = "import sys; from flaxdet.compiling import keep_compiled; print(keep_compiled(sys.argv[1]))"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flaxdet.compiling import compiler_options
+from flaxdet.compiling import JitBySize, compiler_options
 from flaxdet.nn.layers import at_least_float32
 from flaxdet.sharding import BATCH_KEYS, by_rows, on_mesh, replicated
 from flaxdet.structures import ImageBatch, Targets
@@ -83,15 +83,10 @@ def make_train_step(
         return new, {name: value.astype(model.box_dtype) for name, value in metrics.items()}
 
     if mesh is None:
-        return jax.jit(step, donate_argnums=0, compiler_options=compiler_options(model.box_dtype))
+        return JitBySize(step, model.box_dtype, donate_argnums=0)
     whole, rows = replicated(mesh), by_rows(mesh)
-    return jax.jit(
-        on_mesh(step, mesh),
-        donate_argnums=0,
-        in_shardings=(whole, rows),
-        out_shardings=whole,
-        compiler_options=compiler_options(model.box_dtype),
-    )
+    shardings = {"in_shardings": (whole, rows), "out_shardings": whole}
+    return JitBySize(on_mesh(step, mesh), model.box_dtype, donate_argnums=0, **shardings)
 
 
 def make_loss_step(
