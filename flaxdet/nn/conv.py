@@ -14,7 +14,7 @@ from flaxdet.nn.dot import bilinear, product
 Array = jax.Array
 
 # Below these the transforms of maps and kernels cost more than the products they save.
-_WINOGRAD_CELLS = 800
+_WINOGRAD_CELLS = 1200
 _WINOGRAD_CHANNELS = 64
 # XLA:CPU reads the patches of a kernel's gradient in runs of as many numbers as there are images.
 _FEW_IMAGES = 4

@@ -20,10 +20,10 @@ CASES = {
     "3x3": (3, 1, (8, 12), 1, (6, 9)),
     "3x3 of stride 2": (3, 2, (12, 8), 1, (6, 9)),
     "groups": (3, 1, (4, 8), 2, (6, 9)),
-    "Winograd, even width": (3, 1, (64, 72), 1, (20, 40)),
-    "Winograd, odd width": (3, 1, (72, 64), 1, (28, 29)),
-    "Winograd, two columns over": (3, 1, (64, 64), 1, (28, 30)),
-    "Winograd, one column": (3, 1, (64, 64), 1, (800, 1)),
+    "Winograd, even width": (3, 1, (64, 72), 1, (30, 40)),
+    "Winograd, odd width": (3, 1, (72, 64), 1, (42, 29)),
+    "Winograd, two columns over": (3, 1, (64, 64), 1, (40, 30)),
+    "Winograd, one column": (3, 1, (64, 64), 1, (1200, 1)),
     "few outputs": (3, 1, (40, 4), 1, (6, 9)),
     "one output, one row": (3, 1, (10, 1), 1, (1, 9)),
     "3x3, one column": (3, 1, (8, 12), 1, (6, 1)),
@@ -71,10 +71,10 @@ def convolutions(x: jax.Array, kernel: jax.Array, platform: str = "cpu", **optio
 
 
 def test_winograd_on_cpus_alone_for_large_maps():
-    x, kernel = maps(1, 25, 32, 64), maps(3, 3, 64, 64)
+    x, kernel = maps(1, 30, 40, 64), maps(3, 3, 64, 64)
     assert convolutions(x, kernel) == 6
     assert [convolutions(x, kernel, platform) for platform in ("cuda", "tpu")] == [1, 1]
-    assert convolutions(x[:, :24], kernel) == 1
+    assert convolutions(x[:, :29], kernel) == 1
     assert convolutions(x[..., :63], kernel[:, :, :63]) == 1
     assert convolutions(x, kernel[..., :63]) == 1
     assert convolutions(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)) == 1
@@ -131,7 +131,7 @@ def test_winograd_rounds_little_more_than_the_plain_sum(x64):
     assert 0 < quick < WINOGRAD_F32 * plain
 
 
-@pytest.mark.parametrize("shape", [(1, 25, 33, 64), (1, 5, 6, 64)], ids=["Winograd", "by columns"])
+@pytest.mark.parametrize("shape", [(1, 30, 41, 64), (1, 5, 6, 64)], ids=["Winograd", "by columns"])
 def test_forward_mode(shape, x64):
     x, kernel = maps(*shape, dtype="float64"), maps(3, 3, 64, 64, dtype="float64")
     found, expected = (
