@@ -142,7 +142,8 @@ def keep_compiled(folder: str | Path) -> Path | None:
 def give_memory_back() -> None:
     """Has glibc return what it keeps of freed memory; does nothing with another C library.
 
-    Loading, folding and compiling leave it holding 300 MB, of which the threads that run the program use nothing.
+    Loading, folding and compiling leave it holding 300 MB, of which the threads that run the program use nothing; a
+    train step in pieces leaves its temporaries.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

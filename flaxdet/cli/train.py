@@ -225,9 +225,11 @@ class _Report:
 
     def evaluate(self, variables: Mapping[str, Any], step: int) -> dict[str, float]:
         """COCO's figures on the validation images; draws the pictures anew."""
+        from flaxdet.compiling import give_memory_back
         from flaxdet.evaluate import evaluate
 
         assert self.val is not None
+        give_memory_back()  # the step's temporaries, on CPUs
         result = evaluate(
             self.model, variables, self.val, batch_size=self.options.batch_size, progress=self.options.progress
         )
