@@ -27,9 +27,9 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
 
     A plain 1x1 convolution is written as a product over the channels, which XLA:CPU computes more quickly (ResNet-50's
     body takes a seventh less). Where the program runs on a CPU, plain 3x3 convolutions in float32 or float64 take other
-    forms: of large maps Winograd's, with half the multiplications (FCOS takes a quarter less; it rounds twice as much as
-    XLA's own sum, about as much as torch's); to few channels a product with all nine taps (half the time, and a quarter
-    with the gradients). ResNet's stem becomes a convolution over cells of 2x2 pixels (two thirds of the time).
+    forms: of large maps Winograd's, with half the multiplications (FCOS takes a quarter less; it rounds twice as much
+    as XLA's own sum, about as much as torch's); to few channels a product with all nine taps (half the time, and a
+    quarter with the gradients). ResNet's stem becomes a convolution over cells of 2x2 pixels (two thirds of the time).
     Gradients of 1x1 convolutions are those of ``flaxdet.nn.dot``, those of the kernels of the other 3x3 convolutions of
     few images are taken column by column (a quarter less time), both where the default backend is a CPU.
 
