@@ -15,7 +15,7 @@ from flaxdet.nn.layers import kept
 from tests.drawn import drawn
 from tests.tolerances import OP_F64
 
-EXTENTS = jnp.asarray([[6, 4], [5, 7]], jnp.int32)
+EXTENTS = np.asarray([[6, 4], [5, 7]], np.int32)
 
 
 def parts(dtype):
@@ -23,8 +23,8 @@ def parts(dtype):
     x = jax.ShapeDtypeStruct((2, 32, 64, 3), dtype)
     levels = {"p3": jax.ShapeDtypeStruct((2, 6, 7, 64), dtype), "p4": jax.ShapeDtypeStruct((2, 3, 4, 64), dtype)}
     extents = {"p3": EXTENTS, "p4": (EXTENTS + 1) // 2}
-    rois, real = jax.ShapeDtypeStruct((5, 3, 3, 8), dtype), jnp.arange(5) < 4
-    canvas = jnp.asarray([[32, 64], [32, 32]], jnp.int32)
+    rois, real = jax.ShapeDtypeStruct((5, 3, 3, 8), dtype), np.arange(5) < 4
+    canvas = np.asarray([[32, 64], [32, 32]], np.int32)
     head = FastRCNNConvFCHead((8, 3, 3), (8, 12, 8), (10,), use_norm=True, dtype=dtype)
     return {
         "body": (ResNet(50, dtype=dtype), (x,), {"canvas": canvas, "train": True}),
