@@ -9,6 +9,7 @@ import hashlib
 import math
 import platform
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _CPU: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 # after it, so that every page faults; what is below it keeps. Arrays larger than a piece share memory with none other.
 _PIECE = 25_000_000  # bytes; two to a heap of glibc's
 _IN_PIECES: dict[str, str | bool] = {"xla_multiheap_size_constraint_per_heap": str(_PIECE)}
+_NOT_KEPT = r"Error writing persistent compilation cache entry for .*: Multiple temp buffer allocations"
 
 
 def compiler_options(dtype: Any = jnp.float32) -> dict[str, str | bool] | None:
@@ -56,8 +58,12 @@ class JitBySize:
     On CPUs under glibc, programs of small arrays have their temporaries in pieces that glibc keeps: a training step of
     FCOS, of two images of 320x448, takes a seventh less. Numbers are the same. Inside another jit it is a plain jit.
 
+    XLA cannot serialize a program in pieces, so jax's persistent compilation cache does without it and each process
+    compiles it anew; jax's warning of that is kept back. Where jax is to raise instead
+    (``jax_raise_persistent_cache_errors``), no program is in pieces.
+
     Attributes:
-        chosen: the jitted function by the shapes and dtypes it was called with.
+        chosen: the jitted function by the shapes, dtypes and shardings it was called with.
     """
 
     def __init__(self, function: Callable[..., Any], dtype: Any = jnp.float32, **options: Any):
@@ -78,7 +84,13 @@ class JitBySize:
 
     def __call__(self, *args: Any) -> Any:
         """The function's values."""
-        return self._choose(args)(*args)
+        known = len(self.chosen)
+        chosen = self._choose(args)
+        if len(self.chosen) == known or chosen is self._plain:
+            return chosen(*args)
+        with warnings.catch_warnings():  # the first call, which compiles
+            warnings.filterwarnings("ignore", _NOT_KEPT, UserWarning)
+            return chosen(*args)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """As that of ``jax.jit``, of arrays or ``jax.ShapeDtypeStruct``."""
@@ -88,9 +100,10 @@ class JitBySize:
         leaves = jax.tree.leaves(args)
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._nested  # jax takes options at the outermost jit alone
-        if self._pieces is self._plain:
+        config: Any = jax.config
+        if self._pieces is self._plain or config.jax_raise_persistent_cache_errors:
             return self._plain
-        key = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        key = tuple((jnp.shape(leaf), jnp.result_type(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
         if key not in self.chosen:
             largest = _largest(self._plain.trace(*args).jaxpr.jaxpr)
             self.chosen[key] = self._pieces if largest <= _PIECE else self._plain

@@ -67,7 +67,7 @@ def test_pieces_for_programs_of_small_arrays_alone():
     assert list(jitted.chosen.values()) == [jitted._pieces, jitted._plain]
     assert [jit._cache_size() for jit in (jitted._pieces, jitted._plain)] == [1, 1]
     assert jitted.lower(jax.ShapeDtypeStruct((LARGE,), jnp.float32)).compile()(large) == 2 * LARGE
-    assert len(jitted.chosen) == 2
+    assert list(jitted.chosen.values())[2:] == [jitted._plain]  # not the one above: it has no sharding
     assert jitted.__name__ == "total"
 
 
@@ -118,21 +118,51 @@ def test_elsewhere_one_jit_for_all(monkeypatch, reason):
     assert jitted(jnp.ones(3)) == 6
 
 
-def in_a_process(tmp_path, **environment) -> str:
-    """The folder of the cache after ``keep_compiled`` in a process of its own, where no test's setting reaches."""
-    code = "import sys; from flaxdet.compiling import keep_compiled; print(keep_compiled(sys.argv[1]))"
+def in_a_process(code: str, *arguments: object, **environment: str) -> str:
+    """What code prints in a process of its own, where no test's setting reaches; any warning is an error."""
     told = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], env={**told, **environment}, capture_output=True, text=True
+        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        env={**told, **environment},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode, done.stderr) == (0, "")
     return done.stdout.strip()
 
 
+KEEP = "import sys; from flaxdet.compiling import keep_compiled; print(keep_compiled(sys.argv[1]))"
+
+
 def test_the_cache_is_the_users_own_where_there_is_one(tmp_path):
-    assert Path(in_a_process(tmp_path)).parent == tmp_path
-    assert in_a_process(tmp_path, JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
-    assert in_a_process(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false") == "None"
+    assert Path(in_a_process(KEEP, tmp_path)).parent == tmp_path
+    assert in_a_process(KEEP, tmp_path, JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
+    assert in_a_process(KEEP, tmp_path, JAX_ENABLE_COMPILATION_CACHE="false") == "None"
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_the_cache_does_without_pieces_in_silence(tmp_path, raises):
+    """XLA cannot serialize them. Where jax is to raise then, there are none, and the program is kept."""
+    of_size()
+    code = """if True:
+        import jax
+        from flaxdet.compiling import JitBySize
+
+        @JitBySize
+        def several(x):  # arrays that live together, each in a piece of its own
+            y = [jax.lax.optimization_barrier(x * n) for n in range(1, 9)]
+            return sum(jax.lax.optimization_barrier(tuple(y))).sum()
+
+        jax.numpy.ones(2)
+        for _ in range(2):
+            print(int(several(jax.numpy.ones(5_000_000))))
+        print([jit._cache_size() for jit in (several._pieces, several._plain)])
+    """
+    told = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_RAISE_PERSISTENT_CACHE_ERRORS": str(raises).lower()}
+    found = in_a_process(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path), **told)
+    assert found == f"180000000\n180000000\n{[0, 1] if raises else [1, 0]}"
+    assert sum(path.name.startswith("jit_several") for path in tmp_path.glob("*-cache")) == raises
 
 
 def test_another_c_library_has_nothing_to_give_back(monkeypatch):
