@@ -6,12 +6,21 @@ import contextlib
 import ctypes
 import gc
 import os
+import tempfile
 from pathlib import Path
 
 # One thread a worker: xdist runs a worker a core, and thread pools that fight cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+# Two fifths of the suite's time go to XLA, and its workers, the processes they start and its files compile many of the
+# same programs: what takes a while is kept for all of them until the end. By the size limit, which is never reached,
+# jax locks the folder.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = tempfile.TemporaryDirectory(prefix="flaxdet-programs-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+    os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(20_000_000_000)
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jax
 import pytest

@@ -216,8 +216,9 @@ import resource
 folder = Path(sys.argv[1])
 checkpoints = Checkpoints(folder)
 checkpoints.save(make_state(1), wait=True)
+large = make_state(2).replace(params={"big": jax.random.normal(jax.random.key(0), (300_000,))})
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-checkpoints.save(make_state(2).replace(params={"big": jax.random.normal(jax.random.key(0), (300_000,))}))
+checkpoints.save(large)
 try:
     checkpoints.close()
 except OSError as error:
