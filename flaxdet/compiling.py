@@ -84,30 +84,26 @@ class JitBySize:
 
     def __call__(self, *args: Any) -> Any:
         """The function's values."""
-        known = len(self.chosen)
-        chosen = self._choose(args)
-        if len(self.chosen) == known or chosen is self._plain:
-            return chosen(*args)
-        with warnings.catch_warnings():  # the first call, which compiles
+        leaves = jax.tree.leaves(args)
+        if any(isinstance(leaf, Tracer) for leaf in leaves):
+            return self._nested(*args)  # jax takes options at the outermost jit alone
+        key = tuple((jnp.shape(leaf), jnp.result_type(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
+        if key in self.chosen:
+            return self.chosen[key](*args)
+        self.chosen[key] = self._choose(args)
+        with warnings.catch_warnings():  # this call compiles
             warnings.filterwarnings("ignore", _NOT_KEPT, UserWarning)
-            return chosen(*args)
+            return self.chosen[key](*args)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """As that of ``jax.jit``, of arrays or ``jax.ShapeDtypeStruct``."""
         return self._choose(args).lower(*args)
 
     def _choose(self, args: tuple[Any, ...]) -> Any:
-        leaves = jax.tree.leaves(args)
-        if any(isinstance(leaf, Tracer) for leaf in leaves):
-            return self._nested  # jax takes options at the outermost jit alone
         config: Any = jax.config
         if self._pieces is self._plain or config.jax_raise_persistent_cache_errors:
             return self._plain
-        key = tuple((jnp.shape(leaf), jnp.result_type(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
-        if key not in self.chosen:
-            largest = _largest(self._plain.trace(*args).jaxpr.jaxpr)
-            self.chosen[key] = self._pieces if largest <= _PIECE else self._plain
-        return self.chosen[key]
+        return self._pieces if _largest(self._plain.trace(*args).jaxpr.jaxpr) <= _PIECE else self._plain
 
 
 def _largest(jaxpr: Jaxpr) -> int:

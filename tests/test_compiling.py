@@ -67,7 +67,7 @@ def test_pieces_for_programs_of_small_arrays_alone():
     assert list(jitted.chosen.values()) == [jitted._pieces, jitted._plain]
     assert [jit._cache_size() for jit in (jitted._pieces, jitted._plain)] == [1, 1]
     assert jitted.lower(jax.ShapeDtypeStruct((LARGE,), jnp.float32)).compile()(large) == 2 * LARGE
-    assert list(jitted.chosen.values())[2:] == [jitted._plain]  # not the one above: it has no sharding
+    assert len(jitted.chosen) == 2
     assert jitted.__name__ == "total"
 
 
@@ -154,14 +154,14 @@ def test_the_cache_does_without_pieces_in_silence(tmp_path, raises):
             y = [jax.lax.optimization_barrier(x * n) for n in range(1, 9)]
             return sum(jax.lax.optimization_barrier(tuple(y))).sum()
 
-        jax.numpy.ones(2)
-        for _ in range(2):
-            print(int(several(jax.numpy.ones(5_000_000))))
+        x = jax.numpy.ones(5_000_000)
+        several.lower(x)
+        print(int(several(x)), int(several(x)))
         print([jit._cache_size() for jit in (several._pieces, several._plain)])
     """
     told = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_RAISE_PERSISTENT_CACHE_ERRORS": str(raises).lower()}
     found = in_a_process(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path), **told)
-    assert found == f"180000000\n180000000\n{[0, 1] if raises else [1, 0]}"
+    assert found == f"180000000 180000000\n{[0, 1] if raises else [1, 0]}"
     assert sum(path.name.startswith("jit_several") for path in tmp_path.glob("*-cache")) == raises
 
 
