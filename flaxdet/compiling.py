@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from flaxdet.xla import routes
+
 # XLA:CPU of jaxlib 0.10 hands convolutions and products to YNNPACK, which over these models takes a tenth (FCOS) to a
 # third (Faster R-CNN) longer than XLA's own kernels, and four times as long over the gradient of a kernel. Reductions
 # it does better; and float64, for which XLA has no quick convolution.
@@ -63,7 +65,8 @@ class JitBySize:
     (``jax_raise_persistent_cache_errors``), no program is in pieces.
 
     Attributes:
-        chosen: the jitted function by the shapes, dtypes and shardings it was called with.
+        chosen: the jitted function by the platform whose routes it takes, and by the shapes, dtypes and shardings that
+            it was called with.
     """
 
     def __init__(self, function: Callable[..., Any], dtype: Any = jnp.float32, **options: Any):
@@ -87,7 +90,8 @@ class JitBySize:
         leaves = jax.tree.leaves(args)
         if any(isinstance(leaf, Tracer) for leaf in leaves):
             return self._nested(*args)  # jax takes options at the outermost jit alone
-        key = tuple((jnp.shape(leaf), jnp.result_type(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
+        arrays = tuple((jnp.shape(leaf), jnp.result_type(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
+        key = (routes.platform(), arrays)
         if key in self.chosen:
             return self.chosen[key](*args)
         self.chosen[key] = self._choose(args)

@@ -19,6 +19,7 @@ from flaxdet.predict import detect
 from flaxdet.resize import resize_image
 from flaxdet.sharding import by_rows, on_mesh
 from flaxdet.structures import Detections, ImageBatch
+from flaxdet.xla import routes
 
 
 class Programs:
@@ -89,7 +90,7 @@ class Programs:
                 roi_reference_height=heights,
             )
             run: Callable[..., Any] = functools.partial(detect, self.model)
-            if self.batch_size > 1 and self.mesh is None and jax.default_backend() == "cpu":
+            if self.batch_size > 1 and self.mesh is None and routes.platform() == "cpu":
                 run = functools.partial(_one_by_one, run)
             self.detects[bucket] = self._compile(run, (self.variables, batch), bucket)
         return functools.partial(self.detects[bucket], self.variables)

@@ -129,6 +129,7 @@ def test_prints_nothing():
 
 LAYERS = [
     "structures",
+    "xla",
     "ops",
     "nn",
     "models",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flaxdet.nn.dot import bilinear, product
+from flaxdet.xla.routes import by_platform
 
 Array = jax.Array
 
@@ -31,7 +32,7 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
     as XLA's own sum, about as much as torch's); to few channels a product with all nine taps (half the time, and a
     quarter with the gradients). ResNet's stem becomes a convolution over cells of 2x2 pixels (two thirds of the time).
     Gradients of 1x1 convolutions are those of ``flaxdet.nn.dot``, those of the kernels of the other 3x3 convolutions of
-    few images are taken column by column (a quarter less time), both where the default backend is a CPU.
+    few images are taken column by column (a quarter less time), both where CPUs' routes are taken.
 
     Args:
         lhs: [B, H, W, Cin].
@@ -67,7 +68,7 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
             return bilinear(plain, plain, functools.partial(_by_columns, **kwargs))(lhs, rhs)
     if quick is None:
         return plain(lhs, rhs)
-    return lax.platform_dependent(lhs, rhs, cpu=quick, default=plain)
+    return by_platform(lhs, rhs, cpu=quick, default=plain)
 
 
 def _by_quarters(x: Array, kernel: Array, **kwargs: Any) -> Array:

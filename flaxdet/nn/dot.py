@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from flaxdet.xla import routes
+
 Array = jax.Array
 
 # The gradient of a larger matrix is not transposed afterwards: that takes longer than its product saves.
@@ -20,7 +22,7 @@ _SMALL = 1 << 22
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, **kwargs: Any) -> Array:
     """What ``flax.linen.Dense`` calls: ``lax.dot_general``.
 
-    Where the default backend is a CPU, the gradients of a plain product of matrices take the forms that its kernels
+    Where CPUs' routes are taken, the gradients of a plain product of matrices take the forms that its kernels
     compute quickly: that of the lhs has the transposed rhs written out, that of the rhs the fewer features first.
     Either takes up to half the time. The numbers are the same but for the order of sums.
 
@@ -61,15 +63,15 @@ def bilinear(
 ) -> Callable[[Array, Array], Array]:
     """A function linear in either argument which is differentiated as two others that equal it.
 
-    jax transposes these into the gradients, so their forms decide those of the gradients. Where the default backend is
-    no CPU, the function itself.
+    jax transposes these into the gradients, so their forms decide those of the gradients. Where other routes than CPUs'
+    are taken, the function itself.
 
     Args:
         function: of two arrays.
         tangent_of_lhs: the same function, transposed in its first argument for that one's gradient.
         tangent_of_rhs: the same, in its second.
     """
-    if jax.default_backend() != "cpu":
+    if routes.platform() != "cpu":
         return function
     ruled = jax.custom_jvp(function)
 

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from flaxdet.nn.conv import conv_general_dilated
 from flaxdet.nn.dot import dot_general
+from flaxdet.xla import routes
 
 Array = jax.Array
 Dtype = Any
@@ -136,7 +137,7 @@ def linear(
 
 
 def recomputed(function: Callable[..., Any], lift: Callable[..., Any] = nn.remat) -> Callable[..., Any]:
-    """``lift(function)`` where the default backend is a CPU; elsewhere, where it wasn't measured, the function itself.
+    """``lift(function)`` where CPUs' routes are taken; elsewhere, where it wasn't measured, the function itself.
 
     For the way from a norm to the next convolution. Its gradient needs the convolution's input, which XLA:CPU keeps
     beside the norm's; fetching the memory for a second map takes longer than computing it again. Under a jit of one's
@@ -146,7 +147,7 @@ def recomputed(function: Callable[..., Any], lift: Callable[..., Any] = nn.remat
         function: ``(module, ...)`` for ``nn.remat``.
         lift: ``jax.checkpoint`` for a function without a module.
     """
-    return lift(function) if jax.default_backend() == "cpu" else function
+    return lift(function) if routes.platform() == "cpu" else function
 
 
 @jax.custom_jvp
@@ -157,7 +158,7 @@ def kept(x: Array) -> Array:
 
 @kept.defjvp
 def _kept_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    if jax.default_backend() != "cpu":
+    if routes.platform() != "cpu":
         return primals[0], tangents[0]
     return lax.optimization_barrier(primals[0]), lax.optimization_barrier(tangents[0])
 

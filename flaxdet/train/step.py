@@ -16,6 +16,7 @@ from flaxdet.sharding import BATCH_KEYS, by_rows, on_mesh, replicated
 from flaxdet.structures import ImageBatch, Targets
 from flaxdet.train.mask import Params, Tree, merge
 from flaxdet.train.state import Trainable, TrainState, split_trainable
+from flaxdet.xla import routes
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]
@@ -68,7 +69,7 @@ def make_train_step(
         (loss, (losses, batch_stats)), gradients = loss_and_gradients(
             model, trained, frozen, state.batch_stats, images, targets, key, loss_weights=loss_weights
         )
-        if jax.default_backend() == "cpu":  # else XLA copies each parameter that a gradient might yet read
+        if routes.platform() == "cpu":  # else XLA copies each parameter that a gradient might yet read
             gradients = jax.lax.optimization_barrier(gradients)
         updates, opt_state = tx.update(gradients, state.opt_state, trained)
         params = merge(optax.apply_updates(trained, updates), frozen)  # pyright: ignore[reportArgumentType]
