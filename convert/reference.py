@@ -78,6 +78,18 @@ def _declare_ops() -> None:
     )
     library.impl("nms", torch_ops.nms, "CPU")
     library.impl("roi_align", torch_ops.roi_align, "CompositeImplicitAutograd")
+
+    def nms_under_autocast(dets: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return torch_ops.nms(dets.float(), scores.float(), iou_threshold)
+
+    def roi_align_under_autocast(features: torch.Tensor, rois: torch.Tensor, *options: Any) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return torch_ops.roi_align(features.float(), rois.float(), *options).to(features.dtype)
+
+    # as torchvision's: autocast computes both in float32
+    library.impl("nms", nms_under_autocast, "AutocastCPU")
+    library.impl("roi_align", roi_align_under_autocast, "AutocastCPU")
     _library = library
 
 

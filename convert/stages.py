@@ -65,24 +65,24 @@ def run_reference(
     """Runs torchvision's model, with exact per-class NMS and RoI scales inferred anew.
 
     Args:
-        model: torchvision's, in evaluation mode.
+        model: torchvision's, in evaluation mode, on any device.
         images: [H, W, 3] uint8, or floats in [0, 1].
         keep_stages: record the stages.
 
     Returns:
         Detections, and stages in our names and layouts (NHWC), in the order of computation.
     """
-    dtype = next(model.parameters()).dtype
-    tensors = []
+    parameter = next(model.parameters())
+    dtype, tensors = parameter.dtype, []
     for image in images:
-        tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        tensor = torch.from_numpy(np.array(image)).to(parameter.device).permute(2, 0, 1)
         tensors.append(tensor.to(dtype) / 255 if image.dtype == np.uint8 else tensor.to(dtype))
     reference.reset_roi_scales(model)
     recorded: dict[str, np.ndarray] = {}
     recording = _recording(model, recorded) if keep_stages else contextlib.nullcontext()
     with torch.no_grad(), reference.exact_nms(), recording:
         outputs = model(tensors)
-    detections = [{name: output[name].numpy() for name in ("boxes", "scores", "labels")} for output in outputs]
+    detections = [{name: output[name].cpu().numpy() for name in ("boxes", "scores", "labels")} for output in outputs]
     return detections, recorded
 
 
@@ -91,7 +91,7 @@ def _recording(model: Any, recorded: dict[str, np.ndarray]) -> Iterator[None]:
     """While it lasts, the model's stages are written into ``recorded`` under our names."""
 
     def channels_last(x: torch.Tensor) -> np.ndarray:
-        return x.permute(0, 2, 3, 1).contiguous().numpy()
+        return x.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
     def flat(x: torch.Tensor, width: int) -> torch.Tensor:  # [B, A * width, h, w] -> [B, hwA, width]
         batch, _, height, columns = x.shape
@@ -113,19 +113,19 @@ def _recording(model: Any, recorded: dict[str, np.ndarray]) -> Iterator[None]:
             recorded[name if name in ("p6", "p7", "pool") else f"p{finest + i}"] = channels_last(x)
 
     def fcos_head(_: Any, __: Any, output: dict[str, torch.Tensor]) -> None:
-        recorded.update({name: x.numpy() for name, x in output.items()})
+        recorded.update({name: x.cpu().numpy() for name, x in output.items()})
 
     def rpn_head(_: Any, __: Any, output: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
-        recorded["objectness"] = torch.cat([flat(x, 1) for x in output[0]], dim=1)[..., 0].numpy()
-        recorded["pred_bbox_deltas"] = torch.cat([flat(x, 4) for x in output[1]], dim=1).numpy()
+        recorded["objectness"] = torch.cat([flat(x, 1) for x in output[0]], dim=1)[..., 0].cpu().numpy()
+        recorded["pred_bbox_deltas"] = torch.cat([flat(x, 4) for x in output[1]], dim=1).cpu().numpy()
 
     def rpn(_: Any, __: Any, output: tuple[list[torch.Tensor], Any]) -> None:
-        recorded["proposals"] = torch.cat(output[0]).numpy()
+        recorded["proposals"] = torch.cat(output[0]).cpu().numpy()
         recorded[PROPOSAL_IMAGE] = np.repeat(np.arange(len(output[0])), [len(boxes) for boxes in output[0]])
 
     def predictor(_: Any, __: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        recorded["class_logits"], recorded["box_regression"] = (x.numpy() for x in output)
-        recorded["class_scores"] = output[0].softmax(dim=-1).numpy()
+        recorded["class_logits"], recorded["box_regression"] = (x.cpu().numpy() for x in output)
+        recorded["class_scores"] = output[0].softmax(dim=-1).cpu().numpy()
 
     reference.torchvision()
     from torchvision.models import detection
