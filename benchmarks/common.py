@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from contenders import MODELS, torch_device
-from PIL import Image
+from photos import describe_error, photo, photos
 
 import flaxdet
 from flaxdet.builders import make_model
@@ -28,24 +27,9 @@ from flaxdet.compiling import compiler_options
 from flaxdet.convert import from_torchvision, reference
 from flaxdet.convert.lively import make_lively
 
-__all__ = ["MODELS"]  # which other files import from here
+__all__ = ["MODELS", "describe_error", "photo", "photos"]  # which other files import from here
 
 HERE = Path(__file__).parent
-
-
-def photo(rows: int = 480, columns: int = 640) -> np.ndarray:
-    """A real photo of the given size, uint8 RGB."""
-    from matplotlib import cbook
-
-    with Image.open(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)) as image:
-        return np.asarray(image.convert("RGB").resize((columns, rows)))
-
-
-def photos(count: int, rows: int = 480, columns: int = 640) -> list[np.ndarray]:
-    """Different photos of one size: the same one, moved along and mirrored."""
-    one = photo(rows, columns)
-    moved = (np.roll(one, 61 * i, axis=1) for i in range(count))
-    return [np.array(image[:, ::-1] if i % 2 else image) for i, image in enumerate(moved)]
 
 
 def lively_weights(name: str, path: Path) -> None:
@@ -157,13 +141,6 @@ def measure_short(
 
     turns = measure({name: several(function, counts[name]) for name, function in functions.items()}, repeats)
     return {name: [value / counts[name] for value in values] for name, values in turns.items()}
-
-
-def describe_error(error: BaseException | str) -> str:
-    """One line for table and JSON, without this machine's paths."""
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
-    return re.sub(r"(/[\w.+-]+){2,}", "<path>", line)[:300]
 
 
 def show(title: str, seconds: Mapping[str, list[float]], unit: str = "s") -> dict[str, Any]:

@@ -29,17 +29,24 @@ def geometry(min_size: int) -> dict[str, Any]:
     return {"min_size": min_size, "max_size": round(min_size * 1333 / 800)}
 
 
-def load_flaxdet(weights: str | Path, *, dtype: str, min_size: int) -> tuple[Any, Any]:
-    """flaxdet's model and variables."""
+def flaxdet_dtype(dtype: str) -> dict[str, Any]:
+    """One of ``DTYPES`` as flaxdet's keywords."""
     import jax
     import jax.numpy as jnp
 
-    import flaxdet
-
+    if dtype == "bfloat16":
+        return {"dtype": jnp.bfloat16}
     # a GPU takes TF32 for float32 unless told otherwise
     exact = {"precision": jax.lax.Precision.HIGHEST} if dtype == "float32" and jax.default_backend() != "cpu" else {}
-    computes = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
-    return flaxdet.load(weights, dtype=computes, **exact, **geometry(min_size))
+    return {"dtype": jnp.float32, **exact}
+
+
+def load_flaxdet(weights: str | Path, *, dtype: str, **options: Any) -> tuple[Any, Any]:
+    """flaxdet's model and variables; ``options`` as in ``load_torch``."""
+    import flaxdet
+
+    options = options if "max_size" in options else geometry(**options)
+    return flaxdet.load(weights, **flaxdet_dtype(dtype), **options)
 
 
 def make_predictor(weights: str | Path, size: tuple[int, int], *, dtype: str, min_size: int, batch: int) -> Any:
@@ -66,20 +73,34 @@ def allow_tf32(dtype: str) -> None:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype == "tf32"
 
 
-def load_torch(name: str, weights: str | Path, mode: str, *, dtype: str, min_size: int) -> Any:
-    """torchvision's model on its device; compiled, if that is the mode, when it first runs."""
+def torchvision_detection() -> Any:
+    """``torchvision.models.detection``, also where its C++ operators can't be loaded."""
+    try:
+        from torchvision.models import detection
+    except RuntimeError:  # which has jax imported too, so only then
+        from flaxdet.convert import reference
+
+        detection = reference.torchvision().models.detection
+    return detection
+
+
+def load_torch(name: str, weights: str | Path, mode: str, *, dtype: str, train: bool = False, **options: Any) -> Any:
+    """torchvision's model on its device; compiled, if that is the mode, when it first runs.
+
+    ``options`` are torchvision's own, or ``min_size`` alone, which the longer side then follows.
+    """
     import torch
     from safetensors.torch import load_file
-    from torchvision.models import detection
 
     allow_tf32(dtype)
-    model = getattr(detection, name)(weights=None, weights_backbone=None, **geometry(min_size))
+    options = options if "max_size" in options else geometry(**options)
+    model = getattr(torchvision_detection(), name)(weights=None, weights_backbone=None, **options)
     model.load_state_dict(load_file(weights))
-    model = model.eval().to(torch_device())
+    model = model.train(train).to(torch_device())
     if mode != "torchvision eager":
         model = model.to(memory_format=torch.channels_last)
     if mode == "torchvision compiled":
-        compile_parts(model)
+        compile_parts(model, freezing=not train)
     return model
 
 
@@ -123,3 +144,45 @@ def torch_contender(model: Any, *, dtype: str) -> Contender:
             return [{name: value.cpu() for name, value in one.items()} for one in found]
 
     return run
+
+
+# What trains: SGD on everything. The rate is small, since what a step costs in time depends on its proposals.
+SGD: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4}
+
+
+def flaxdet_training(
+    model: Any, variables: Any, images: list[np.ndarray], targets: list[dict[str, np.ndarray]], rate: float
+) -> tuple[Any, Any, Any]:
+    """flaxdet's train step, the state that it starts from, and its batch: ``state, metrics = step(state, batch)``."""
+    import jax
+
+    from flaxdet.train import create_state, make_train_step, sgd, shard_batch
+    from flaxdet.transform import transform, transform_targets
+
+    tx = sgd(rate, **SGD)
+    batch = transform(images, model.transform)
+    padded = transform_targets(targets, batch, max_boxes=8)
+    arrays = shard_batch({**vars(batch), **vars(padded)}, None)
+    return make_train_step(model, tx), create_state(model, variables, tx, key=jax.random.key(0)), arrays
+
+
+def torch_training(
+    model: Any, images: list[np.ndarray], targets: list[dict[str, np.ndarray]], rate: float, *, dtype: str
+) -> Callable[[], Any]:
+    """A function that takes one step of torchvision's model and returns its loss, without waiting for it."""
+    import torch
+
+    device = torch_device()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, **SGD)
+    tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).float().to(device) / 255 for image in images]
+    wanted = [{key: torch.from_numpy(value).to(device) for key, value in target.items()} for target in targets]
+
+    def step() -> Any:
+        optimizer.zero_grad()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+            loss: Any = sum(model(tensors, wanted).values())
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step

@@ -1,9 +1,9 @@
 """Time of a training step of both detectors, flaxdet against torchvision, in alternation in one process.
 
-    python benchmarks/training.py [--model MODEL ...] [--batch 2] [--dtype float32] [--contenders NAME ...]
-        [--repeats 5] [--json FILE]
+    python benchmarks/training.py [--model MODEL ...] [--batch 2] [--rows 320 --columns 448] [--dtype float32]
+        [--contenders NAME ...] [--repeats 5] [--json FILE]
 
-Photos at 320x448 with 3 and 8 boxes in turn, 91 classes, everything trains, live BatchNorm, SGD with momentum and
+Photos (at 320x448) with 3 and 8 boxes in turn, 91 classes, everything trains, live BatchNorm, SGD with momentum and
 weight decay; from normalised pixels (ours) or images that the model only normalises (torchvision's) to the updated
 parameters. Both start from the same weights. torchvision runs eager, channels_last and, if asked or on a GPU, with
 backbone and heads compiled; bfloat16 is autocast there, tf32 for GPUs. Prints medians, images/s, ratios and flaxdet's
@@ -19,73 +19,54 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import torch
-from common import MODELS, describe_machine, json_path, matmul_rate, measure, photos, share_gpu, show, write
-from contenders import CONTENDERS, DTYPES, allow_tf32, compile_parts, torch_device
+from common import MODELS, describe_machine, json_path, matmul_rate, measure, share_gpu, show, write
+from contenders import (
+    CONTENDERS,
+    DTYPES,
+    allow_tf32,
+    compile_parts,
+    flaxdet_dtype,
+    flaxdet_training,
+    torch_device,
+    torch_training,
+)
+from photos import training_examples
 
 from flaxdet.builders import make_model
 from flaxdet.convert import from_torchvision, reference
-from flaxdet.train import create_state, make_train_step, sgd, shard_batch
-from flaxdet.transform import transform, transform_targets
 
-ROWS, COLUMNS = 320, 448
-GEOMETRY: dict[str, Any] = {"min_size": ROWS, "max_size": COLUMNS}  # images of this size are not resized
-OPTIONS: dict[str, Any] = {"momentum": 0.9, "weight_decay": 1e-4}
-LEARNING_RATE = 1e-4  # small: what a step costs in time depends on its proposals, so the weights had better stay
+LEARNING_RATE = 1e-4
 
 
-def truth(count: int, seed: int) -> dict[str, np.ndarray]:
-    """Random boxes of 30 to 200 px and their labels."""
-    rng = np.random.default_rng(seed)
-    sides = rng.uniform(30, 200, (count, 2))
-    corner = rng.uniform(0, 1, (count, 2)) * (np.array([COLUMNS, ROWS]) - sides)
-    boxes = np.concatenate([corner, corner + sides], axis=1).astype(np.float32)
-    return {"boxes": boxes, "labels": rng.integers(1, 91, count)}
+def geometry(options: Any) -> dict[str, int]:
+    """Of models that don't resize images of the given size."""
+    rows, columns = options.rows, options.columns
+    return {"min_size": min(rows, columns), "max_size": max(rows, columns)}
 
 
-def torch_contender(name: str, state: Any, mode: str, dtype: str, images: Any, targets: Any) -> Callable[[], Any]:
+def torch_contender(name: str, state: Any, mode: str, images: Any, targets: Any, options: Any) -> Callable[[], Any]:
     """A function that takes one step of torchvision's model."""
-    device = torch_device()
-    allow_tf32(dtype)
-    model = reference.build(name, **GEOMETRY)
+    allow_tf32(options.dtype)
+    model = reference.build(name, **geometry(options))
     model.load_state_dict(state)
-    model = model.to(device).train()
+    model = model.to(torch_device()).train()
     if mode != "torchvision eager":
         model = model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     if mode == "torchvision compiled":
         compile_parts(model, freezing=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE, **OPTIONS)
-    tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).float().to(device) / 255 for image in images]
-    wanted = [{key: torch.from_numpy(value).to(device) for key, value in target.items()} for target in targets]
-
-    def step() -> float:
-        optimizer.zero_grad()
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = sum(model(tensors, wanted).values())
-        loss.backward()  # pyright: ignore[reportAttributeAccessIssue]
-        optimizer.step()
-        return loss.item()  # pyright: ignore[reportAttributeAccessIssue]
-
-    return step
+    step = torch_training(model, images, targets, LEARNING_RATE, dtype=options.dtype)
+    return lambda: step().item()
 
 
 def flaxdet_contender(
-    name: str, state_dict: Any, dtype: str, images: Any, targets: Any
+    name: str, state_dict: Any, images: Any, targets: Any, options: Any
 ) -> tuple[Callable[[], Any], float]:
     """A function that takes one step of our model, and the GFLOP of a step as XLA counts them."""
-    # a GPU takes TF32 for float32 unless told otherwise
-    exact = {"precision": jax.lax.Precision.HIGHEST} if dtype == "float32" and jax.default_backend() != "cpu" else {}
-    computes = jnp.bfloat16 if dtype == "bfloat16" else jnp.float32
-    model = make_model(name, num_classes=91, dtype=computes, **exact, **GEOMETRY)
-    tx = sgd(LEARNING_RATE, **OPTIONS)
-    train_step = make_train_step(model, tx)
-    batch = transform(images, model.transform)
-    padded = transform_targets(targets, batch, max_boxes=8)
-    arrays = shard_batch({**vars(batch), **vars(padded)}, None)
-    state = create_state(model, from_torchvision(model, state_dict), tx, key=jax.random.key(0))
-    costs = train_step.lower(state, arrays).cost_analysis()  # pyright: ignore[reportFunctionMemberAccess]
+    model = make_model(name, num_classes=91, **flaxdet_dtype(options.dtype), **geometry(options))
+    variables = from_torchvision(model, state_dict)
+    train_step, state, arrays = flaxdet_training(model, variables, images, targets, LEARNING_RATE)
+    costs = train_step.lower(state, arrays).cost_analysis()
 
     def step() -> float:
         nonlocal state
@@ -98,16 +79,15 @@ def flaxdet_contender(
 
 def run(name: str, options: Any, limit: float) -> dict[str, Any]:
     """Measures one detector."""
-    images = photos(options.batch, ROWS, COLUMNS)
-    targets = [truth(3 + 5 * (i % 2), i) for i in range(options.batch)]
-    state_dict = reference.build(name, **GEOMETRY).state_dict()
+    images, targets = training_examples(options.batch, options.rows, options.columns)
+    state_dict = reference.build(name, **geometry(options)).state_dict()
     functions: dict[str, Callable[[], Any]] = {}
     gflop = 0.0
     for contender in options.contenders:
         if contender == "flaxdet":
-            functions[contender], gflop = flaxdet_contender(name, state_dict, options.dtype, images, targets)
+            functions[contender], gflop = flaxdet_contender(name, state_dict, images, targets, options)
         else:
-            functions[contender] = torch_contender(name, state_dict, contender, options.dtype, images, targets)
+            functions[contender] = torch_contender(name, state_dict, contender, images, targets, options)
     failed: dict[str, str] = {}
     result = show(f"{name}, batch {options.batch}", measure(functions, options.repeats, failed))
     for contender, error in failed.items():
@@ -128,6 +108,8 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=CONTENDERS[: 4 if on_gpu else 3])
     parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=320, help="of the images; multiples of 32 need no padding")
+    parser.add_argument("--columns", type=int, default=448)
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="default: benchmarks/training.json")
@@ -138,10 +120,10 @@ def main() -> None:
     share_gpu()
     machine = describe_machine()
     limits = matmul_rate(options.dtype)
-    print(
-        f"{options.batch} photos of {ROWS}x{COLUMNS}, {options.dtype}, seconds a step: median (smallest to largest)\n"
-    )
-    results: dict[str, Any] = {"dtype": options.dtype, "batch": options.batch, "limit_gflops": limits}
+    print(f"{options.batch} photos of {options.rows}x{options.columns}, {options.dtype}")
+    print("seconds a step: median (smallest to largest)\n")
+    results: dict[str, Any] = {key: getattr(options, key) for key in ("dtype", "batch", "rows", "columns")}
+    results["limit_gflops"] = limits
     results["models"] = {name: run(name, options, max(limits.values())) for name in options.model}
     write(options.json or json_path("training", options.dtype), machine, results)
 
