@@ -1,0 +1,137 @@
+"""What accelerator.py runs, in which order and for how long: stages, and how its seconds are dealt out to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MODELS = ("fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2")
+SHORT = {"fcos_resnet50_fpn": "fcos", "fasterrcnn_resnet50_fpn_v2": "v2"}
+LEAST = 12.0  # seconds below which a stage of the second pass is not begun
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One process.
+
+    Attributes:
+        name: for the terminal, the JSON and its files.
+        function: "module:function", called with its options and where to write its findings.
+        weight: seconds it is thought to take on an H100; its share of what is left follows.
+        options: of the function.
+        host: runs on the host alone, and sees no accelerator.
+        beside: runs beside others on the device, so that what XLA finds quickest there must not be kept for the stages
+            whose time counts.
+    """
+
+    name: str
+    function: str
+    weight: float
+    options: dict[str, Any] = field(default_factory=dict)
+    host: bool = False
+    beside: bool = False
+
+
+# Stages of a group run at the same time: those whose figures are not of time.
+Group = tuple[Stage, ...]
+
+
+def weight(group: Group) -> float:
+    """Seconds that a group is thought to take."""
+    return max(stage.weight for stage in group)
+
+
+def limit(group: Group, after: Sequence[Group], left: float) -> float:
+    """Seconds that a group of the first pass may take: its share, by weight, of what is left.
+
+    So all limits sum to the seconds there were if each group takes all of its own, and a group that ends early leaves
+    its rest to those after it.
+
+    Args:
+        group: the one to begin.
+        after: those of the first pass that come after it.
+        left: seconds left.
+    """
+    return left * weight(group) / (weight(group) + sum(weight(one) for one in after))
+
+
+def second_limit(group: Group, left: float) -> float:
+    """Seconds that a group of the second pass may take: twice what it is thought to, or what is left; 0 if too few."""
+    return min(2 * weight(group), left) if left >= LEAST else 0.0
+
+
+def _ours(task: str, model: str, batches: list[int], dtype: str, seconds: float, **options: Any) -> Stage:
+    name = _name(task, SHORT[model], dtype, batches, options)
+    given = {"model": model, "batches": batches, "dtype": dtype, **options}
+    return Stage(name, f"accelerator_ours:{task}", seconds, given)
+
+
+def _theirs(
+    task: str, models: Sequence[str], batches: list[int], dtype: str, contenders: list[str], seconds: float, **more: Any
+) -> Stage:
+    name = _name(f"{task} of torchvision", "+".join(SHORT[model] for model in models), dtype, batches, more)
+    name += " compiled" if "compiled" in contenders[0] else ""
+    given = {"models": list(models), "batches": batches, "dtype": dtype, "contenders": contenders, **more}
+    return Stage(name, f"accelerator_torch:{task}", seconds, given)
+
+
+def _name(task: str, models: str, dtype: str, batches: list[int], options: dict[str, Any]) -> str:
+    shape = " {}x{}".format(*options["shape"]) if "shape" in options else ""
+    return f"{task}, {models}, {dtype}, batch {'+'.join(map(str, batches))}{shape}"
+
+
+def first_pass(models: Sequence[str], batch: int) -> list[Group]:
+    """One bfloat16 case a model of everything."""
+    correct = [
+        Stage(f"{name}, {SHORT[model]}", f"accelerator_correct:{name}", 50, {"model": model}, beside=True)
+        for model in models
+        for name in ("detections", "gradients")
+    ]
+    eager = ["AMP, channels_last", "eager", "AMP"]
+    half: dict[str, Any] = {"batches": [batch], "dtype": "bfloat16"}
+    groups: list[Group] = [
+        (
+            Stage("machine", "accelerator_machine:machine", 40),
+            *(
+                Stage(f"weights, {SHORT[model]}", "accelerator_machine:weights", 40, {"models": [model]}, host=True)
+                for model in models
+            ),
+        ),
+        tuple(correct),
+        (Stage("compile", "accelerator_ours:compile_programs", 60, {"models": list(models), **half}),),
+    ]
+    counted = {"count": True, "profile": ["AMP, channels_last"]}
+    for task in ("inference", "training"):
+        groups += [(_ours(task, model, [batch], "bfloat16", 14, profile=True),) for model in models]
+        groups.append((_theirs(task, models, [batch], "bfloat16", eager, 30, **counted),))
+    groups.append((Stage("parts", "accelerator_parts:parts", 25),))
+    return groups
+
+
+def second_pass() -> list[Group]:
+    """The rest, most telling first."""
+    eager = ["AMP, channels_last", "eager"]
+    groups: list[Group] = []
+    groups += [(_ours("inference", model, [1, 2, 4], "bfloat16", 45),) for model in MODELS]
+    groups.append((_theirs("inference", MODELS, [1, 2, 4], "bfloat16", eager, 40),))
+    groups += [(_ours("training", model, [2], "bfloat16", 40),) for model in MODELS]
+    groups.append((_theirs("training", MODELS, [2], "bfloat16", eager, 25),))
+    for task, batch in (("inference", 16), ("inference", 1), ("training", 16), ("training", 2)):
+        groups += [(_theirs(task, [model], [batch], "bfloat16", ["AMP, compiled"], 60),) for model in MODELS]
+    groups += [(_ours("training", model, [2], "bfloat16", 40, shape=[320, 448]),) for model in MODELS]
+    groups.append((_theirs("training", MODELS, [2], "bfloat16", eager, 20, shape=[320, 448]),))
+    for dtype in ("float32", "tf32"):
+        for batches in ([16], [1]):
+            groups += [(_ours("inference", model, batches, dtype, 45),) for model in MODELS]
+            groups.append((_theirs("inference", MODELS, batches, dtype, ["eager", "channels_last"], 30),))
+        groups += [(_ours("training", model, [2], dtype, 45),) for model in MODELS]
+        groups.append((_theirs("training", MODELS, [2], dtype, ["eager", "channels_last"], 30),))
+        groups.append((_theirs("inference", MODELS, [16], dtype, ["compiled"], 120),))
+    return groups
+
+
+def small_plan(model: str) -> tuple[list[Group], list[Group]]:
+    """Both passes of a small run: every stage, of one model, and one of the second pass."""
+    second = [(_theirs("inference", [model], [1], "float32", ["eager", "channels_last"], 10),)]
+    return first_pass([model], 2), second
