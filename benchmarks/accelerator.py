@@ -14,9 +14,10 @@ Two passes of stages (accelerator_plan.py). The first has one bfloat16 case a mo
 5. parts, each timed against torchvision's and compared with it: top-k, NMS, RoIAlign, norms, resize
 6. with 3 and 4: peak memory of both sides, and the kernels of one call by name and time
 
-The second has the rest, most telling first, until the time is up: other batch sizes, torch.compile, 320x448, float32
-and TF32. On an H100, 240 seconds are thought to end the first pass with little left, 480 to get through the second's
-bfloat16 cases. None of that has been measured yet.
+The second first tries again what was killed in the first, and then has the rest, most telling first, until the time is
+up: other batch sizes, torch.compile, 320x448, float32 and TF32. On an H100, 240 seconds are thought to reach the end of
+the first pass, or its parts, with little left; 480 to get through the second's other batch sizes and some of
+torch.compile. None of that has been measured yet: the time to compile decides it.
 
 Each stage is a process with its own limit; limits sum to --seconds, and what a stage leaves goes to those after it. A
 stage that fails, or is killed at its limit, says why in the report, and what it had found until then counts. Programs
@@ -52,6 +53,7 @@ from accelerator_plan import (  # noqa: E402
     MODELS,
     Group,
     Stage,
+    again,
     first_pass,
     limit,
     second_limit,
@@ -216,7 +218,9 @@ def run(first: list[Group], second: list[Group], report: Report, seconds: float,
         if _no_accelerator(report) and not small:
             break
     else:
-        for group in second:
+        killed = {one["name"] for one in report.stages if one["status"] == "killed"}
+        tries = [group for group in (again(group, killed) for group in first) if group]
+        for group in tries + second:
             granted = second_limit(group, left())
             if granted:
                 run_group(group, report, granted, small=small, clock=clock)

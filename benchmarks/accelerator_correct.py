@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +43,8 @@ def detections(options: dict[str, Any], notes: Notes) -> str:
     model, variables, theirs, _ = both_sides(name, str(weights), **geometry(size))
     theirs = theirs.to(torch_device())
     images = photos(2)
+    pool = ThreadPoolExecutor(1)
+    half = pool.submit(_in_bfloat16, weights, size, images)  # compiled meanwhile
     found = compare(model, variables, theirs, images)
     notes.add(
         "verify",
@@ -53,16 +56,18 @@ def detections(options: dict[str, Any], notes: Notes) -> str:
         matches=[dataclasses.asdict(match) for match in found.matches],
     )
     with notes.attempt(what="bfloat16 detections", model=name):
-        half, same_variables = load_flaxdet(weights, dtype="bfloat16", min_size=size)
-        batch = transform(images, half.transform, canvas="batch")
-        ours = unpad(jitted_detect(half, same_variables, batch))
-        _note_matches(notes, "flaxdet", name, ours, found.ours)
+        _note_matches(notes, "flaxdet", name, half.result(), found.ours)
     with notes.attempt(what="detections under autocast", model=name):
         _note_matches(notes, "torchvision AMP", name, _under_autocast(theirs, images), found.theirs)
     matched = sum(match.matched for match in found.matches)
     count = sum(match.count for match in found.matches)
     verdict = "same" if found.same else f"NOT THE SAME (first difference: {found.first_difference})"
     return f"{verdict}, {matched} of {count} detections matched"
+
+
+def _in_bfloat16(weights: Path, size: int, images: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
+    model, variables = load_flaxdet(weights, dtype="bfloat16", min_size=size)
+    return unpad(jitted_detect(model, variables, transform(images, model.transform, canvas="batch")))
 
 
 def _under_autocast(model: Any, images: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
@@ -87,7 +92,7 @@ def gradients(options: dict[str, Any], notes: Notes) -> str:
     name = options["model"]
     rows, columns = (64, 96) if options["small"] else SHAPE
     exhaustive = {} if name == "fcos_resnet50_fpn" else EXHAUSTIVE
-    given = {"min_size": rows, "max_size": columns, **exhaustive}
+    given: dict[str, Any] = {"min_size": rows, "max_size": columns, **exhaustive}
     theirs: Any = reference.build(name, **given)
     theirs.load_state_dict(_state_dict(options, name))
     images, targets = training_examples(2, rows, columns)

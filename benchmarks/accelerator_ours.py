@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import gc
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,19 +31,21 @@ def compile_programs(options: dict[str, Any], notes: Notes) -> str:
     """Compiles the programs of the stages to come, several at a time, into the cache that all stages share.
 
     One process with threads and not many processes: XLA lets a process try out one program's kernels at a time, so that
-    its choice of the quickest is not disturbed.
+    its choice of the quickest is not disturbed. Not all at once, so that some are kept if the time does not suffice.
     """
     start = time.perf_counter()
-    cases = [(task, model) for task in (_Inference, _Training) for model in options["models"]]
+    tasks = [task for task in (_Inference, _Training) if task.task in options["tasks"]]
+    cases = [(task, model, batch) for task in tasks for batch in options["batches"] for model in options["models"]]
 
-    def one(case: tuple[Any, str]) -> None:
-        task, model = case
+    def one(case: tuple[Any, str, int]) -> None:
+        task, model, batch = case
+        about = {"task": task.task, "model": model, "dtype": options["dtype"], "batch": batch}
         began = time.perf_counter()
-        with notes.attempt(what="compile", task=task.task, model=model):
-            task(model, options["batches"][0], options).compile()
-            notes.add("compiled", task=task.task, model=model, seconds=time.perf_counter() - began)
+        with notes.attempt(what="compile", **about):
+            task(model, batch, options).compile()
+            notes.add("compiled ahead", seconds=time.perf_counter() - began, **about)
 
-    with ThreadPoolExecutor(max(1, len(cases))) as pool:
+    with ThreadPoolExecutor(3) as pool:
         list(pool.map(one, cases))
     return f"{len(cases)} cases in {time.perf_counter() - start:.0f} s"
 
@@ -58,10 +62,12 @@ def training(options: dict[str, Any], notes: Notes) -> str:
 
 def _run_all(task: Any, options: dict[str, Any], notes: Notes) -> str:
     """Measures every batch size, the smallest first, since the device's peak of memory can only rise."""
-    found = []
+    found, one = [], None
     for batch in sorted(options["batches"]):
         case = {**task.shape(options), "task": task.task, "model": options["model"], "dtype": options["dtype"]}
         case |= {"batch": batch, "contender": "flaxdet"}
+        one = None  # the one before, and its memory
+        gc.collect()
         with notes.attempt(**case):
             one = task(options["model"], batch, options)
             seconds = one.compile()
@@ -98,9 +104,9 @@ class _Inference:
         self.images, self.boxes = photos(batch, *SIZE), 8 if options["small"] else POOLED
         self.model, self.programs = self.predictor.model, self.predictor._programs
         (self.bucket,) = self.predictor.buckets
-        given = {"compiler_options": flaxdet.compiler_options(self.model.dtype)}
+        network = jax.jit(self._network, compiler_options=flaxdet.compiler_options(self.model.dtype))
         shapes = jax.eval_shape(lambda: self._batch(*self._some())), jax.eval_shape(self._pooled)
-        self.lowered = jax.jit(self._network, **given).lower(self.programs.variables, *shapes)
+        self.lowered = network.lower(self.programs.variables, *shapes)
 
     def _raw(self) -> Any:
         """8-bit images in the square arrays that the predictor sends, and their sizes before and after the resize."""
@@ -157,7 +163,7 @@ class _Inference:
         batch, pooled = functools.cache(lambda: self._batch(*self._some())), functools.cache(self._pooled)
         return {
             "pixels": lambda: self.predictor(self.images),
-            "device": lambda: detect(sized().replace(pixels=resize(*raw()))),
+            "device": lambda: detect(dataclasses.replace(sized(), pixels=resize(*raw()))),
             "network": lambda: self.network(self.programs.variables, batch(), pooled()),
         }
 

@@ -19,7 +19,15 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import numpy as np  # noqa: E402
-from contenders import CONTENDERS, DTYPES, MODELS, load_torch, make_predictor, torch_contender  # noqa: E402
+from contenders import (  # noqa: E402
+    CONTENDERS,
+    DTYPES,
+    MODELS,
+    load_torch,
+    make_predictor,
+    torch_contender,
+    torchvision_detection,
+)
 from PIL import Image  # noqa: E402
 
 
@@ -86,9 +94,7 @@ def main() -> None:
         columns, rows = Image.open(options.photo).size
         run: Any = make_predictor(options.weights, (rows, columns), batch=options.batch, **numbers)
     else:
-        import torch  # noqa: F401
-        import torchvision  # noqa: F401
-
+        torchvision_detection()
         note("imported")
         model = load_torch(options.model, options.weights, options.contender, **numbers)
         run = torch_contender(model, dtype=options.dtype)

@@ -39,7 +39,7 @@ from flaxdet.convert import from_torchvision, reference
 LEARNING_RATE = 1e-4
 
 
-def geometry(options: Any) -> dict[str, int]:
+def geometry(options: Any) -> dict[str, Any]:
     """Of models that don't resize images of the given size."""
     rows, columns = options.rows, options.columns
     return {"min_size": min(rows, columns), "max_size": max(rows, columns)}

@@ -100,11 +100,11 @@ def test_the_plans_cover_both_models_and_every_function_exists(driver):
 def test_stages_that_fail_or_hang_are_reported_and_the_rest_goes_on(driver, tmp_path, capsys):
     report = driver.accelerator.Report(tmp_path)
     first = [
-        fake(driver, "fails", 100),
-        fake(driver, "hangs", 10),
-        (*fake(driver, "half_fails", 100), *fake(driver, "works", 100, rate=7.5)),
+        fake(driver, "fails", 30),
+        fake(driver, "hangs", 3),
+        (*fake(driver, "half_fails", 30), *fake(driver, "works", 30, rate=7.5)),
     ]
-    driver.accelerator.run(first, [fake(driver, "works", 1000, rate=8.5)], report, 80)
+    driver.accelerator.run(first, [fake(driver, "works", 1000, rate=8.5)], report, 60)
     stages = {one["name"]: one for one in report.stages}
     assert json.loads((tmp_path / "accelerator.json").read_text())["stages"] == report.stages
 
@@ -112,6 +112,8 @@ def test_stages_that_fail_or_hang_are_reported_and_the_rest_goes_on(driver, tmp_
     assert stages["fails"]["reason"] == "exit status 1: ValueError: no such luck"
     assert stages["fails"]["found"] == [{"kind": "found_before", "value": 1}]
 
+    # and once more in the second pass, with what is left
+    assert stages["hangs, again"]["status"] == "killed"
     assert stages["hangs"]["status"] == "killed"
     assert stages["hangs"]["reason"].startswith("over its limit of ")
     assert stages["hangs"]["limit"] <= stages["hangs"]["seconds"] < stages["hangs"]["limit"] + 2
@@ -253,7 +255,7 @@ def test_the_whole_command_at_toy_size(tmp_path):
     assert len(counted) > 2
     assert {entry["side"] for entry in by_kind["part"]} == {"flaxdet", "torchvision"}
     agreements = [entry for entry in by_kind["agreement"] if {"same", "relative_difference"} & set(entry)]
-    assert len(agreements) == 9
+    assert len(agreements) == 10
     assert all(entry.get("same", True) and entry.get("relative_difference", 0) < 0.02 for entry in agreements)
     assert all(entry["launches"] > 20 and entry["rows"] for entry in by_kind["kernels"])
     assert "AMP, channels_last, inference, fcos_resnet50_fpn" in (tmp_path / "out" / "profile.txt").read_text()
