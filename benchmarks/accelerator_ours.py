@@ -18,7 +18,7 @@ from contenders import flaxdet_training, load_flaxdet, make_predictor
 from photos import photos, training_examples
 
 import flaxdet
-from flaxdet.models.detector import call_part
+from flaxdet.models.detector import call_part, feature_extents
 from flaxdet.structures import ImageBatch
 from flaxdet.transform import resized_size
 
@@ -141,7 +141,7 @@ class _Inference:
         def apply(model: Any, batch: Any, pooled: Any) -> Any:
             features = model.features(batch)
             if pooled is None:
-                return call_part(model.head, features, role="head")
+                return call_part(model.head, features, role="head", extents=feature_extents(features, batch))
             vectors = call_part(model.box_head, pooled, role="box_head")
             return model.rpn(features, batch), call_part(model.box_predictor, vectors, role="box_predictor")
 
