@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # What the machine that it is written for does not have.
 ABSENT = ("tyro", "grain", "pycocotools", "tensorboardX", "orbax", "sklearn", "supervision", "fiftyone")
 FAKES = """
