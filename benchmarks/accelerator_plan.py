@@ -149,9 +149,9 @@ def second_pass() -> list[Group]:
 
 def small_plan(model: str) -> tuple[list[Group], list[Group]]:
     """Both passes of a small run: every stage, of one model, and one of the second pass."""
-    heavy = {"detections": 3.0, "gradients": 3.0, "compile_programs": 2.0}  # on a CPU, as shares
+    heavy = {"detections": 60.0, "gradients": 60.0, "compile_programs": 40.0}  # on a CPU
     first = [
-        tuple(replace(stage, weight=heavy.get(stage.function.partition(":")[2], 1.0)) for stage in group)
+        tuple(replace(stage, weight=heavy.get(stage.function.partition(":")[2], 20.0)) for stage in group)
         for group in first_pass([model], 2)
     ]
     return first, [(_theirs("inference", [model], [1], "float32", ["eager", "channels_last"], 60),)]
