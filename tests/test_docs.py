@@ -1,8 +1,9 @@
 """Every code block of README.md and docs/ as printed, in order, page by page, on small models and data.
 
-What is replaced: published weights (random ones, nothing is downloaded), the default size of images (64 pixels), and
-the number of training steps. What is given: the files that the pages name, and a few names that README.md takes for
-granted. A block that can't run says so in a comment above it, ``<!-- not run: why -->``.
+What is replaced: the builders' ResNet-50 (by ``tests.tiny.small_model``; README's first block also runs on the real
+one), published weights (random ones, nothing is downloaded), the default size of images (64 pixels), and the number of
+training steps. What is given: the files that the pages name, and a few names that README.md takes for granted. A block
+that can't run says so in a comment above it, ``<!-- not run: why -->``.
 """
 
 from __future__ import annotations
@@ -23,23 +24,22 @@ import pytest
 from PIL import Image
 
 import flaxdet
-from flaxdet import builders, files
+from flaxdet import builders
 from flaxdet.cli.main import COMMANDS, _parse, main
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.data import train_batches
 from flaxdet.train import fit
 from tests.drawn import drawn
-from tests.tiny import FCOS_NAME, V2_NAME, write_coco
+from tests.tiny import FCOS_NAME, V2_NAME, build_small_models, write_coco
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 SIDE = 64
+SIZE = {"min_size": SIDE, "max_size": SIDE}
 CLASSES = ["__background__", "cat", "dog"]
 STEPS, BATCH = 2, 2
 RUN = {"convert", "detect", "eval", "export"}  # in seconds; train and verify have tests of their own
 NOT_RUN = {("docs/guides/sharding.md", "needs several hosts")}
-
-make_model = builders.make_model
 
 
 class Block(NamedTuple):
@@ -69,16 +69,26 @@ def commands(block: Block) -> Iterator[list[str]]:
             words = words[end + 1 :]
 
 
-def small_model(builder: str, **options: Any) -> Any:
-    """``make_model`` with images of 64 pixels where the page says nothing else."""
-    return make_model(builder, **{"min_size": SIDE, "max_size": SIDE, **options})
-
-
 @functools.cache
-def state_dict(builder: str, num_classes: int, frozen_bn: bool) -> dict[str, np.ndarray]:
+def drawn_weights(model: Any) -> dict[str, np.ndarray]:
     """Random weights under which an FCOS finds things."""
-    model = make_model(builder, num_classes=num_classes, frozen_bn=frozen_bn)
     return flaxdet.convert.to_torchvision(model, drawn(abstract_variables(model)))
+
+
+def state_dict(builder: str, num_classes: int, frozen_bn: bool) -> dict[str, np.ndarray]:
+    """Weights of what the builders make at present."""
+    return drawn_weights(builders.make_model(builder, num_classes=num_classes, frozen_bn=frozen_bn))
+
+
+@pytest.fixture
+def no_downloads(monkeypatch) -> None:
+    """Random weights in place of the published ones."""
+    for enum, builder in (
+        (flaxdet.FCOS_ResNet50_FPN_Weights, FCOS_NAME),
+        (flaxdet.FasterRCNN_ResNet50_FPN_V2_Weights, V2_NAME),
+    ):
+        weights = functools.partial(state_dict, builder, 91, builder == FCOS_NAME)
+        monkeypatch.setattr(enum, "get_state_dict", lambda self, progress=True, weights=weights: weights())
 
 
 @pytest.fixture(scope="module")
@@ -97,29 +107,24 @@ def prepared(tmp_path_factory) -> Path:
     for name in ("photos", "new-photos"):
         (folder / name).mkdir()
         shutil.copy(folder / "photo.jpg", folder / name / "a.jpg")
-    model = make_model(FCOS_NAME, num_classes=3, min_size=SIDE, max_size=SIDE, frozen_bn=True)
-    variables = flaxdet.convert.from_torchvision(model, state_dict(FCOS_NAME, 3, True))
-    flaxdet.save(folder / "model.pth", model, variables)
-    flaxdet.save(folder / "model.safetensors", model, variables, categories=CLASSES)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        build_small_models(monkeypatch, **SIZE)
+        model = builders.make_model(FCOS_NAME, num_classes=3, frozen_bn=True)
+        variables = flaxdet.convert.from_torchvision(model, drawn_weights(model))
+        flaxdet.save(folder / "model.pth", model, variables)
+        flaxdet.save(folder / "model.safetensors", model, variables, categories=CLASSES)
     (folder / "run").mkdir()
     (folder / "run" / "model.safetensors").hardlink_to(folder / "model.safetensors")
     return folder
 
 
 @pytest.fixture
-def quick(prepared, tmp_path, monkeypatch) -> Iterator[Path]:
+def quick(prepared, no_downloads, tmp_path, monkeypatch) -> Iterator[Path]:
     """The folder to run in, and everything that makes it quick."""
     folder = tmp_path / "work"
     shutil.copytree(prepared, folder, copy_function=lambda source, target: Path(target).hardlink_to(source))
     monkeypatch.chdir(folder)
-    for module in (builders, files):
-        monkeypatch.setattr(module, "make_model", small_model)
-    for enum, builder in (
-        (flaxdet.FCOS_ResNet50_FPN_Weights, FCOS_NAME),
-        (flaxdet.FasterRCNN_ResNet50_FPN_V2_Weights, V2_NAME),
-    ):
-        weights = functools.partial(state_dict, builder, 91, builder == FCOS_NAME)
-        monkeypatch.setattr(enum, "get_state_dict", lambda self, progress=True, weights=weights: weights())
+    build_small_models(monkeypatch, **SIZE)
     shorter = lambda options: {**options, "steps": min(options["steps"], STEPS)}  # noqa: E731
     monkeypatch.setattr(flaxdet.train, "fit", lambda *args, **options: fit(*args, **shorter(options)))
     monkeypatch.setattr(
@@ -140,8 +145,17 @@ def given() -> dict[str, Any]:
     }
 
 
-@pytest.mark.xdist_group("docs")
-@pytest.mark.parametrize("page", [page for page in PAGES if any(blocks(page))])
+def run_python(block: Block, namespace: dict[str, Any]) -> None:
+    code = "\n" * block.line + block.code  # so that a traceback names the line of the page
+    exec(compile(code, str(ROOT / block.page), "exec", dont_inherit=True), namespace)
+
+
+def group(page: str) -> Any:
+    """README.md, the longest, runs beside the others, which share what they compile."""
+    return pytest.param(page, marks=pytest.mark.xdist_group("readme" if page == "README.md" else "docs"))
+
+
+@pytest.mark.parametrize("page", [group(page) for page in PAGES if any(blocks(page))])
 def test_every_block_runs(page, quick, capsys):
     for extra in ("pycocotools", "orbax", "supervision"):
         pytest.importorskip(extra)
@@ -151,12 +165,25 @@ def test_every_block_runs(page, quick, capsys):
             if block.not_run is not None:
                 continue
             if block.language == "python":
-                code = "\n" * block.line + block.code  # so that a traceback names the line of the page
-                exec(compile(code, str(ROOT / page), "exec", dont_inherit=True), namespace)
+                run_python(block, namespace)
             elif block.language == "sh":
                 for words in commands(block):
                     if words and words[0] in RUN:
                         assert main(words) == 0, (words, capsys.readouterr().err)
+
+
+@pytest.mark.xdist_group("docs")
+def test_the_first_block_on_the_real_model(prepared, no_downloads, monkeypatch):
+    """From image to boxes: ResNet-50, 91 classes and images of 800 pixels."""
+    monkeypatch.chdir(prepared)
+    block = next(block for block in blocks("README.md") if block.language == "python")
+    namespace: dict[str, Any] = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        run_python(block, namespace)
+    assert namespace["model"] == builders.make_model(
+        FCOS_NAME, num_classes=91, frozen_bn=True, trainable_backbone_layers=3
+    )
+    assert len(namespace["found"]["boxes"]) > 0
 
 
 def test_every_command_parses():
