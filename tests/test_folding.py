@@ -10,32 +10,32 @@ import flaxdet
 from flaxdet.convert import verify
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.nn import ResNet
-from flaxdet.predict import jitted_detect, unpad
-from flaxdet.transform import transform
+from tests.drawn import drawn
 from tests.parity import sides
-from tests.tiny import FCOS_NAME, tiny_model, tiny_variables
+from tests.tiny import FCOS_NAME, small_model, tiny_model, tiny_variables
 from tests.tolerances import INVARIANCE_F64
 
 CASES = [
-    pytest.param(sides.FCOS_NAME, {}, marks=pytest.mark.xdist_group("fcos")),
-    pytest.param(sides.V2_NAME, {"rpn_post_nms_top_n_test": 60}, marks=pytest.mark.xdist_group("v2")),
+    pytest.param(sides.FCOS_NAME, {}, marks=pytest.mark.xdist_group("folding_fcos")),
+    pytest.param(sides.V2_NAME, {"rpn_post_nms_top_n_test": 60}, marks=pytest.mark.xdist_group("folding_v2")),
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_the_same_detections(name, options, x64):
+    """Two photos, each on its own canvas, and in one batch of a ``Predictor``, which folds, in a larger bucket."""
     model, variables, _ = sides.both(name, 18, dtype="float64", min_size=96, max_size=160, **options)
     before = jax.tree.map(lambda leaf: leaf, variables)
     folded, fewer = flaxdet.fold_batch_norm(model, variables)
     assert set(fewer) == {"params"}
     assert jax.tree.structure(variables) == jax.tree.structure(before)
-    image = sides.crop("china", 100, 150)
-    for bucket in (None, (192, 224)):
-        batch = transform([image], model.transform, bucket=bucket, dtype=np.float64)
-        (expected,) = unpad(jitted_detect(model, variables, batch))
-        (found,) = unpad(jitted_detect(folded, fewer, batch))
-        assert len(expected["scores"]) > 10
-        assert verify.match_detections(found, expected, INVARIANCE_F64, INVARIANCE_F64).same
+    images = [sides.crop(photo, 100, 150) for photo in ("china", "flower")]
+    expected = flaxdet.predict(model, variables, images)
+    assert all(len(own["scores"]) > 10 for own in expected)
+    predictor = flaxdet.Predictor(model, variables, buckets=[(160, 192)], batch_size=2)
+    for found in (flaxdet.predict(folded, fewer, images), predictor(images)):
+        for own, other in zip(found, expected, strict=True):
+            assert verify.match_detections(own, other, INVARIANCE_F64, INVARIANCE_F64).same
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,8 @@ def test_parts_of_another_kind_keep_theirs():
 
 
 def test_what_cannot_be_folded_is_told():
-    model, variables, _ = sides.both(sides.FCOS_NAME, 18, min_size=96, max_size=160)
+    model = small_model(FCOS_NAME, num_classes=3)
+    variables = drawn(abstract_variables(model))
     folded, fewer = flaxdet.fold_batch_norm(model, variables)
     with pytest.raises(ValueError, match="folded already"):
         flaxdet.fold_batch_norm(folded, fewer)

@@ -17,6 +17,7 @@ from flaxdet.structures import Detections
 from flaxdet.transform import transform
 from tests.tolerances import HAND_F32, LAYERS_F32
 
+pytestmark = pytest.mark.xdist_group("predict")
 module = importlib.import_module("flaxdet.predict")  # `flaxdet.predict` is the function
 
 SIZES = [(40, 60), (60, 40), (33, 90), (40, 60), (1, 1)]
@@ -202,16 +203,3 @@ def test_unpad():
 def test_overflow_is_no_silence():
     with pytest.raises(RuntimeError, match=r"images \[1\]: more candidates than the chosen capacity"):
         unpad(detections([[True], [True], [True]], [False, True, False]))
-
-
-@pytest.mark.parametrize("canvas", ["image", "batch"])
-def test_overflow_names_the_image(images, monkeypatch, canvas):
-    """In a list, the number is that of the image in the list, although each runs on its own."""
-
-    def overflowing(model, variables, batch):
-        widths = np.asarray(batch.original_size)[:, 1]
-        return detections([[True]] * len(widths), widths == 90)  # the third image
-
-    monkeypatch.setattr(module, "jitted_detect", overflowing)
-    with pytest.raises(RuntimeError, match=r"images \[2\]: more candidates"):
-        flaxdet.predict(detector(), {}, images, canvas=canvas)
