@@ -1,4 +1,4 @@
-"""What all tests of the command line share: one saved model, photos, a way to run a command, what it has written."""
+"""What all tests of the command line share: saved models, photos, a way to run a command, what it has written."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ import pytest
 from PIL import Image
 
 import flaxdet
-from flaxdet.builders import initial_variables, make_model
+from flaxdet import builders
+from flaxdet.builders import initial_variables
 from flaxdet.cli import options
 from flaxdet.cli.main import main
+from tests.tiny import build_small_models
 
 NAMES = ["__background__", "Platelets", "RBC", "white cell"]
 
@@ -67,18 +69,37 @@ def random_variables(model, seed: int = 0) -> dict:
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory) -> Path:
-    """An FCOS of 4 classes in our own format, with small images and names of classes in its metadata."""
-    model = make_model("fcos_resnet50_fpn", num_classes=4, min_size=96, max_size=160)
-    path = tmp_path_factory.mktemp("weights") / "cells.safetensors"
+def save_cells(folder: Path) -> Path:
+    """Saves an FCOS of 4 classes in our own format, with small images and names of classes in its metadata."""
+    model = builders.make_model("fcos_resnet50_fpn", num_classes=4, min_size=96, max_size=160)
+    path = folder / "cells.safetensors"
     flaxdet.save(path, model, random_variables(model), categories=NAMES)
     return path
 
 
+@pytest.fixture(scope="session")
+def real_weights(tmp_path_factory) -> Path:
+    """On the builder's ResNet-50."""
+    return save_cells(tmp_path_factory.mktemp("real_weights"))
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """Of a small model, which commands can read where ``small_builders`` is in force."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        build_small_models(monkeypatch)
+        return save_cells(tmp_path_factory.mktemp("weights"))
+
+
 @pytest.fixture
-def quick(monkeypatch):
-    """Loads the same weights with the same options only once in the session: reading them is another test's."""
+def small_builders(monkeypatch):
+    """Commands build and read small models."""
+    build_small_models(monkeypatch)
+
+
+@pytest.fixture
+def quick(small_builders, monkeypatch):
+    """Small models, and the same weights with the same options are loaded only once in the session."""
     monkeypatch.setattr(options, "load_model", _load_model)
 
 

@@ -13,6 +13,13 @@ from flaxdet.cli import options
 from flaxdet.convert import read
 from tests.cli.conftest import NAMES, files
 
+pytestmark = pytest.mark.xdist_group("convert")
+
+
+@pytest.fixture(scope="session")
+def weights(real_weights):
+    return real_weights
+
 
 @pytest.fixture(scope="module")
 def pth(weights, tmp_path_factory):

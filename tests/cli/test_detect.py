@@ -5,46 +5,16 @@ from __future__ import annotations
 import errno
 import os
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import flaxdet
 from flaxdet.convert import checkpoint
-from flaxdet.data import read_image
-from tests.cli.conftest import NAMES, files, results
-from tests.tolerances import HAND_F32
+from tests.cli.conftest import files, results
+
+pytestmark = pytest.mark.xdist_group("detect")
 
 # What it does
-
-
-def test_one_photo(run, weights, photo, out):
-    found = run("detect", photo, "--weights", weights, "--out", out)
-    assert (found.status, found.err) == (0, "")
-    content = results(out)
-    assert content.keys() == {"weights", "images", "failed"}
-    assert content["weights"] == str(weights)
-    assert content["failed"] == []
-    (record,) = content["images"]
-    assert record["file"] == str(photo)
-    assert (record["height"], record["width"]) == (60, 80)
-
-    model, variables = flaxdet.load(weights)
-    assert (model.min_size, model.max_size) == (96, 160)
-    (expected,) = flaxdet.Predictor(model, variables)([read_image(photo)])
-    rows = record["detections"]
-    assert len(rows) == len(expected["scores"]) > 3
-    assert f"{len(rows)} detections in 1 images -> {out / 'detections.json'}" in found.out
-    np.testing.assert_allclose([row["box"] for row in rows], expected["boxes"], rtol=HAND_F32)
-    np.testing.assert_allclose([row["score"] for row in rows], expected["scores"], rtol=HAND_F32)
-    assert [row["label"] for row in rows] == expected["labels"].tolist()
-    assert [row["category"] for row in rows] == [NAMES[label] for label in expected["labels"]]
-
-    assert record["picture"] == str(out / "photo.jpg")
-    with Image.open(record["picture"]) as picture:
-        assert (picture.format, picture.size) == ("JPEG", (80, 60))
-        assert np.abs(np.asarray(picture, int) - read_image(photo)).max() > 50  # something is drawn
-    assert files(out) == ["detections.json", "photo.jpg"]
 
 
 def test_files_folders_and_patterns(run, quick, weights, tmp_path, write_photo, out):

@@ -15,6 +15,8 @@ import flaxdet
 from flaxdet.convert import checkpoint
 from tests.cli.conftest import files, results
 
+pytestmark = pytest.mark.xdist_group("detect")
+
 # Bad images
 
 
@@ -174,7 +176,7 @@ def test_weights_of_wrong_shapes(run, photo, out, tmp_path):
     assert files(out) == []
 
 
-def test_file_of_another_model(run, photo, weights, out):
+def test_file_of_another_model(run, small_builders, photo, weights, out):
     found = run("detect", photo, "--weights", weights, "--model", "fasterrcnn_resnet50_fpn_v2", "--out", out)
     assert f"{weights}: expected weights of fasterrcnn_resnet50_fpn_v2, found fcos_resnet50_fpn" in found.error
 

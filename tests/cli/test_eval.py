@@ -10,29 +10,24 @@ import sys
 import pytest
 
 import flaxdet
-from flaxdet.cli import options
 from flaxdet.data import read_image
-from tests.cli.conftest import NAMES, _load_model, files
+from tests.cli.conftest import NAMES, files
 
 pytest.importorskip("pycocotools")
 
 from flaxdet.evaluate import coco_results, evaluate_results
 
-pytestmark = pytest.mark.xdist_group("fcos")
+pytestmark = [pytest.mark.xdist_group("eval"), pytest.mark.usefixtures("quick")]
 
 IDS = {"white cell": 2, "Platelets": 5}  # other numbers than their labels, and not all of them
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Reads the weights once in the session."""
-    monkeypatch.setattr(options, "load_model", _load_model)
-
-
 @pytest.fixture
-def nameless(monkeypatch):
-    """The same weights as a .pth has them: without names."""
-    monkeypatch.setattr(options, "load_model", lambda *args, **kept: (*_load_model(*args, **kept)[:2], None))
+def nameless(quick, weights, tmp_path) -> list:
+    """Options for the same weights as a .pth, which holds neither names nor sizes."""
+    path = tmp_path / "cells.pth"
+    flaxdet.save(path, *flaxdet.load(weights))
+    return ["--weights", path, "--min-size", 96, "--max-size", 160]
 
 
 @pytest.fixture
@@ -93,19 +88,19 @@ def test_writes_nothing_unless_asked(run, weights, data):
     assert files(data[0]) == before
 
 
-def test_without_names_ids_are_the_labels(run, nameless, weights, data, out):
+def test_without_names_ids_are_the_labels(run, nameless, data, out):
     ids = [{"id": label, "name": name} for label, name in enumerate(NAMES)][1:]
     arguments = write(data, categories=ids, annotations=[])
-    assert run(*arguments, "--weights", weights, "--out", out).status == 0
-    assert {row["category_id"] for row in json.loads((out / "detections.json").read_text())} == {1, 3}
+    assert run(*arguments, *nameless, "--out", out).status == 0
+    assert {row["category_id"] for row in json.loads((out / "detections.json").read_text())} == {1, 2, 3}
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["ap"], metrics["boxes"]) == (None, 0)  # nothing to find
 
 
-def test_names_from_a_file(run, nameless, weights, data, out, tmp_path):
+def test_names_from_a_file(run, nameless, data, out, tmp_path):
     names = tmp_path / "names.txt"
     names.write_text("\n".join(NAMES))
-    arguments = [*write(data), "--weights", weights, "--out", out]
+    arguments = [*write(data), *nameless, "--out", out]
     assert "category id 5" in run(*arguments).error
     assert run(*arguments, "--categories", names).status == 0
     assert {row["category_id"] for row in json.loads((out / "detections.json").read_text())} == {2, 5}
@@ -176,8 +171,8 @@ def test_missing_files(run, weights, data, tmp_path):
     assert "Missing from flaxdet eval: --annotations" in run("eval", "--images", tmp_path).error
 
 
-def test_ids_out_of_range(run, nameless, weights, data, out):
-    error = run(*write(data), "--weights", weights, "--out", out).error
+def test_ids_out_of_range(run, nameless, data, out):
+    error = run(*write(data), *nameless, "--out", out).error
     assert 'category id 5 ("Platelets") is no label of a model of 4 classes: expected ids from 1 to 3' in error
 
 

@@ -33,6 +33,11 @@ STAGES = {
 }
 
 
+@pytest.fixture(scope="session")
+def weights(real_weights):
+    return real_weights
+
+
 @pytest.fixture
 def photo(tmp_path):
     """A real photo, 150x128."""
@@ -44,17 +49,17 @@ def photo(tmp_path):
     return path
 
 
-def section(out: str, name: str) -> list[str]:
-    """The lines of the report on one model."""
+def section(out: str, title: str) -> list[str]:
+    """The lines of a report that begins with a title."""
     lines = out.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith(f"{name} on "))
+    start = next(i for i, line in enumerate(lines) if line.startswith(title))
     rest = lines[start + 1 :]
     end = next((i for i, line in enumerate(rest) if line and not line.startswith(" ")), len(rest))
     return rest[:end]
 
 
-@pytest.mark.parametrize("name", [pytest.param(FCOS, marks=pytest.mark.xdist_group("fcos")),
-                                  pytest.param(V2, marks=pytest.mark.xdist_group("v2"))])  # fmt: skip
+@pytest.mark.parametrize("name", [pytest.param(FCOS, marks=pytest.mark.xdist_group("verify_fcos")),
+                                  pytest.param(V2, marks=pytest.mark.xdist_group("verify_v2"))])  # fmt: skip
 def test_random_weights(run, photo, tmp_path, name):
     out = tmp_path / "pictures"
     found = run("verify", name, "--image", photo, "--out", out, *SMALL)
@@ -63,7 +68,7 @@ def test_random_weights(run, photo, tmp_path, name):
         "+cpu", ""
     )
     assert f"{name} on hopper.png (150x128)" in found.out
-    report = section(found.out, name)
+    report = section(found.out, f"{name} on hopper.png")
     rows = [line.split() for line in report[1 : 1 + len(STAGES[name])]]
     assert [row[0] for row in rows] == STAGES[name]
     assert rows[0][1] == "1x128x96x3"
@@ -97,7 +102,7 @@ def moved(variables):
     mean["mean"] = mean["mean"].at[7].add(0.5)
 
 
-@pytest.mark.xdist_group("fcos")
+@pytest.mark.xdist_group("verify_fcos")
 @pytest.mark.parametrize(("fault", "stage"), [(swapped, "bbox_regression"), (moved, "c4")])
 def test_a_wrong_weight_gives_another_verdict(run, photo, tmp_path, monkeypatch, fault, stage):
     real = verify.from_torchvision
@@ -116,33 +121,27 @@ def test_a_wrong_weight_gives_another_verdict(run, photo, tmp_path, monkeypatch,
     assert (tmp_path / "out" / f"verify_{FCOS}.png").exists()  # to see what is wrong
 
 
-@pytest.mark.xdist_group("fcos")
-def test_float64(run, photo, tmp_path):
+@pytest.mark.xdist_group("verify_file")
+def test_a_file_of_weights_in_float64(run, shared, tmp_path):
+    """A trained checkpoint on photos of its own kind; with both models asked for, the file says which it is."""
     import jax
 
-    found = run("verify", FCOS, "--float64", "--image", photo, "--out", tmp_path / "out", *SMALL)
-    assert (found.status, found.err) == (0, "")
-    report = section(found.out, FCOS)
-    for row in (line.split() for line in report[1 : 1 + len(STAGES[FCOS])]):
-        assert float(row[3]) < CANVAS_STAGE_F64, row
-    assert "matched (100%)" in found.out
-    (line,) = (line for line in report if line.startswith("  largest difference: boxes "))
-    assert float(line.split()[3]) < BOXES_F64
-    assert not jax.config.jax_enable_x64  # nothing stays switched
-
-
-@pytest.mark.xdist_group("fcos")
-def test_a_file_of_weights(run, shared, tmp_path):
-    """A trained checkpoint on photos of its own kind; with both models asked for, the file says which it is."""
     photos = sorted((shared / "data" / "bccd" / "images").glob("*"))[:2]
     weights = shared / "checkpoints" / f"{FCOS}_bccd.pth"
-    found = run("verify", "--weights", weights, "--image", *photos, "--out", tmp_path, *SMALL)
+    found = run("verify", "--weights", weights, "--float64", "--image", *photos, "--out", tmp_path, *SMALL)
     assert (found.status, found.err) == (0, "")
     reports = [line for line in found.out.splitlines() if " on " in line and not line.startswith(" ")]
     assert reports == [f"{FCOS} on {path.name} (480x640)" for path in photos]
+    for path in photos:
+        report = section(found.out, f"{FCOS} on {path.name}")
+        for row in (line.split() for line in report[1 : 1 + len(STAGES[FCOS])]):
+            assert float(row[3]) < CANVAS_STAGE_F64, row
+        (line,) = (line for line in report if line.startswith("  largest difference: boxes "))
+        assert float(line.split()[3]) < BOXES_F64
     assert found.out.count("matched (100%)") == found.out.count("verdict: the same") == 2
     assert " 0 of torchvision" not in found.out
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"verify_{FCOS}_{path.stem}.png" for path in photos]
+    assert not jax.config.jax_enable_x64  # nothing stays switched
 
 
 # What stops it, before anything is computed
