@@ -17,6 +17,7 @@ from flaxdet.resize import resize_image
 from flaxdet.structures import ImageBatch
 from tests.parity.sides import FCOS_NAME, V2_NAME
 
+pytestmark = pytest.mark.xdist_group("export")
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
@@ -37,13 +38,7 @@ def lowered(function, *args) -> jax.export.Exported:
 
 
 @pytest.mark.parametrize("canvas", [False, True], ids=["whole bucket", "canvas"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(FCOS_NAME, marks=pytest.mark.xdist_group("fcos")),
-        pytest.param(V2_NAME, marks=pytest.mark.xdist_group("v2")),
-    ],
-)
+@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
 def test_detectors_lower(name, canvas):
     """ResNet-50 at 800x1088, weights as arguments."""
     model = builders.make_model(name, num_classes=91)

@@ -16,6 +16,7 @@ from flaxdet.convert import CheckpointError, StateDictError, checkpoint
 from flaxdet.convert.state_dict import abstract_variables
 from tests.drawn import drawn
 
+pytestmark = pytest.mark.xdist_group("pretrained")
 NAME = "fcos_resnet50_fpn"
 CATEGORIES = ["__background__", "RBC", "```", "plaquette Ω"]
 FILES = ["README.md", "config.json", "model.safetensors"]

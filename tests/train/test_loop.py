@@ -23,6 +23,7 @@ from flaxdet.train import (
 )
 from tests.tiny import FCOS_NAME, tiny_model, tiny_variables, write_coco
 
+pytestmark = pytest.mark.xdist_group("loop")
 STEPS = 8
 
 
