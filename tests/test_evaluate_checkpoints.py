@@ -39,14 +39,24 @@ def evaluated(shared, out, name, annotations, batch_size):
     return (json.loads((out / f"{file}.json").read_text()) for file in ("metrics", "detections"))
 
 
-@pytest.mark.xdist_group("fcos checkpoint")
-def test_figures_of_the_whole_set(shared, tmp_path):
-    """(detections, AP, AP50, AP75) by torchvision in float32, one image at a time: ../shared/checkpoints/README.md."""
-    metrics, rows = evaluated(shared, tmp_path, FCOS_NAME, shared / "data" / "bccd" / "val.json", batch_size=4)
+# (detections, AP, AP50, AP75) by torchvision in float32, one image at a time: ../shared/checkpoints/README.md
+TORCHVISION = {FCOS_NAME: (4198, 0.4951, 0.8349, 0.5307), V2_NAME: (2809, 0.5754, 0.8860, 0.6445)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(FCOS_NAME, marks=pytest.mark.xdist_group("fcos checkpoint")),
+        pytest.param(V2_NAME, marks=[pytest.mark.xdist_group("v2 checkpoint"), pytest.mark.slow]),
+    ],
+)
+def test_figures_of_the_whole_set(shared, tmp_path, name):
+    metrics, rows = evaluated(shared, tmp_path, name, shared / "data" / "bccd" / "val.json", batch_size=4)
+    detections, *expected = TORCHVISION[name]
     assert metrics["images"] == 87
-    assert metrics["detections"] == len(rows) == 4198
+    assert metrics["detections"] == len(rows) == detections
     found = [metrics[key] for key in ("ap", "ap50", "ap75")]
-    assert found == [pytest.approx(ap, abs=AP_THREE_DECIMALS) for ap in (0.4951, 0.8349, 0.5307)]
+    assert found == [pytest.approx(ap, abs=AP_THREE_DECIMALS) for ap in expected]
     assert [row["name"] for row in metrics["per_class"]] == ["Platelets", "RBC", "WBC"]
 
 
