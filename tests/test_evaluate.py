@@ -16,12 +16,12 @@ from flaxdet.data import ImageError
 from flaxdet.data.coco import read_coco
 from flaxdet.evaluate import detect_dataset, evaluate, evaluate_results
 from flaxdet.predict import detect_program
-from flaxdet.structures import Detections
 from tests.tiny import CATEGORIES, FCOS_NAME, V2_NAME, tiny_model, tiny_variables
 from tests.tolerances import INVARIANCE_F64
 
 pytest.importorskip("pycocotools")
 
+pytestmark = pytest.mark.xdist_group("evaluate")
 module = sys.modules["flaxdet.evaluate"]  # a package may export the function under the same name
 
 # (rows, columns): canvases of 64x96, 96x64 and 64x64 in a model of 64 to 96 pixels
@@ -62,20 +62,17 @@ def fcos():
     return model, tiny_variables(model)
 
 
-@pytest.mark.parametrize(
-    ("name", "option"),
-    [
-        pytest.param(
-            FCOS_NAME, {"score_thresh": 0.05, "detections_per_img": 20}, marks=pytest.mark.xdist_group("fcos")
-        ),
-        pytest.param(
-            V2_NAME, {"box_score_thresh": 0.2, "box_detections_per_img": 20}, marks=pytest.mark.xdist_group("v2")
-        ),
-    ],
-)
-def test_every_image_as_it_is_alone(name, option, dataset, x64, monkeypatch):
+def assert_same(found, expected):
+    for own, other in zip(found, expected, strict=True):
+        assert own["boxes"].dtype == np.float64
+        np.testing.assert_array_equal(own["labels"], other["labels"])
+        np.testing.assert_allclose(own["boxes"], other["boxes"], rtol=0, atol=INVARIANCE_F64)
+        np.testing.assert_allclose(own["scores"], other["scores"], rtol=0, atol=INVARIANCE_F64)
+
+
+def test_every_image_as_it_is_alone(dataset, x64, monkeypatch):
     monkeypatch.setattr(module, "_BUCKETS", 2)
-    model = tiny_model(name, dtype=np.float64, **option)
+    model = tiny_model(FCOS_NAME, dtype=np.float64, score_thresh=0.05, detections_per_img=20)
     variables = tiny_variables(model)
     expected = flaxdet.predict(model, variables, [dataset.read_image(i) for i in range(len(dataset))])
     assert sum(len(own["scores"]) for own in expected) > 3 * len(dataset)
@@ -84,14 +81,20 @@ def test_every_image_as_it_is_alone(name, option, dataset, x64, monkeypatch):
         found = detect_dataset(model, variables, dataset, batch_size=batch_size)
         # a program a bucket, with and without images that fill it; predict has compiled the one that they all fill
         assert detect_program(model.box_dtype)._cache_size() - before == (1 if batch_size == 1 else 2)
-        for own, other in zip(found, expected, strict=True):
-            assert own["boxes"].dtype == np.float64
-            np.testing.assert_array_equal(own["labels"], other["labels"])
-            np.testing.assert_allclose(own["boxes"], other["boxes"], rtol=0, atol=INVARIANCE_F64)
-            np.testing.assert_allclose(own["scores"], other["scores"], rtol=0, atol=INVARIANCE_F64)
+        assert_same(found, expected)
 
 
-@pytest.mark.xdist_group("fcos")
+def test_faster_rcnn_in_one_bucket(tmp_path, x64, monkeypatch):
+    """RoIAlign needs to know the canvas too, of images that share a batch."""
+    monkeypatch.setattr(module, "_BUCKETS", 1)
+    dataset = read_coco(*write_set(tmp_path, [(64, 80), (80, 64), (60, 80)]))
+    model = tiny_model(V2_NAME, dtype=np.float64, box_score_thresh=0.2, box_detections_per_img=20)
+    variables = tiny_variables(model)
+    expected = flaxdet.predict(model, variables, [dataset.read_image(i) for i in range(len(dataset))])
+    assert sum(len(own["scores"]) for own in expected) > 3 * len(dataset)
+    assert_same(detect_dataset(model, variables, dataset, batch_size=3), expected)
+
+
 def test_evaluate(uniform, fcos, capfd):
     found = detect_dataset(*fcos, uniform)
     rows = flaxdet.coco_results(found, [3, 8, 13, 18, 23], {1: 2, 2: 5, 3: 9})
@@ -105,7 +108,6 @@ def test_evaluate(uniform, fcos, capfd):
     assert [row.name for row in result.per_class] == list(CATEGORIES.values())
 
 
-@pytest.mark.xdist_group("fcos")
 def test_perfect_detections(dataset, fcos, monkeypatch):
     """From the reader's boxes and labels back to the file's own."""
 
@@ -119,7 +121,6 @@ def test_perfect_detections(dataset, fcos, monkeypatch):
     assert [row.ap for row in result.per_class] == [pytest.approx(1)] * 3
 
 
-@pytest.mark.xdist_group("fcos")
 def test_variables_on_the_host(uniform, fcos):
     model, variables = fcos
     expected = detect_dataset(model, variables, uniform)
@@ -150,7 +151,6 @@ jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.xdist_group("fcos")
 def test_progress(uniform, fcos, capfd):
     capfd.readouterr()
     detect_dataset(*fcos, uniform, progress=True)
@@ -187,13 +187,9 @@ def test_coco_results():
         flaxdet.coco_results(found, [7, 8])
 
 
-# Reading ahead
-
-
 # Bad input
 
 
-@pytest.mark.xdist_group("fcos")
 def test_a_broken_image(uniform, fcos):
     path = uniform[2].path
     path.write_bytes(path.read_bytes()[:300])
@@ -216,17 +212,6 @@ def test_bad_options(dataset, fcos, option):
 def test_an_empty_data_set(fcos):
     with pytest.raises(ValueError, match="at least one image, got an empty one"):
         detect_dataset(*fcos, [])
-
-
-def test_overflow_names_the_image(dataset, fcos, monkeypatch):
-    def overflowing(model, variables, batch):
-        n = len(batch.size)
-        labels, overflow = np.full((n, 1), -1, np.int32), np.ones(n, bool)
-        return Detections(np.zeros((n, 1, 4)), np.zeros((n, 1)), labels, np.zeros((n, 1), bool), overflow)
-
-    monkeypatch.setattr(module, "jitted_detect", overflowing)
-    with pytest.raises(RuntimeError, match=r"images \[3\]: more candidates than"):  # the first, in the smallest bucket
-        detect_dataset(*fcos, dataset)
 
 
 def test_without_pycocotools(dataset, fcos, monkeypatch):

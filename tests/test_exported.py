@@ -15,16 +15,16 @@ import pytest
 from PIL import Image
 
 import flaxdet
+from flaxdet.builders import make_model
 from flaxdet.cli.main import main
+from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.export import ExportError
+from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables
 from tests.tolerances import NET_F32
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-MODELS = [
-    pytest.param(FCOS_NAME, {"score_thresh": 0.05}, marks=pytest.mark.xdist_group("fcos")),
-    pytest.param(V2_NAME, {"box_score_thresh": 0.2}, marks=pytest.mark.xdist_group("v2")),
-]
+pytestmark = pytest.mark.xdist_group("exported")
 
 
 def noise(*size):
@@ -54,19 +54,25 @@ def copy(artifact, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize(("name", "options"), MODELS)
-def test_the_answers_of_predict(name, options, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "options", "buckets"),
+    [
+        (FCOS_NAME, {"score_thresh": 0.05}, [(64, 96), (96, 64)]),
+        (V2_NAME, {"box_score_thresh": 0.2}, [(96, 96)]),
+    ],
+)
+def test_the_answers_of_predict(name, options, buckets, tmp_path):
+    """From two buckets that images fill, and from one that is larger than each."""
     model = tiny_model(name, **options)
     variables = tiny_variables(model)
-    flaxdet.export(tmp_path, model, variables, buckets=[(64, 96), (96, 64)], raw_size=128)
-    images = [noise(64, 80), noise(100, 70), noise(50, 50)]
+    flaxdet.export(tmp_path, model, variables, buckets=buckets, raw_size=128)
+    images = [noise(64, 80), noise(100, 70)]
     expected = flaxdet.predict(model, variables, images)
     assert all(len(found["scores"]) > 3 for found in expected)
     for found, other in zip(flaxdet.load_exported(tmp_path)(images), expected, strict=True):
         same(found, other)
 
 
-@pytest.mark.xdist_group("fcos")
 def test_one_file_for_all_platforms_and_batches(artifact):
     folder, model, variables = artifact
     signature = json.loads((folder / "signature.json").read_text())
@@ -86,7 +92,6 @@ def test_one_file_for_all_platforms_and_batches(artifact):
         same({name: found[name][i][valid] for name in ("boxes", "scores", "labels")}, expected)
 
 
-@pytest.mark.xdist_group("fcos")
 def test_a_program_for_each_batch_size(tmp_path):
     model = tiny_model(FCOS_NAME, score_thresh=0.05)
     variables = tiny_variables(model)
@@ -123,11 +128,11 @@ sys.meta_path.insert(0, Blocked())
     same(found, flaxdet.predict(model, variables, [decoded])[0])
 
 
-@pytest.mark.xdist_group("fcos")
 def test_the_command(tmp_path, capsys):
     """A real builder's model, lowered and not compiled."""
     path = tmp_path / "model.safetensors"
-    model, variables = flaxdet.fcos_resnet50_fpn(weights_backbone=None, num_classes=3, min_size=64, max_size=96)
+    model = make_model(FCOS_NAME, num_classes=3, min_size=64, max_size=96)
+    variables = drawn(abstract_variables(model))
     flaxdet.save(path, model, variables, categories=["__background__", "cat", "dog"])
     out = tmp_path / "out"
     arguments = ["export", out, "--weights", path, "--buckets", "64x96", "--batch-sizes", 2, "--no-progress"]

@@ -10,9 +10,9 @@ import pytest
 
 
 @pytest.mark.slow
-def test_two_trials():
+def test_a_run_killed_twice():
     script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, str(script), "--trials", "2", "--kills", "1", "--seed", "5"]
+    command = [sys.executable, str(script), "--trials", "1", "--kills", "2", "--seed", "5"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("same bits") == 2
+    assert result.stdout.count("same bits") == 1
