@@ -17,12 +17,9 @@ else:
 FCOS_NAME, V2_NAME = "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(FCOS_NAME, marks=pytest.mark.xdist_group("fcos")),
-        pytest.param(V2_NAME, marks=pytest.mark.xdist_group("v2")),
-    ]
-)
-def name(request) -> str:
-    """The builder's name; tests of one model run in one worker and share what it has compiled."""
-    return request.param
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``name`` is the builder's; of each file, the tests of one model run in one worker and share what it compiled."""
+    if "name" in metafunc.fixturenames:
+        file = metafunc.module.__name__.rpartition(".")[2]
+        groups = {name: pytest.mark.xdist_group(f"{file} {name}") for name in (FCOS_NAME, V2_NAME)}
+        metafunc.parametrize("name", [pytest.param(name, marks=group) for name, group in groups.items()])

@@ -20,7 +20,6 @@ SMALL = {"min_size": 96, "max_size": 160}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.xdist_group("round trip")
 def test_bit_for_bit_and_the_same_answer(kind, tmp_path):
     name, frozen, count = KINDS[kind]
     theirs = make_lively(reference.build(name, frozen=frozen, num_classes=7, **SMALL), seed=3)

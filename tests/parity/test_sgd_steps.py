@@ -1,5 +1,9 @@
 """Ten steps of SGD with momentum and weight decay against torch.optim.SGD on torchvision's model, float64.
 
+FCOS trains three stages of its backbone, with live BatchNorm. Faster R-CNN trains everything under ``freeze_bn``, and
+torchvision's BatchNorm modules are in evaluation mode. The trained models then go back to torchvision and detect the
+same there.
+
 Sampling is exhaustive on both sides, as in test_losses.py. Two batches alternate.
 """
 
@@ -11,12 +15,20 @@ import jax
 import numpy as np
 import torch
 
-from flaxdet.convert import reference, to_torchvision
-from flaxdet.train import create_state, make_train_step, sgd, shard_batch, warmup_multistep_schedule
+from flaxdet.convert import reference, stages, to_torchvision, verify
+from flaxdet.predict import predict
+from flaxdet.train import (
+    create_state,
+    evaluation_variables,
+    make_train_step,
+    sgd,
+    shard_batch,
+    warmup_multistep_schedule,
+)
 from flaxdet.transform import transform, transform_targets
 from tests.parity import sides
 from tests.parity.test_losses import EXHAUSTIVE
-from tests.tolerances import TEN_STEPS_F64
+from tests.tolerances import BOXES_F64, SCORES_F64, TEN_STEPS_F64
 
 STEPS = 10
 BATCHES = (
@@ -28,7 +40,11 @@ BATCHES = (
 )
 SMALL = {"min_size": 64, "max_size": 96}
 CANVAS = (96, 96)  # of both batches
-FEW_PROPOSALS = EXHAUSTIVE | {"rpn_pre_nms_top_n_train": 40, "rpn_post_nms_top_n_train": 16}
+FEW_PROPOSALS = EXHAUSTIVE | {
+    "rpn_pre_nms_top_n_train": 40,
+    "rpn_post_nms_top_n_train": 16,
+    "rpn_post_nms_top_n_test": 40,
+}
 SCHEDULE = warmup_multistep_schedule(2e-3, 5, [1], warmup_factor=0.1)
 DECAY = 1e-2  # large, so that a wrong decay would show
 
@@ -40,8 +56,15 @@ def targets_of(boxes: list[Any]) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def torch_steps(model: Any, batches: list[tuple[Any, Any]], monkeypatch: Any) -> dict[str, np.ndarray]:
-    """torchvision's state_dict after the steps."""
+def freeze(model: Any) -> Any:
+    """The model with ``freeze_bn`` wherever it has BatchNorm, as ``make_model`` sets it."""
+    backbone = model.backbone
+    backbone = backbone.clone(body=backbone.body.clone(freeze_bn=True), fpn=backbone.fpn.clone(freeze_bn=True))
+    return model.clone(backbone=backbone, box_head=model.box_head.clone(freeze_bn=True))
+
+
+def torch_steps(model: Any, frozen: bool, batches: list[tuple[Any, Any]], monkeypatch: Any) -> dict[str, np.ndarray]:
+    """torchvision's state_dict after the steps, its BatchNorm modules in evaluation mode if frozen."""
     rpn = reference.torchvision().models.detection.rpn.RegionProposalNetwork
     assign = rpn.assign_targets_to_anchors
 
@@ -53,6 +76,9 @@ def torch_steps(model: Any, batches: list[tuple[Any, Any]], monkeypatch: Any) ->
     trained = [value for value in model.parameters() if value.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1.0, momentum=0.9, weight_decay=DECAY)
     model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train(not frozen)
     for step in range(STEPS):
         images, targets = batches[step % len(batches)]
         reference.reset_roi_scales(model)
@@ -66,11 +92,12 @@ def torch_steps(model: Any, batches: list[tuple[Any, Any]], monkeypatch: Any) ->
     return {key: value.numpy() for key, value in model.state_dict().items() if "num_batches" not in key}
 
 
-def test_ten_steps(name, x64, monkeypatch):
-    layers = 3 if name == sides.V2_NAME else 5
+def test_ten_steps_and_back(name, x64, monkeypatch):
+    frozen = name == sides.V2_NAME
+    layers = 5 if frozen else 3
     options = SMALL | (FEW_PROPOSALS if name == sides.V2_NAME else {})
     model, variables, theirs = sides.both(name, 18, 11, dtype="float64", **options)
-    model = model.clone(trainable_backbone_layers=layers)
+    model = freeze(model) if frozen else model.clone(trainable_backbone_layers=layers)
     for key, value in theirs.backbone.body.named_parameters():
         value.requires_grad_(layers == 5 or key.startswith(("layer2", "layer3", "layer4")))
 
@@ -79,7 +106,7 @@ def test_ten_steps(name, x64, monkeypatch):
         for batch in BATCHES
     ]
     before = {key: value.numpy().copy() for key, value in theirs.state_dict().items()}
-    expected = torch_steps(theirs, batches, monkeypatch)
+    expected = torch_steps(theirs, frozen, batches, monkeypatch)
 
     tx = sgd(SCHEDULE, weight_decay=DECAY)
     state = create_state(model, variables, tx, key=jax.random.key(0))
@@ -87,25 +114,36 @@ def test_ten_steps(name, x64, monkeypatch):
     for step in range(STEPS):
         images, targets = batches[step % len(batches)]
         batch = transform(images, model.transform, canvas="batch", bucket=CANVAS, dtype=np.float64)
+        assert batch.canvas is None
         padded = transform_targets(targets, batch, max_boxes=4, num_classes=11)
         state, _ = train_step(state, shard_batch({**vars(batch), **vars(padded)}, None))
     assert sum(jitted._cache_size() for jitted in {train_step._plain, train_step._pieces}) == 1
 
-    found = to_torchvision(model, state.variables)
+    trained = jax.device_get(evaluation_variables(state))
+    found = to_torchvision(model, trained)
     moved = 0
     for key, value in expected.items():
         error, norm = np.linalg.norm(found[key] - value), np.linalg.norm(value)
         assert error <= TEN_STEPS_F64 * norm, (key, error, norm)
-        still = frozen_key(key, layers)
+        still = stays(key, layers, frozen)
         assert np.array_equal(value, before[key]) == still, key
         moved += not still
         if still:
             np.testing.assert_array_equal(found[key], value, err_msg=key)
     assert moved > 50
 
+    _, _, theirs = sides.both(name, 18, 11, dtype="float64", **options)
+    theirs.load_state_dict({key: torch.from_numpy(value) for key, value in found.items()}, strict=True)
+    image = sides.crop("china", 100, 150)
+    (detected,), _ = stages.run_reference(theirs, [image], keep_stages=False)
+    match = verify.match_detections(predict(model, trained, [image])[0], detected, BOXES_F64, SCORES_F64)
+    assert match.same, match
+    assert match.count > 5
 
-def frozen_key(key: str, layers: int) -> bool:
+
+def stays(key: str, layers: int, frozen: bool) -> bool:
     """Whether torchvision leaves a tensor alone; live BatchNorm's statistics move in frozen layers too."""
-    if layers == 5 or not key.startswith("backbone.body.") or key.endswith(("running_mean", "running_var")):
-        return False
-    return not key.startswith(tuple(f"backbone.body.layer{i}" for i in (2, 3, 4)))
+    if key.endswith(("running_mean", "running_var")):
+        return frozen
+    trained = tuple(f"backbone.body.layer{i}" for i in (2, 3, 4))
+    return layers != 5 and key.startswith("backbone.body.") and not key.startswith(trained)
