@@ -56,12 +56,11 @@ def test_stages_have_torchvisions_sizes(depth, size):
         assert stage.shape == (2, rows, columns, model.stage_channels[name])
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_resnet18_is_torchvisions(torch, x64, train):
-    """Every stage in float64; in training also the running statistics, 20 BatchNorms deep."""
+def test_resnet18_in_training_is_torchvisions(torch, x64):
+    """Every stage in float64, and the running statistics, 20 BatchNorms deep. In evaluation: tests/parity."""
     tv = reference.torchvision()
     torch.manual_seed(0)
-    theirs = tv.models.resnet18().double().train(train)
+    theirs = tv.models.resnet18().double().train()
     with torch.no_grad():
         for module in theirs.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
@@ -77,7 +76,7 @@ def test_resnet18_is_torchvisions(torch, x64, train):
     x = np.random.default_rng(0).normal(size=(2, 61, 75, 3))
     with torch.no_grad():
         expected = body(torch.tensor(x.transpose(0, 3, 1, 2).copy()))
-    found, state = jax.jit(lambda v, x: model.apply(v, x, train=train, mutable=["batch_stats"]))(variables, x)
+    found, state = jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))(variables, x)
     for name in STAGES:
         stage = expected[name].numpy().transpose(0, 2, 3, 1)
         np.testing.assert_allclose(found[name], stage, rtol=0, atol=STAGE_F64 * np.abs(stage).max(), err_msg=name)
@@ -115,20 +114,25 @@ def test_frozen_statistics_in_training(option):
     jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
 
 
-@pytest.mark.parametrize("train", [False, True])
-def test_canvas_is_the_crop(x64, train):
-    """Inside a canvas of 64x32 in a bucket of 96x96 every stage is that of the 64x32 image alone."""
+def test_bucket_in_training(x64):
+    """In a bucket of 96x96 every stage is that in 64x64, inside the canvases of 64x32 and 32x64.
+
+    In evaluation, and against no canvas at all: tests/parity/test_invariance.py; in training: test_losses.py there.
+    """
     model = ResNet(18, dtype=jnp.float64)
-    x = jax.random.normal(jax.random.key(1), (2, 64, 32, 3), jnp.float64)
+    x = np.random.default_rng(0).normal(size=(2, 64, 64, 3))
+    canvases = np.asarray([[64, 32], [32, 64]], np.int32)
+    for image, (rows, columns) in zip(x, canvases, strict=True):
+        image[rows:] = image[:, columns:] = 0
     variables = drawn(abstract(model))
-    padded = jnp.pad(x, ((0, 0), (0, 32), (0, 64), (0, 0)))
-    canvas = jnp.asarray([[64, 32]] * 2, jnp.int32)
-    run = jax.jit(lambda x, canvas: model.apply(variables, x, canvas=canvas, train=train, mutable=["batch_stats"]))
-    (alone, alone_state), (found, state) = run(x, None), run(padded, canvas)
-    for name, stage in alone.items():
-        cropped = found[name][:, : stage.shape[1], : stage.shape[2]]
-        np.testing.assert_allclose(cropped, stage, rtol=0, atol=STAGE_F64 * np.abs(stage).max(), err_msg=name)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=BATCH_STATS_F64), state, alone_state)
+    run = jax.jit(lambda x: model.apply(variables, x, canvas=canvases, train=True, mutable=["batch_stats"]))
+    (small, small_state), (found, state) = run(x), run(np.pad(x, ((0, 0), (0, 32), (0, 32), (0, 0))))
+    for i, (name, stage) in enumerate(small.items(), start=2):
+        bar = STAGE_F64 * np.abs(stage).max()
+        for image, expected, (rows, columns) in zip(found[name], stage, canvases >> i, strict=True):
+            inside = slice(rows), slice(columns)
+            np.testing.assert_allclose(image[inside], expected[inside], rtol=0, atol=bar, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=BATCH_STATS_F64), state, small_state)
 
 
 def test_unknown_depth():
