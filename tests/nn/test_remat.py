@@ -65,8 +65,7 @@ def test_the_same_key_gives_the_same_values(short):
 @pytest.mark.parametrize(
     ("depth", "train", "canvas", "options"),
     [
-        (50, True, None, {}),
-        (18, True, [[32, 64], [64, 32]], {}),
+        (50, True, [[32, 64], [64, 32]], {}),
         (18, True, None, {"freeze_bn": True}),
     ],
 )
