@@ -51,14 +51,22 @@ def test_compiles(aot, plugins, tmp_path, device, model, program):
 
 def test_says_how_to_install_the_compilers(aot, monkeypatch, tmp_path):
     monkeypatch.setenv("FLAXDET_AOT_PLUGINS", str(tmp_path / "none"))
-    version = aot.version("jax")
     monkeypatch.setattr(aot, "version", lambda name: "0.10.2")
     with pytest.raises(SystemExit, match=r"pip install --no-deps --target .*none -r .*jax-0\.10\.2\.txt"):
         aot.plugin_folder()
     monkeypatch.setattr(aot, "version", lambda name: "0.9")
     with pytest.raises(SystemExit, match=r"no list of compilers for jax 0\.9 \(known: jax-0\.10\.2.*jax-0\.9\.txt"):
         aot.plugin_folder()
-    assert (BENCHMARKS / "aot_requirements" / f"jax-{version}.txt").exists()  # of the jax that CI installs
+
+
+def test_each_list_of_compilers_is_of_one_jax():
+    lists = list((BENCHMARKS / "aot_requirements").glob("*.txt"))
+    assert lists
+    for path in lists:
+        wanted = dict(line.split("==") for line in path.read_text().splitlines() if not line.startswith("#"))
+        assert wanted.pop("libtpu")
+        version = path.stem.removeprefix("jax-")
+        assert wanted == {"jax-cuda12-plugin": version, "jax-cuda12-pjrt": version}
 
 
 THUNKS = """\
