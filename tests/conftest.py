@@ -25,10 +25,22 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 import pytest
 
+# Tracing makes millions of objects and hardly any cycles: at the default thresholds Python looks for those an eighth of
+# the time.
+gc.set_threshold(100_000, 20, 100)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items):
+    """Leaves out what only continuous integration runs."""
+    if "FLAXDET_CI" in os.environ:
+        return
+    for item in items:
+        if item.get_closest_marker("ci"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: .ci/run runs it, or pytest with FLAXDET_CI=1"))
 
 
 @pytest.fixture(autouse=True, scope="module")

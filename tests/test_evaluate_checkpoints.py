@@ -47,7 +47,7 @@ TORCHVISION = {FCOS_NAME: (4198, 0.4951, 0.8349, 0.5307), V2_NAME: (2809, 0.5754
     "name",
     [
         pytest.param(FCOS_NAME, marks=pytest.mark.xdist_group("fcos checkpoint")),
-        pytest.param(V2_NAME, marks=[pytest.mark.xdist_group("v2 checkpoint"), pytest.mark.slow]),
+        pytest.param(V2_NAME, marks=[pytest.mark.xdist_group("v2 checkpoint"), pytest.mark.ci]),
     ],
 )
 def test_figures_of_the_whole_set(shared, tmp_path, name):
