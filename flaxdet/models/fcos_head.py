@@ -46,13 +46,14 @@ class _Tower(TypedModule):
 
         def convolve(layer: nn.Module, maps: list[Array], affines: list[Affine]) -> list[Array]:
             if affines:
-                maps = [nn.relu(apply_affine(x, affine, x.dtype)) for x, affine in zip(maps, affines, strict=True)]
+                maps = [nn.relu(apply_affine(x, affine, self.dtype)) for x, affine in zip(maps, affines, strict=True)]
             return [masked_conv(layer, x, extent) for x, extent in zip(maps, extent_of, strict=True)]
 
         for layer, norm in layers:
             maps = recomputed(convolve)(layer, maps, affines)
             maps = [kept(x) for x in maps]  # else XLA:CPU keeps them without their bias too
-            affines = [norm_affine(norm, x, extent, train=False) for x, extent in zip(maps, extent_of, strict=True)]
+            normed = [norm_affine(norm, x, extent, train=False) for x, extent in zip(maps, extent_of, strict=True)]
+            maps, affines = [x for x, _ in normed], [affine for _, affine in normed]
         return {name: recomputed(convolve)(layer, maps, affines) for name, layer in predictions.items()}
 
 

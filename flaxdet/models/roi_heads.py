@@ -14,7 +14,17 @@ from jaxtyping import Bool, Float, Int
 
 from flaxdet.models.detector import feature_extents, gather_detections, per_image
 from flaxdet.nn.fpn import Features
-from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, kaiming_normal_fan_out, linear, recomputed
+from flaxdet.nn.layers import (
+    Array,
+    Dtype,
+    Precision,
+    TypedModule,
+    at_least_float32,
+    conv,
+    kaiming_normal_fan_out,
+    linear,
+    recomputed,
+)
 from flaxdet.nn.norm import BatchNorm, activated_conv, apply_affine
 from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
@@ -190,9 +200,10 @@ class FastRCNNConvFCHead(TypedModule):
             if self.use_norm:
                 cells = None if mask is None else jnp.broadcast_to(mask[:, None, None], x.shape[:3])
                 norm = BatchNorm(name=f"norm_{i}", **options)
+                x = x.astype(at_least_float32(self.dtype))
                 affine = norm.affine(x, train=train and not self.freeze_bn, mask=cells)
         if self.conv_layers:
-            x = nn.relu(apply_affine(x, affine, x.dtype))
+            x = nn.relu(apply_affine(x, affine, self.dtype))
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate(self.fc_layers):
             x = linear(features, x.shape[-1], precision=self.precision, name=f"fc_{i}", **options)(x)

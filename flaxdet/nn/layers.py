@@ -84,6 +84,110 @@ def at_least_float32(dtype: Dtype) -> Dtype:
     return jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
 
 
+class Conv(nn.Module):
+    """A convolution of maps [B, H, W, C] with odd kernels, zero-padded by half the kernel.
+
+    Flax's own adds its bias in ``dtype``, so that the gradient of the bias is a sum over all cells in ``dtype``: in
+    bfloat16 it stops growing at 256 times its terms. Here that sum is float32 at least.
+
+    Attributes:
+        features: channels of the result.
+        kernel_size: (rows, columns).
+        strides: of both directions.
+        use_bias: adds a bias.
+        kernel_init: of the kernel [rows, columns, C, features].
+        bias_init: of the bias [features].
+        dtype: computes.
+        param_dtype: stores.
+        precision: of the products.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    strides: int = 1
+    use_bias: bool = True
+    kernel_init: Initializer = torch_default
+    bias_init: Initializer = zeros
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    precision: Precision = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w N"]:
+        """Convolves.
+
+        Args:
+            x: [B, H, W, C].
+
+        Returns:
+            [B, h, w, features] in ``dtype``, h = ceil(H / strides).
+        """
+        kernel = self.param(
+            "kernel", self.kernel_init, (*self.kernel_size, x.shape[-1], self.features), self.param_dtype
+        )
+        y = conv_general_dilated(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            (self.strides, self.strides),
+            [(side // 2, side // 2) for side in self.kernel_size],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=self.precision,
+        )
+        return (
+            add_bias(y, self.param("bias", self.bias_init, (self.features,), self.param_dtype)) if self.use_bias else y
+        )
+
+
+class Dense(nn.Module):
+    """A matrix product and a bias, whose gradient is summed in float32 at least, as ``Conv``'s.
+
+    Attributes:
+        features: of the result.
+        kernel_init: of the kernel [C, features].
+        bias_init: of the bias [features].
+        dtype: computes.
+        param_dtype: stores.
+        precision: of the product.
+    """
+
+    features: int
+    kernel_init: Initializer = torch_default
+    bias_init: Initializer = zeros
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    precision: Precision = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... N"]:
+        """Multiplies.
+
+        Args:
+            x: [..., C].
+
+        Returns:
+            [..., features] in ``dtype``.
+        """
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), self.param_dtype)
+        contracted = (((x.ndim - 1,), (0,)), ((), ()))
+        y = dot_general(x.astype(self.dtype), kernel.astype(self.dtype), contracted, self.precision)
+        return add_bias(y, self.param("bias", self.bias_init, (self.features,), self.param_dtype))
+
+
+def add_bias(x: Float[Array, "... C"], bias: Float[Array, " C"]) -> Float[Array, "... C"]:
+    """Adds a bias to each cell, in the cells' dtype; the gradient of the bias is summed in float32 at least.
+
+    Args:
+        x: [..., C].
+        bias: [C].
+
+    Returns:
+        [..., C] in the dtype of ``x``.
+    """
+    wide = bias.astype(jnp.promote_types(bias.dtype, at_least_float32(x.dtype)))
+    # broadcast before the cast: jax then sums after casting back
+    return x + jnp.broadcast_to(wide, x.shape).astype(x.dtype)
+
+
 def conv(
     features: int,
     kernel_size: int,
@@ -96,20 +200,18 @@ def conv(
     param_dtype: Dtype | None = None,
     precision: Precision = None,
     name: str | None = None,
-) -> nn.Conv:
+) -> Conv:
     """A square NHWC convolution, padded as torch's ``padding=kernel_size // 2`` (never "SAME")."""
-    return nn.Conv(
+    return Conv(
         features,
         (kernel_size, kernel_size),
         strides=strides,
-        padding=kernel_size // 2,
         use_bias=use_bias,
         kernel_init=kernel_init,
         bias_init=bias_init,
         dtype=dtype,
         param_dtype=default_param_dtype(dtype, param_dtype),
         precision=precision,
-        conv_general_dilated=conv_general_dilated,
         name=name,
     )
 
@@ -122,16 +224,15 @@ def linear(
     param_dtype: Dtype | None = None,
     precision: Precision = None,
     name: str | None = None,
-) -> nn.Dense:
+) -> Dense:
     """A dense layer initialised as ``torch.nn.Linear``: weight and bias U(±1/sqrt(in_features))."""
-    return nn.Dense(
+    return Dense(
         features,
         kernel_init=torch_default,
         bias_init=symmetric_uniform(in_features**-0.5),
         dtype=dtype,
         param_dtype=default_param_dtype(dtype, param_dtype),
         precision=precision,
-        dot_general=dot_general,
         name=name,
     )
 

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, Int
 
 from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, inside, mask_beyond
 
-# What a norm does to its input, a factor and a shift for each channel (GroupNorm: and image); None for no norm.
+# What a norm does to its input, a factor and a shift for each channel (GroupNorm: and image); None for no norm. Both
+# are float32 at least: their gradients are sums over whole maps, which bfloat16 can't hold.
 Affine = tuple[Array, Array] | None
 
 
@@ -55,7 +56,8 @@ class BatchNorm(TypedModule):
         Args:
             x: [..., C].
             train: use and update the batch's statistics instead of the running ones.
-            mask: [...], True where a cell counts for the statistics; default everywhere.
+            mask: [...], True where a cell counts for the statistics; default everywhere. Where it is True nowhere, the
+                running statistics stay.
 
         Returns:
             [..., C] in ``dtype``.
@@ -63,6 +65,7 @@ class BatchNorm(TypedModule):
         Raises:
             ValueError: in training with a single value a channel, as torch.
         """
+        x = x.astype(at_least_float32(self.dtype))
         return apply_affine(x, self.affine(x, train=train, mask=mask), self.dtype)
 
     @nn.compact
@@ -81,7 +84,7 @@ class BatchNorm(TypedModule):
             mask: [...], True where a cell counts for the statistics; default everywhere.
 
         Returns:
-            factor and shift, [C] each in ``dtype``.
+            factor and shift, [C] each in float32 (float64 if ``dtype`` is).
 
         Raises:
             ValueError: in training with a single value a channel, as torch.
@@ -102,13 +105,15 @@ class BatchNorm(TypedModule):
                 unbiased = var * (count / jnp.maximum(count - 1, 1))
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
                     moved = (1 - self.momentum) * running.value.astype(wide) + self.momentum * new
-                    running.value = lax.stop_gradient(moved.astype(running.value.dtype))
+                    # a mask may admit nothing, where no image has a RoI, say: torch then leaves its statistics alone
+                    moved = jnp.where(count > 0, moved.astype(running.value.dtype), running.value)
+                    running.value = lax.stop_gradient(moved)
         factor = scale.astype(wide) * lax.rsqrt(var + self.eps)
-        return factor.astype(self.dtype), (bias.astype(wide) - mean * factor).astype(self.dtype)
+        return factor, bias.astype(wide) - mean * factor
 
 
 def _batch_statistics(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
-    """Mean and biased variance of each channel, and the number of cells that they are of."""
+    """Mean and biased variance of each channel, and the number of cells that they are of; of none, zeros."""
     axes = tuple(range(x.ndim - 1))
     if mask is None:
         count = jnp.asarray(x.size // x.shape[-1], x.dtype)
@@ -116,10 +121,10 @@ def _batch_statistics(x: Array, mask: Array | None) -> tuple[Array, Array, Array
         centred = x - mean.reshape((1,) * len(axes) + mean.shape)
     else:
         weight = mask[..., None].astype(x.dtype)
-        count = jnp.maximum(jnp.sum(weight), 1)
-        mean = jnp.sum(jnp.where(mask[..., None], x, 0), axes) / count
+        count = jnp.sum(weight)
+        mean = jnp.sum(jnp.where(mask[..., None], x, 0), axes) / jnp.maximum(count, 1)
         centred = jnp.where(mask[..., None], x - mean.reshape((1,) * len(axes) + mean.shape), 0)
-    return mean, jnp.sum(centred * centred, axes) / count, count
+    return mean, jnp.sum(centred * centred, axes) / jnp.maximum(count, 1), count
 
 
 class FrozenBatchNorm(TypedModule):
@@ -155,6 +160,7 @@ class FrozenBatchNorm(TypedModule):
         Returns:
             [..., C] in ``dtype``.
         """
+        x = x.astype(at_least_float32(self.dtype))
         return apply_affine(x, self.affine(x, train=train, mask=mask), self.dtype)
 
     @nn.compact
@@ -173,7 +179,7 @@ class FrozenBatchNorm(TypedModule):
             mask: the same.
 
         Returns:
-            factor and shift, [C] each in ``dtype``.
+            factor and shift, [C] each in float32 (float64 if ``dtype`` is).
         """
         del train, mask
         features = (x.shape[-1],)
@@ -188,7 +194,7 @@ class FrozenBatchNorm(TypedModule):
             )
         )
         factor = scale * lax.rsqrt(var + self.eps)
-        return factor.astype(self.dtype), (bias - mean * factor).astype(self.dtype)
+        return factor, bias - mean * factor
 
 
 class GroupNorm(TypedModule):
@@ -219,6 +225,7 @@ class GroupNorm(TypedModule):
         Raises:
             ValueError: if the groups don't divide the channels.
         """
+        x = x.astype(at_least_float32(self.dtype))
         return apply_affine(x, self.affine(x, extent), self.dtype)
 
     @nn.compact
@@ -265,19 +272,25 @@ class GroupNorm(TypedModule):
 
 def apply_norm(norm: nn.Module | None, x: Array, extent: Array | None, *, train: bool) -> Array:
     """Applies any norm above to a map [B, h, w, C] inside its extent; ``None`` is the identity."""
-    return x if norm is None else apply_affine(x, norm_affine(norm, x, extent, train=train), norm.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+    return apply_affine(*norm_affine(norm, x, extent, train=train), x.dtype)
 
 
-def norm_affine(norm: Any, x: Array, extent: Array | None, *, train: bool) -> Affine:
-    """What any norm above does to a map [B, h, w, C] inside its extent, for ``apply_affine``."""
+def norm_affine(norm: Any, x: Array, extent: Array | None, *, train: bool) -> tuple[Array, Affine]:
+    """What any norm above does to a map [B, h, w, C] inside its extent, for ``apply_affine``.
+
+    Returns:
+        The map in float32 at least, from which the statistics were taken, and the factor and shift. Both parts of the
+        map's gradient, through the statistics and beside them, then meet in float32 and are rounded once.
+    """
     if norm is None:
-        return None
+        return x, None
+    x = x.astype(at_least_float32(norm.dtype))
     if isinstance(norm, GroupNorm):
-        return norm.affine(x, extent)
+        return x, norm.affine(x, extent)
     mask = None
     if train and extent is not None:
         mask = inside(extent, x.shape[1:3])
-    return norm.affine(x, train=train, mask=mask)
+    return x, norm.affine(x, train=train, mask=mask)
 
 
 def masked_conv(layer: Any, x: Array, extent: Array | None) -> Array:
@@ -287,4 +300,4 @@ def masked_conv(layer: Any, x: Array, extent: Array | None) -> Array:
 
 def activated_conv(layer: Any, x: Array, affine: Affine, extent: Array | None) -> Array:
     """The same of ReLU(norm(x)), the norm given by what it does; for ``recomputed``."""
-    return masked_conv(layer, nn.relu(apply_affine(x, affine, x.dtype)), extent)
+    return masked_conv(layer, nn.relu(apply_affine(x, affine, layer.dtype)), extent)

@@ -62,8 +62,8 @@ class _Block(nn.Module):
             x = masked_conv(layer, x, seen) if i == 1 else self.recompute(activated_conv)(layer, x, affine, seen)
             if strides > 1:
                 seen = out_extent
-            affine = norm_affine(self.norm(name=f"bn{i}"), x, seen, train=train)
-        x = apply_affine(x, affine, x.dtype)
+            x, affine = norm_affine(self.norm(name=f"bn{i}"), x, seen, train=train)
+        x = apply_affine(x, affine, residual.dtype)
         if residual.shape[-1] != x.shape[-1] or self.strides > 1:
             residual = self.conv(x.shape[-1], 1, strides=self.strides, name="downsample_conv")(residual)
             residual = apply_norm(self.norm(name="downsample_bn"), residual, out_extent, train=train)
@@ -152,8 +152,10 @@ class ResNet(TypedModule):
             return level_extent(canvas, bucket, x.shape[1:3])
 
         x = conv_(64, 7, strides=2, name="conv1")(pixels.astype(self.dtype))
-        affine = norm_affine(norm(name="bn1"), x, extent(x), train=norm_train)
-        pooled = recomputed(lambda x, affine: max_pool_3x3(nn.relu(apply_affine(x, affine, x.dtype))), jax.checkpoint)
+        x, affine = norm_affine(norm(name="bn1"), x, extent(x), train=norm_train)
+        pooled = recomputed(
+            lambda x, affine: max_pool_3x3(nn.relu(apply_affine(x, affine, self.dtype))), jax.checkpoint
+        )
         x = pooled(x, affine)
 
         stages = {}
