@@ -96,7 +96,7 @@ INIT_STD = 0.02  # relative: nine standard errors of 1 / sqrt(2 n)
 INIT_MEAN = 2e-4  # absolute: six standard errors of .01 / sqrt(n)
 INIT_BOUND = 0.1  # relative: the extremes of a uniform draw lie that near to its bounds
 
-# bfloat16's gradients against float32's, of each tensor's norm: ours over torch autocast's on the same weights. Both sides
-# round each layer's maps to 8 bits, in another order: seen .97 to .99 (median), .94 and 1.02 (largest).
+# bfloat16's gradients against float32's, of each tensor's norm: ours over torch autocast's on the same weights. Each
+# side rounds each layer's maps to 8 bits, in its own order: seen .97 to .99 (median), .94 and 1.02 (largest).
 GRADIENT_BF16_MEDIAN = 1.2
 GRADIENT_BF16_LARGEST = 1.2

@@ -129,7 +129,7 @@ def test_unequal_extents_weigh_cells_and_not_images(dtype):
 
 
 def test_an_empty_mask_moves_nothing():
-    """A batch whose proposals are all padding: nothing to normalise with, but no NaN either; torch counts no cells too."""
+    """A batch whose proposals are all padding: nothing to normalise with, but no NaN, and statistics stay."""
     x = random(3)
     norm = BatchNorm()
     variables = norm.init(jax.random.key(0), x)
