@@ -32,7 +32,7 @@ def box_area(boxes: Num[Array, "*N 4"], fmt: str = "xyxy") -> Num[Array, "*N"]:
 
     Returns:
         [N] in the unit squared, signed: negative where exactly one side of an xyxy box is reversed. Float types
-        narrower than float32 come back as float32, integers narrower than int32 as int32.
+        narrower than float32 come back as float32; integers as int64 where jax has 64-bit types on, else as float32.
 
     Raises:
         ValueError: if ``fmt`` is unknown or ``boxes`` don't have 4 coordinates.
@@ -114,6 +114,7 @@ def remove_small_boxes(boxes: Num[Array, "*N 4"], min_size: float) -> Bool[Array
         ValueError: if ``boxes`` don't have 4 coordinates.
     """
     check_boxes(boxes=boxes)
+    boxes = boxes if jnp.issubdtype(boxes.dtype, jnp.floating) else upcast(boxes)  # unsigned ones would wrap around
     w, h = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
     return (w >= min_size) & (h >= min_size)
 
@@ -143,10 +144,14 @@ def resize_boxes(boxes: Float[Array, "*N 4"], original_size: ArrayLike, new_size
 
 
 def upcast(x: jax.Array) -> jax.Array:
-    """An array in a type whose products don't overflow: narrow floats as float32, narrow integers as int32."""
+    """An array in a type whose products don't overflow.
+
+    Floats narrower than float32 become float32. Integers become int64 where jax has 64-bit types on, as in torchvision,
+    and float32 elsewhere: products of int32 coordinates leave its range from boxes of 46341 pixels on.
+    """
     if jnp.issubdtype(x.dtype, jnp.floating):
         return upcast_float(x)
-    return x if x.dtype in (jnp.int32, jnp.int64) else x.astype(jnp.int32)
+    return x.astype(jnp.int64 if jax.dtypes.canonicalize_dtype(jnp.int64) == jnp.int64 else jnp.float32)
 
 
 def _pair(size: ArrayLike, dtype: jnp.dtype | type) -> tuple[jax.Array, jax.Array]:

@@ -129,20 +129,22 @@ def aspect_penalty(
 
 
 def _intersection_and_union(boxes1: jax.Array, boxes2: jax.Array, fmt: str = "xyxy") -> tuple[jax.Array, jax.Array]:
+    boxes1, boxes2 = upcast(boxes1), upcast(boxes2)  # first: differences of unsigned integers wrap around
     area1, area2 = box_area(boxes1, fmt), box_area(boxes2, fmt)
     if fmt != "xyxy":
         boxes1, boxes2 = box_convert(boxes1, fmt, "xyxy"), box_convert(boxes2, fmt, "xyxy")
     top_left = jnp.maximum(boxes1[:, None, :2], boxes2[None, :, :2])
     bottom_right = jnp.minimum(boxes1[:, None, 2:], boxes2[None, :, 2:])
-    size = _clamp_at_zero(upcast(bottom_right - top_left))
+    size = _clamp_at_zero(bottom_right - top_left)
     inter = size[..., 0] * size[..., 1]
     return inter, (area1[:, None] + area2[None, :]).astype(inter.dtype) - inter
 
 
 def _enclosing_size(boxes1: jax.Array, boxes2: jax.Array) -> tuple[jax.Array, jax.Array]:
+    boxes1, boxes2 = upcast(boxes1), upcast(boxes2)
     top_left = jnp.minimum(boxes1[:, None, :2], boxes2[None, :, :2])
     bottom_right = jnp.maximum(boxes1[:, None, 2:], boxes2[None, :, 2:])
-    size = _clamp_at_zero(upcast(bottom_right - top_left))
+    size = _clamp_at_zero(bottom_right - top_left)
     return size[..., 0], size[..., 1]
 
 

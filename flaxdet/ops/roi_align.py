@@ -27,7 +27,7 @@ def roi_align(
     output_size: int | tuple[int, int],
     *,
     spatial_scale: float | Float[Array, ""] = 1.0,
-    sampling_ratio: int = 2,
+    sampling_ratio: int | None = None,
     aligned: bool = False,
     extent: tuple[int, int] | Int[Array, "2"] | None = None,
 ) -> Float[Array, "N h w C"]:
@@ -43,7 +43,7 @@ def roi_align(
             float32 at least.
         output_size: (h, w), or one int for both.
         spatial_scale: pixels of ``features`` per pixel of the image. May be traced.
-        sampling_ratio: S, samples per bin along each side, 1 or more.
+        sampling_ratio: S, samples per bin along each side, 1 or more. Must be given.
         aligned: if True, shifts by half a pixel, so that a box of exactly one feature pixel samples that
             pixel's centre, and lifts the smallest box of one feature pixel (torchvision's, Detectron2's
             ``aligned``).
@@ -56,7 +56,7 @@ def roi_align(
     Raises:
         ValueError: if a shape does not fit, or ``sampling_ratio`` is not positive (torchvision then
             chooses the number of samples by the data, which a static program can't).
-        TypeError: if ``features`` or ``boxes`` are not floating point.
+        TypeError: if ``sampling_ratio`` is not given, or ``features`` or ``boxes`` are not floating point.
     """
     maps, boxes = _checked("roi_align", (features,), boxes)
     size = _output_size("roi_align", output_size, sampling_ratio)
@@ -74,7 +74,7 @@ def multiscale_roi_align(
     output_size: int | tuple[int, int],
     *,
     scales: Sequence[float] | Float[Array, " L"],
-    sampling_ratio: int,
+    sampling_ratio: int | None = None,
     canonical_scale: int = 224,
     canonical_level: int = 4,
     extents: Sequence[tuple[int, int]] | Int[Array, "L 2"] | None = None,
@@ -90,7 +90,7 @@ def multiscale_roi_align(
         boxes: [N, 4] xyxy in absolute pixels of the image.
         output_size: (h, w), or one int for both.
         scales: [L] pixels of each level per pixel of the image: 1/4, 1/8, ... May be traced, per image.
-        sampling_ratio: S, samples per bin along each side, 1 or more.
+        sampling_ratio: S, samples per bin along each side, 1 or more. Must be given.
         canonical_scale: side in pixels of the box that takes ``canonical_level``.
         canonical_level: -log2 of the scale of the level that such a box takes.
         extents: [L, 2] (rows, columns) of each level that count, default all. May be traced.
@@ -100,7 +100,8 @@ def multiscale_roi_align(
 
     Raises:
         ValueError: if there is no level, a shape does not fit, or ``sampling_ratio`` is not positive.
-        TypeError: if ``features`` or ``boxes`` are not floating point, or the levels' dtypes differ.
+        TypeError: if ``sampling_ratio`` is not given, ``features`` or ``boxes`` are not floating point, or the levels'
+            dtypes differ.
     """
     maps, boxes = _checked("multiscale_roi_align", tuple(features), boxes)
     size = _output_size("multiscale_roi_align", output_size, sampling_ratio)
@@ -213,6 +214,11 @@ def _checked(name, features, boxes):
 
 
 def _output_size(name, output_size, sampling_ratio) -> tuple[int, int]:
+    if sampling_ratio is None:
+        raise TypeError(
+            f"{name}: sampling_ratio must be given: torchvision's default samples by the size of each box, which has "
+            "no static shape, so a default here would give other numbers for the same call (its detectors take 2)"
+        )
     if sampling_ratio <= 0:
         raise ValueError(
             f"{name}: sampling_ratio must be 1 or more, got {sampling_ratio} (torchvision then samples by "

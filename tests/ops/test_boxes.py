@@ -13,6 +13,7 @@ from tests.ops.cases import (
     random_boxes,
     torchvision,
 )
+from tests.tolerances import HAND_F32
 
 PAIRWISE = ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou")
 FORMATS = ("xyxy", "xywh", "cxcywh")
@@ -79,13 +80,37 @@ def test_area_and_iou_in_every_format(fmt, kind, dtype, rng):
     import torch
 
     boxes = rng.integers(0, 60, (12, 4)) + np.array([0, 0, 60, 60] if fmt == "xyxy" else [0, 0, 1, 1])
-    theirs = torch.tensor(boxes, dtype=getattr(torch, str(np.dtype(dtype)) if kind == "float" else kind))
+    # of integers its answers for int64, since differences of its narrow ones wrap around
+    own = {"float": str(np.dtype(dtype)), "bfloat16": "bfloat16"}.get(kind, "int64")
+    theirs = torch.tensor(boxes, dtype=getattr(torch, own))
     ours = jnp.asarray(boxes.astype(np.int32)).astype(dtype if kind == "float" else kind)
     area = ops.box_area(ours, fmt)
     np.testing.assert_array_equal(area, tv.ops.box_area(theirs, fmt).numpy())
-    assert area.dtype == {"float": dtype, "bfloat16": jnp.float32}.get(kind, jnp.int32)
+    integer = jnp.int64 if dtype == np.float64 else jnp.float32  # the float64 cases run with 64-bit types
+    assert area.dtype == {"float": dtype, "bfloat16": jnp.float32}.get(kind, integer)
     result = jax.jit(ops.box_iou, static_argnums=2)(ours, ours[::2], fmt)
     assert_close(result, tv.ops.box_iou(theirs, theirs[::2], fmt), dtype if kind == "float" else np.float32)
+
+
+@pytest.mark.parametrize("kind", ["int32", "uint16"])
+def test_large_integer_boxes(kind):
+    """A square of 50,000 pixels: its area, 2.5e9, is no int32."""
+    boxes = jnp.asarray([[0, 0, 50_000, 50_000], [25_000, 0, 60_000, 1], [55_000, 5, 60_000, 9]], kind)
+    np.testing.assert_array_equal(ops.box_area(boxes), np.float32([2.5e9, 35_000, 20_000]))
+    assert float(ops.box_iou(boxes[:1], boxes[2:])[0, 0]) == 0.0
+    squares = jnp.asarray([[0, 0, 50_000, 50_000], [25_000, 0, 65_000, 50_000]], kind)
+    # 25,000 x 50,000 of 65,000 x 50,000
+    np.testing.assert_allclose(ops.box_iou(squares[:1], squares[1:]), [[25 / 65]], rtol=HAND_F32)
+    np.testing.assert_allclose(ops.generalized_box_iou(squares[:1], squares[1:]), [[25 / 65]], rtol=HAND_F32)
+    with jax.enable_x64(True):
+        wide = ops.box_area(jnp.asarray(boxes))
+        assert wide.dtype == jnp.int64
+        np.testing.assert_array_equal(wide, [2_500_000_000, 35_000, 20_000])
+
+
+def test_reversed_unsigned_boxes_are_small():
+    boxes = jnp.asarray([[10, 10, 30, 30], [30, 10, 10, 30]], jnp.uint8)
+    np.testing.assert_array_equal(ops.remove_small_boxes(boxes, 1), [True, False])
 
 
 @pytest.mark.parametrize("in_fmt", FORMATS)

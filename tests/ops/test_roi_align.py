@@ -90,7 +90,7 @@ class TestByHand:
         result = roi_align(features, jnp.asarray([[2, 1, 8, 7]], dtype), (2, 3), sampling_ratio=2)
         np.testing.assert_allclose(result[0, :, 0, 0], [2.5, 5.5], rtol=HAND_F32)
         np.testing.assert_allclose(result[0, 0, :, 1], [3, 5, 7], rtol=HAND_F32)
-        shifted = roi_align(features, jnp.asarray([[2, 1, 8, 7]], dtype), (2, 3), aligned=True)
+        shifted = roi_align(features, jnp.asarray([[2, 1, 8, 7]], dtype), (2, 3), sampling_ratio=2, aligned=True)
         np.testing.assert_allclose(shifted, result - 0.5, rtol=HAND_F32)
 
     def test_one_pixel(self, dtype):
@@ -327,4 +327,15 @@ def test_bad_input(change, error, message):
 
 def test_bad_extent():
     with pytest.raises(ValueError, match=r"roi_align: extent must be \(rows, columns\), got shape \[3\]"):
-        roi_align(PYRAMID[0], np.zeros((3, 4), np.float32), 2, extent=np.zeros(3, np.int32))
+        roi_align(PYRAMID[0], np.zeros((3, 4), np.float32), 2, sampling_ratio=2, extent=np.zeros(3, np.int32))
+
+
+def test_samples_must_be_given():
+    """torchvision's default is adaptive: a fixed one would give other numbers for the same call."""
+    boxes = np.zeros((3, 4), np.float32)
+    with pytest.raises(
+        TypeError, match="roi_align: sampling_ratio must be given: torchvision's default samples by the"
+    ):
+        roi_align(PYRAMID[0], boxes, 2)
+    with pytest.raises(TypeError, match="multiscale_roi_align: sampling_ratio must be given"):
+        multiscale_roi_align(PYRAMID, boxes, 2, scales=SCALES)
