@@ -58,7 +58,7 @@ def torch_evaluate(theirs: Any, val: Any) -> dict[str, float]:
     found = []
     with torch.no_grad():
         for i in tqdm(range(len(val)), desc="torchvision on val"):
-            reference.reset_roi_scales(theirs)
+            reference.see_ordinary_photo(theirs)
             tensor = torch.from_numpy(val.read_image(i).copy()).permute(2, 0, 1).float() / 255
             (detections,) = theirs([tensor])
             found.append({name: value.numpy() for name, value in detections.items()})

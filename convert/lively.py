@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from flaxdet.convert.reference import reset_roi_scales, torchvision
+from flaxdet.convert.reference import torchvision
 
 Calibration = tuple[float, float]  # (mean, standard deviation) that every channel of a prediction gets
 
@@ -221,7 +221,6 @@ def _calibrate_faster_rcnn(model: Any, features: dict[str, torch.Tensor]) -> Non
     corner = torch.rand_like(size) * (torch.tensor([320.0, 256.0]) - size).clamp(min=0)
     boxes = torch.cat([corner, corner + size], dim=1)
     pooled = model.roi_heads.box_roi_pool(features, [boxes], [(256, 320)])
-    reset_roi_scales(model)
     hidden = [model.roi_heads.box_head(pooled)]
     predictor = model.roi_heads.box_predictor
     _set_channels(predictor.bbox_pred, hidden, _ROI_DELTAS)

@@ -110,15 +110,34 @@ def exact_nms() -> Iterator[None]:
         boxes._batched_nms_coordinate_trick = trick
 
 
-def reset_roi_scales(model: torch.nn.Module) -> None:
-    """Makes MultiScaleRoIAlign forget the scales that it inferred from the first images that it saw."""
-    torchvision()
-    from torchvision.ops import MultiScaleRoIAlign
+def see_ordinary_photo(model: torch.nn.Module) -> None:
+    """Gives MultiScaleRoIAlign the scales that it infers when the first image that it sees is an ordinary photo.
 
-    for module in model.modules():
-        if isinstance(module, MultiScaleRoIAlign):
-            module.scales = None
-            module.map_levels = None
+    It infers the scale of each level from the height of that image and keeps it, so that after a strip of some dozen
+    rows all later images are pooled from wrong places (pytorch/vision 3747).
+
+    Args:
+        model: a detector of torchvision; nothing else in it changes.
+    """
+    torchvision()
+    import torch
+    from torchvision.ops import MultiScaleRoIAlign, poolers
+
+    pools = [module for module in model.modules() if isinstance(module, MultiScaleRoIAlign)]
+    if not pools:
+        return
+    parameter, size = next(model.parameters()), (256, 320)
+    modes = [(module, module.training) for module in model.modules()]
+    for module, _ in modes:
+        module.training = False
+    with torch.no_grad():
+        maps: Any = model.backbone(parameter.new_zeros(1, 3, *size))  # pyright: ignore[reportCallIssue]
+    for module, training in modes:
+        module.training = training
+    for pool in pools:
+        levels = [level for name, level in maps.items() if name in pool.featmap_names]
+        scales = poolers._setup_scales(levels, [size], pool.canonical_scale, pool.canonical_level)
+        pool.scales, pool.map_levels = scales
 
 
 def build(name: str, *, frozen: bool = False, **kwargs: Any) -> torch.nn.Module:

@@ -62,7 +62,7 @@ def run(model: Detector, variables: Any, batch: ImageBatch) -> tuple[list[Detect
 def run_reference(
     model: torch.nn.Module, images: list[np.ndarray], *, keep_stages: bool = True
 ) -> tuple[list[Detection], dict[str, np.ndarray]]:
-    """Runs torchvision's model, with exact per-class NMS and RoI scales inferred anew.
+    """Runs torchvision's model, with exact per-class NMS and the RoI scales of an ordinary photo.
 
     Args:
         model: torchvision's, in evaluation mode, on any device.
@@ -77,7 +77,7 @@ def run_reference(
     for image in images:
         tensor = torch.from_numpy(np.array(image)).to(parameter.device).permute(2, 0, 1)
         tensors.append(tensor.to(dtype) / 255 if image.dtype == np.uint8 else tensor.to(dtype))
-    reference.reset_roi_scales(model)
+    reference.see_ordinary_photo(model)
     recorded: dict[str, np.ndarray] = {}
     recording = _recording(model, recorded) if keep_stages else contextlib.nullcontext()
     with torch.no_grad(), reference.exact_nms(), recording:

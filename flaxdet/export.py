@@ -165,7 +165,6 @@ def _pipeline(model: Detector, bucket: Size) -> Callable[..., dict[str, jax.Arra
             size=new_size,
             original_size=size,
             canvas=-(-new_size // step) * step,
-            roi_reference_height=new_size[:, 0],
         )
         found = detect(model, traverse_util.unflatten_dict(weights, sep="."), batch)
         return {"boxes": found.boxes, "scores": found.scores, "labels": found.labels, "valid": found.valid}

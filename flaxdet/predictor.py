@@ -291,6 +291,5 @@ class Predictor:
             size=put(sizes["new_size"]),
             original_size=put(sizes["size"]),
             canvas=put(sizes["canvas"]) if self._programs.masked else None,
-            roi_reference_height=put(sizes["new_size"][:, 0]),
         )
         return self._programs.detect(bucket)(inputs)

@@ -81,13 +81,11 @@ class Programs:
         if bucket not in self.detects:
             sizes: Any = self._abstract((2,), jnp.int32)
             pixels: Any = self._abstract((*bucket, 3), self.model.box_dtype)
-            heights: Any = self._abstract((), jnp.int32)
             batch = ImageBatch(
                 pixels=pixels,
                 size=sizes,
                 original_size=sizes,
                 canvas=sizes if self.masked else None,
-                roi_reference_height=heights,
             )
             run: Callable[..., Any] = functools.partial(detect, self.model)
             if self.batch_size > 1 and self.mesh is None and routes.platform() == "cpu":

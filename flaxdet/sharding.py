@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from flaxdet.models.detector import DATA_AXIS
 
 # What the step reads; anything else in a batch dict, such as image_id (64 bits), stays on the host.
-BATCH_KEYS = ("pixels", "size", "original_size", "canvas", "roi_reference_height", "boxes", "labels", "valid")
+BATCH_KEYS = ("pixels", "size", "original_size", "canvas", "boxes", "labels", "valid")
 
 
 def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:

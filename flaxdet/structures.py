@@ -14,7 +14,8 @@ where they appear; sizes and extents are (rows, columns).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
+from typing import Any
 
 import jax
 from flax import struct
@@ -33,15 +34,17 @@ class ImageBatch:
         original_size: [B, 2] int32, (rows, columns) before the resize.
         canvas: [B, 2] int32, the padded size that each image counts as having: everything beyond it is
             masked. ``None`` says, statically, that every canvas is the whole array, and traces no masks.
-        roi_reference_height: [B] int32, the largest resized height among the images that share the
-            canvas; ``MultiScaleRoIAlign`` of torchvision infers its scales from it.
     """
 
     pixels: Float[Array, "B H W 3"]
     size: Int[Array, "B 2"]
     original_size: Int[Array, "B 2"]
     canvas: Int[Array, "B 2"] | None
-    roi_reference_height: Int[Array, " B"]
+    # flaxdet 0.1.0 kept a number here that nothing reads any more; batches that carry it are taken
+    roi_reference_height: InitVar[Any] = None
+
+    def __post_init__(self, roi_reference_height: Any) -> None:
+        del roi_reference_height
 
 
 @struct.dataclass

@@ -164,10 +164,8 @@ def transform(
     sizes = [resized_size(size, config, name=f"image {i}") for i, size in enumerate(original)]
     canvases = [canvas_size(size, config) for size in sizes]
     largest = (max(rows for rows, _ in canvases), max(columns for _, columns in canvases))
-    heights = [rows for rows, _ in sizes]
     if canvas == "batch":
         canvases = [largest] * len(arrays)
-        heights = [max(heights)] * len(arrays)
     bucket = largest if bucket is None else (int(bucket[0]), int(bucket[1]))
     if bucket[0] < largest[0] or bucket[1] < largest[1]:
         raise ValueError(f"bucket should hold {largest[0]}x{largest[1]} (rows x columns), got {bucket}")
@@ -201,7 +199,6 @@ def transform(
         size=jnp.asarray(sizes, jnp.int32),
         original_size=jnp.asarray(original, jnp.int32),
         canvas=None if whole else jnp.asarray(canvases, jnp.int32),
-        roi_reference_height=jnp.asarray(heights, jnp.int32),
     )
 
 

@@ -5,7 +5,6 @@ A *batch* is a dict of numpy arrays; B are the rows of this process, H, W the bu
 - "pixels" [B, H, W, 3] float32, normalised, zero beyond each image
 - "size", "original_size" [B, 2] int32, (rows, columns) after and before the resize
 - "canvas" [B, 2] int32; absent where every canvas is the whole bucket, so that no masks are traced
-- "roi_reference_height" [B] int32
 - "boxes" [B, G, 4] float32 xyxy in pixels of the resized image, "labels" [B, G] int32, "valid" [B, G] bool
 - "image_id" [B] int64; -1 in rows that only fill up the last batch of an evaluation
 """

@@ -108,8 +108,7 @@ def make_sample(dataset: Dataset, index: int, options: Options, batch: Batch) ->
 
     Returns:
         "pixels" [H, W, 3] float32, "size", "original_size" and, if ``options.masked``, "canvas" [2] int32,
-        "roi_reference_height" int32, "boxes" [G, 4] float32 xyxy in the resized image, "labels" [G] int32, "valid" [G],
-        "image_id" int64.
+        "boxes" [G, 4] float32 xyxy in the resized image, "labels" [G] int32, "valid" [G], "image_id" int64.
     """
     record, config = dataset[index], options.config
     image, boxes, labels = dataset.read_image(index), record.boxes, record.labels
@@ -143,14 +142,11 @@ def make_sample(dataset: Dataset, index: int, options: Options, batch: Batch) ->
     )
     slots, n = options.max_boxes, len(boxes)
     own_canvas = batch.bucket if options.canvas == "bucket" else canvas_size(size, config)
-    # what torchvision would find in a batch of the whole bucket's height
-    height = batch.bucket[0] if options.canvas == "bucket" else size[0]
     sample = {
         "pixels": pixels,
         "size": np.array(size, np.int32),
         "original_size": np.array(record.size, np.int32),
         "canvas": np.array(own_canvas, np.int32),
-        "roi_reference_height": np.array(height, np.int32),
         "boxes": np.zeros((slots, 4), np.float32),
         "labels": np.zeros(slots, np.int32),
         "valid": np.arange(slots) < n,

@@ -185,7 +185,7 @@ def batch_anchors(
 def example_batch(size: int = 64) -> ImageBatch:
     """One black image of the given side, for ``model.init``: no variable's shape depends on the images."""
     sides = jnp.full((1, 2), size, jnp.int32)
-    return ImageBatch(jnp.zeros((1, size, size, 3), jnp.float32), sides, sides, None, sides[:, 0])
+    return ImageBatch(jnp.zeros((1, size, size, 3), jnp.float32), sides, sides, None)
 
 
 def gather_detections(

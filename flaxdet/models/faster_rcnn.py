@@ -335,7 +335,8 @@ class FasterRCNN(Detector):
         """
         assert self.box_roi_pool is not None
         count, slots = proposals.valid.shape
-        pooled = self.box_roi_pool(features, proposals.boxes.astype(self.box_dtype), batch)
+        boxes, strides = proposals.boxes.astype(self.box_dtype), getattr(self.backbone, "level_strides", None)
+        pooled = call_part(self.box_roi_pool, features, boxes, batch, role="box_roi_pool", strides=strides)
         self.sow_all({"roi_features": pooled})
         vectors = call_part(
             self.box_head,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,14 +63,24 @@ class MultiScaleRoIAlign:
         object.__setattr__(self, "output_size", (size, size) if isinstance(size, int) else tuple(size))
 
     def __call__(
-        self, features: Features, boxes: Float[Array, "B R 4"], batch: ImageBatch
+        self,
+        features: Features,
+        boxes: Float[Array, "B R 4"],
+        batch: ImageBatch,
+        *,
+        strides: Mapping[str, int] | None = None,
     ) -> Float[Array, "B R h w C"]:
         """Pools boxes.
+
+        A level's scale is 1 / its stride, always. torchvision infers it from the height of the first image that a model
+        ever sees, and keeps it: the same after any ordinary photo, another one for good after a very elongated image.
 
         Args:
             features: {name: [B, h, w, C]}, finest first.
             boxes: [B, R, 4] xyxy in the pixels of the resized images.
-            batch: the images (canvases and reference heights are read).
+            batch: the images (canvases are read).
+            strides: pixels from cell to cell of each level, by name. Of a level that is not named, the power of two
+                nearest to the pixels' longer side over the level's.
 
         Returns:
             [B, R, h, w, C] in the features' dtype.
@@ -84,13 +95,11 @@ class MultiScaleRoIAlign:
                 f"{list(features)}"
             )
         extents = feature_extents(levels, batch)
-        if extents is None:
-            heights = jnp.asarray([x.shape[1] for x in levels.values()], jnp.int32)[None]
-        else:
-            heights = jnp.stack([extent[:, 0] for extent in extents.values()], axis=1)
-        ratio = heights.astype(jnp.float32) / batch.roi_reference_height[:, None].astype(jnp.float32)
-        exponents = jnp.round(jnp.log2(ratio)).astype(jnp.int32)
-        scales = jnp.ldexp(jnp.ones((), boxes.dtype), exponents)  # exact, as exp2 need not be
+        strides, longest = strides or {}, max(batch.pixels.shape[1:3])
+        scales = tuple(
+            1 / strides[name] if name in strides else 2.0 ** round(math.log2(max(x.shape[1:3]) / longest))
+            for name, x in levels.items()
+        )
 
         align = functools.partial(
             multiscale_roi_align,
@@ -100,12 +109,10 @@ class MultiScaleRoIAlign:
             canonical_level=self.canonical_level,
         )
 
-        def pool(maps: tuple[Array, ...], boxes: Array, scales: Array, extents: Any) -> Array:
+        def pool(maps: tuple[Array, ...], boxes: Array, extents: Any) -> Array:
             return align(maps, boxes, scales=scales, extents=extents)
 
-        pooled = per_image(pool)(
-            tuple(levels.values()), boxes, scales, None if extents is None else tuple(extents.values())
-        )
+        pooled = per_image(pool)(tuple(levels.values()), boxes, None if extents is None else tuple(extents.values()))
         # XLA:CPU would compute all samples again, cell by cell, where the gradient reads this transposed
         return lax.optimization_barrier(pooled)
 

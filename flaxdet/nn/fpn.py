@@ -229,6 +229,12 @@ class BackboneWithFPN(nn.Module):
         """Channels of every level."""
         return self.fpn.out_channels
 
+    @property
+    def level_strides(self) -> dict[str, int]:
+        """Pixels from cell to cell of the levels, as far as the body declares those of the stages they are made of."""
+        declared = getattr(self.body, "stage_strides", {})
+        return {level_name(stage): declared[stage] for stage in self.returned_stages if stage in declared}
+
     def stages_and_levels(
         self, pixels: Array, *, canvas: Array | None = None, train: bool = False
     ) -> tuple[Features, Features]:

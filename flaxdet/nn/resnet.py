@@ -107,6 +107,11 @@ class ResNet(TypedModule):
         expansion = 1 if self.depth < 50 else 4
         return {f"c{i}": 64 * 2 ** (i - 2) * expansion for i in range(2, 6)}
 
+    @property
+    def stage_strides(self) -> dict[str, int]:
+        """Pixels from cell to cell of each returned stage."""
+        return {f"c{i}": 2**i for i in range(2, 6)}
+
     @nn.compact
     def __call__(
         self,

@@ -170,7 +170,7 @@ def batch_inputs(model: Any, batch: Batch) -> tuple[ImageBatch, Targets]:
     Args:
         model: the detector, whose dtype the boxes take.
         batch: {"pixels": [B, H, W, 3] normalised, "size", "original_size" and (only where some canvas is smaller than
-            the bucket) "canvas": [B, 2] int32, "roi_reference_height": [B] int32, "boxes": [B, G, 4] xyxy in pixels of
+            the bucket) "canvas": [B, 2] int32, "boxes": [B, G, 4] xyxy in pixels of
             the resized images, "labels": [B, G] int32, "valid": [B, G] bool}.
 
     Returns:
@@ -187,7 +187,6 @@ def batch_inputs(model: Any, batch: Batch) -> tuple[ImageBatch, Targets]:
         size=batch["size"],
         original_size=batch["original_size"],
         canvas=batch.get("canvas"),
-        roi_reference_height=batch["roi_reference_height"],
     )
     boxes = jnp.asarray(batch["boxes"]).astype(model.box_dtype)
     return images, Targets(boxes=boxes, labels=batch["labels"], valid=batch["valid"])

@@ -143,7 +143,7 @@ def detect(model, image, monkeypatch):
         counts.append((len(boxes), len(kept)))
         return kept
 
-    reference.reset_roi_scales(model)
+    reference.see_ordinary_photo(model)
     with reference.exact_nms(), monkeypatch.context() as patch:
         patch.setattr(torchvision.ops.boxes, "batched_nms", counted)
         (detections,) = model([image])

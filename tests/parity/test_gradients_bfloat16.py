@@ -87,7 +87,7 @@ def test_errors_are_those_of_autocast(name, monkeypatch):
     def torch_gradients(images, targets, boxes, autocast: bool) -> dict[str, np.ndarray]:
         theirs.load_state_dict(state_dict)  # and so its statistics
         theirs.train().zero_grad()
-        reference.reset_roi_scales(theirs)
+        reference.see_ordinary_photo(theirs)
         tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255 for image in images]
         wanted = [{key: torch.from_numpy(value) for key, value in target.items()} for target in targets]
         with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):

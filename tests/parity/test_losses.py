@@ -65,7 +65,7 @@ def torch_step(model: Any, images: list[np.ndarray], targets: list[dict[str, np.
 
     monkeypatch.setattr(rpn, "assign_targets_to_anchors", in_double)
     model.train()
-    reference.reset_roi_scales(model)
+    reference.see_ordinary_photo(model)
     tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).double() / 255 for image in images]
     with reference.exact_nms():
         losses = model(tensors, [{name: torch.from_numpy(value) for name, value in t.items()} for t in targets])

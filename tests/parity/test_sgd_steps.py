@@ -81,7 +81,7 @@ def torch_steps(model: Any, frozen: bool, batches: list[tuple[Any, Any]], monkey
             module.train(not frozen)
     for step in range(STEPS):
         images, targets = batches[step % len(batches)]
-        reference.reset_roi_scales(model)
+        reference.see_ordinary_photo(model)
         tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).double() / 255 for image in images]
         with reference.exact_nms():
             losses = model(tensors, [{name: torch.from_numpy(value) for name, value in t.items()} for t in targets])
