@@ -71,7 +71,7 @@ def _in_bfloat16(weights: Path, size: int, images: list[np.ndarray]) -> list[dic
 
 
 def _under_autocast(model: Any, images: list[np.ndarray]) -> list[dict[str, np.ndarray]]:
-    reference.reset_roi_scales(model)
+    reference.see_ordinary_photo(model)
     tensors = [torch.from_numpy(x).to(torch_device()).permute(2, 0, 1).float() / 255 for x in images]
     with torch_context("bfloat16"), reference.exact_nms():
         found = model(tensors)
@@ -146,7 +146,7 @@ def _theirs(model: Any, dtype: str, images: list[Any], targets: list[Any]) -> di
     state = {key: value.clone() for key, value in model.state_dict().items()}
     model.to(device).train()
     model.zero_grad()
-    reference.reset_roi_scales(model)
+    reference.see_ordinary_photo(model)
     tensors = [torch.from_numpy(x).permute(2, 0, 1).to(device).float() / 255 for x in images]
     wanted = [{key: torch.from_numpy(value).to(device) for key, value in target.items()} for target in targets]
     with reference.exact_nms(), torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):

@@ -125,7 +125,7 @@ class _Inference:
     def _batch(self, pixels: Any, size: Any, new_size: Any) -> ImageBatch:
         """A batch as the predictor makes it."""
         canvas = jnp.tile(jnp.asarray([self.bucket], jnp.int32), (len(size), 1)) if self.programs.masked else None
-        return ImageBatch(pixels, new_size, size, canvas, new_size[:, 0])
+        return ImageBatch(pixels, new_size, size, canvas)
 
     def _pooled(self) -> Any:
         """Pooled features for a box head, whatever they are; None for a model without one."""

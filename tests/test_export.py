@@ -28,7 +28,7 @@ def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruc
 def abstract_batch(count: int, bucket: tuple[int, int], canvas: bool) -> ImageBatch:
     pairs: Any = array((count, 2))
     pixels: Any = array((count, *bucket, 3), jnp.float32)
-    return ImageBatch(pixels, pairs, pairs, pairs if canvas else None, array((count,)))
+    return ImageBatch(pixels, pairs, pairs, pairs if canvas else None)
 
 
 def lowered(function, *args) -> jax.export.Exported:
@@ -46,7 +46,7 @@ def test_detectors_lower(name, canvas):
     exported = lowered(functools.partial(detect, model), variables, abstract_batch(2, (800, 1088), canvas))
     shapes = {leaf.shape for leaf in exported.out_avals}
     assert shapes == {(2, 100, 4), (2, 100), (2,)}
-    assert len(exported.in_avals) == len(jax.tree.leaves(variables)) + (5 if canvas else 4)
+    assert len(exported.in_avals) == len(jax.tree.leaves(variables)) + (4 if canvas else 3)
     assert len(exported.mlir_module_serialized) < 5e6  # no weights inside
 
 

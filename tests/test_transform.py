@@ -137,13 +137,11 @@ def test_canvases():
     assert own.original_size.tolist() == [[20, 60], [50, 30], [48, 48]]
     assert own.canvas.tolist() == [[32, 96], [96, 64], [64, 64]]
     assert own.pixels.shape == (3, 96, 96, 3)
-    assert own.roi_reference_height.tolist() == [26, 80, 48]  # its own
     shared = transform(images, SMALL, canvas="batch")
     assert shared.canvas is None
-    assert shared.roi_reference_height.tolist() == [80, 80, 80]  # the largest that shares the canvas
     np.testing.assert_array_equal(shared.pixels, own.pixels)
     for batch in (own, shared):
-        for field in (batch.size, batch.original_size, batch.roi_reference_height):
+        for field in (batch.size, batch.original_size):
             assert field.dtype == np.int32
 
 

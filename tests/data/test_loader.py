@@ -25,7 +25,7 @@ def check_against_transform(dataset, config, batch) -> None:
     truth = [{"boxes": dataset[i].boxes, "labels": dataset[i].labels} for i in numbers]
     targets = transform_targets(truth, expected, max_boxes=batch["boxes"].shape[1])
     np.testing.assert_allclose(batch["pixels"], expected.pixels, rtol=0, atol=PIXELS_NUMPY)
-    for key in ("size", "original_size", "roi_reference_height"):
+    for key in ("size", "original_size"):
         np.testing.assert_array_equal(batch[key], getattr(expected, key))
         assert batch[key].dtype == np.int32
     canvas = expected.canvas if expected.canvas is not None else np.full((len(numbers), 2), bucket)
@@ -125,7 +125,6 @@ def test_large_scale_jitter(tmp_path):
     kept = checked = 0
     for batch in loader:
         assert (batch["size"] == 64).all()
-        assert (batch["roi_reference_height"] == 64).all()
         assert not batch["boxes"][~batch["valid"]].any()
         boxes = batch["boxes"][batch["valid"]]
         kept += len(boxes)
@@ -161,7 +160,6 @@ def test_canvas_bucket_computes_no_masks(data):
     for a, b in zip(own, whole, strict=True):
         assert "canvas" not in b
         np.testing.assert_array_equal(a["pixels"], b["pixels"])
-        assert (b["roi_reference_height"] == b["pixels"].shape[1]).all()
 
 
 def test_buckets_of_ones_own(data):

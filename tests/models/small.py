@@ -84,10 +84,10 @@ def batch_of(size=(64, 96), bucket=None, count: int = 2) -> ImageBatch:
     pixels = np.random.default_rng(0).normal(size=(count, *size, 3)).astype(np.float32)
     sizes = jnp.broadcast_to(jnp.asarray(size, jnp.int32)[None], (count, 2))
     if bucket is None:
-        return ImageBatch(jnp.asarray(pixels), sizes, sizes, None, sizes[:, 0])
+        return ImageBatch(jnp.asarray(pixels), sizes, sizes, None)
     wide = np.zeros((count, *bucket, 3), np.float32)
     wide[:, : size[0], : size[1]] = pixels
-    return ImageBatch(jnp.asarray(wide), sizes, sizes, sizes, sizes[:, 0])
+    return ImageBatch(jnp.asarray(wide), sizes, sizes, sizes)
 
 
 def variables_of(model, seed: int = 0):

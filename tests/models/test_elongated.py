@@ -14,7 +14,10 @@ from flaxdet.convert import reference, verify
 from flaxdet.models.roi_heads import MultiScaleRoIAlign
 from flaxdet.nn import BackboneWithFPN
 from flaxdet.structures import ImageBatch
+from flaxdet.train import shard_batch
+from flaxdet.train.step import batch_inputs
 from tests.parity import sides
+from tests.tiny import V2_NAME, tiny_model
 from tests.tolerances import BOXES_F64, SCORES_F64
 
 pytestmark = pytest.mark.xdist_group("strips")
@@ -92,3 +95,8 @@ def test_batches_that_carry_the_old_number_are_taken():
         assert jax.tree.structure(batch) == jax.tree.structure(plain)
         jax.tree.map(np.testing.assert_array_equal, batch, plain)
         assert batch.replace(canvas=size).canvas is size  # pyright: ignore[reportAttributeAccessIssue]
+    boxes = {"boxes": jnp.zeros((1, 1, 4)), "labels": jnp.zeros((1, 1), jnp.int32), "valid": jnp.zeros((1, 1), bool)}
+    arrays = {"pixels": pixels, "size": size, "original_size": size, "roi_reference_height": size[:, 0], **boxes}
+    images, _ = batch_inputs(tiny_model(V2_NAME), arrays)
+    assert jax.tree.structure(images) == jax.tree.structure(plain)
+    assert "roi_reference_height" not in shard_batch(arrays, None)

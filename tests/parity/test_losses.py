@@ -245,7 +245,7 @@ def test_targets_of_faster_rcnn(case, stored, x64):
         [label.double() for label in labels],  # torchvision's are float32 always, and so would be its loss
         rpn.box_coder.encode(matched, anchors),
     )
-    reference.reset_roi_scales(theirs)
+    reference.see_ordinary_photo(theirs)
     features = dict(zip(("0", "1", "2", "3", "pool"), levels, strict=True))
     _, expected = heads(features, [torch.from_numpy(own) for own in boxes], images.image_sizes, targets)
     expected |= {"loss_objectness": objectness_loss, "loss_rpn_box_reg": box_loss}

@@ -17,7 +17,7 @@ def assert_same(ours, theirs):
 
 
 def test_elongated_at_full_size(name, x64):
-    """RoIAlign infers scales of 1/2 to 1/16 at 67x1333, and strides depart from powers of two."""
+    """At 67x1333 a first image would teach torchvision other scales of RoIAlign; strides depart from powers of two."""
     model, variables, theirs = sides.both(name, 18, dtype="float64", **FEW[name])
     image = sides.crop("flower", *((67, 1333) if name == sides.V2_NAME else (1333, 40)))
     (expected,), _ = stages.run_reference(theirs, [image], keep_stages=False)

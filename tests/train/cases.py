@@ -26,7 +26,6 @@ def random_batch(
         "pixels": pixels.astype(dtype),
         "size": sizes,
         "original_size": sizes,
-        "roi_reference_height": sizes[:, 0],
         "boxes": np.minimum(np.concatenate([corner, corner + sides], -1), sizes[:, None, [1, 0, 1, 0]]).astype(dtype),
         "labels": rng.integers(1, 4, (rows, boxes)).astype(np.int32),
         "valid": np.ones((rows, boxes), bool),
