@@ -186,15 +186,23 @@ class Train(TrainOptions):
         import optax
 
         from flaxdet.train import sgd, warmup_cosine_schedule, warmup_multistep_schedule
+        from flaxdet.train.recipes import WARMUP_ITERATIONS
 
         rate = self.learning_rate or LEARNING_RATE[kind] * self.batch_size * self.accumulate
-        updates = max(1, steps_per_epoch // self.accumulate)
-        warmup: dict[str, Any] = {"warmup_steps": self.warmup_steps}
+        # An update may take steps of two epochs, so an epoch has no whole number of updates: the schedule is of steps.
+        warmup_updates = WARMUP_ITERATIONS if self.warmup_steps is None else self.warmup_steps
+        warmup_steps = warmup_updates * self.accumulate
+        if self.warmup_steps is None:
+            warmup_steps = min(warmup_steps, steps_per_epoch - 1)
         if self.schedule == "cosine":
-            schedule = warmup_cosine_schedule(rate, updates, self.epochs, **warmup)
+            of_steps = warmup_cosine_schedule(rate, steps_per_epoch, self.epochs, warmup_steps=warmup_steps)
         else:
             milestones = [round(self.epochs * share) for share in (2 / 3, 11 / 12)] if self.schedule == "step" else []
-            schedule = warmup_multistep_schedule(rate, updates, milestones, **warmup)
+            of_steps = warmup_multistep_schedule(rate, steps_per_epoch, milestones, warmup_steps=warmup_steps)
+
+        def schedule(update: Any) -> Any:
+            return of_steps(update * self.accumulate)
+
         tx = sgd(
             schedule,
             momentum=self.momentum,

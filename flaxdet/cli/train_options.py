@@ -57,7 +57,7 @@ class TrainOptions:
     """After the warm-up: a tenth after 2/3 and again after 11/12 of the epochs, half a cosine to 0, or no change."""
 
     warmup_steps: Annotated[int | None, Quiet] = None
-    """Steps of linear warm-up. Default: the first epoch, at most 1000."""
+    """Updates of linear warm-up. Default: the first epoch, at most 1000."""
 
     momentum: float = 0.9
     """Of SGD."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from PIL import Image
 
 import flaxdet
 from flaxdet.cli.main import main
+from flaxdet.cli.train import LEARNING_RATE, Train
 from tests.tiny import NAMES, build_small_models, write_coco
+from tests.tolerances import HAND_F32
 
 for package in ("pycocotools", "orbax", "matplotlib", "tensorboardX"):
     pytest.importorskip(package, reason="an extra: flaxdet[train]")
@@ -191,3 +194,39 @@ def test_a_loss_that_becomes_nan_stops(trained, run, tmp_path):
     for part in ("step ", "loss", "in the batch of images ["):
         assert part in message
     assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
+def rates(schedule: str, accumulate: int, updates: int, steps_per_epoch: int = 7, epochs: int = 12) -> list[float]:
+    """Of each update, by the optimiser that the command makes."""
+    options = Train(
+        train=(Path("images"), Path("train.json")),
+        out=Path("run"),
+        schedule=schedule,
+        accumulate=accumulate,
+        epochs=epochs,
+    )
+    _, of_updates = options.optimiser("FCOS", steps_per_epoch)
+    peak = LEARNING_RATE["FCOS"] * options.batch_size * accumulate
+    return [float(of_updates(i)) / peak for i in range(updates)]
+
+
+def test_accumulated_updates_follow_the_schedule_to_the_end():
+    """12 epochs of 7 steps are 21 updates of 4 steps: 84 steps. An update may take steps of two epochs."""
+    found = rates("step", 4, 21)
+    # the warm-up takes the 6 steps of the first epoch: of update 0 it is the factor 1/1000, of update 1 (step 4) 4/6 on
+    assert found[0] == pytest.approx(1 / 1000)
+    assert found[1] == pytest.approx(0.001 + 0.999 * 4 / 6)
+    # decays before epochs 8 (step 56, update 14) and 11 (step 77, first seen by update 20, of step 80)
+    assert found[2:14] == pytest.approx([1.0] * 12)
+    assert found[14:20] == pytest.approx([0.1] * 6)
+    assert found[20] == pytest.approx(0.01)
+    cosine = rates("cosine", 4, 21)
+    expected = [(1 + math.cos(math.pi * 4 * i / 84)) / 2 for i in range(2, 21)]
+    assert cosine[2:] == pytest.approx(expected, abs=HAND_F32)
+    assert min(cosine) > 0  # each update moves something
+
+
+def test_without_accumulation_an_update_is_a_step():
+    found = rates("step", 1, 84)
+    assert found[6:56] == pytest.approx([1.0] * 50)
+    assert found[56:77] == pytest.approx([0.1] * 21)
