@@ -20,6 +20,8 @@ from flaxdet.structures import Detections, ImageBatch, Targets, TransformConfig
 
 Canvas = Literal["image", "batch"]
 
+# Floats may lie outside [0, 1] by so much, as they do after a resize: torchvision's own gives 1.0000001.
+RANGE_SLACK = 1e-4
 RAW_STEP = 128  # raw images are padded to multiples of it on their way to the device: fewer compiles
 
 
@@ -27,7 +29,7 @@ def check_image(image: Any, name: str) -> np.ndarray:
     """Makes sure that something is an image.
 
     Args:
-        image: [H, W, 3] uint8, or floats in [0, 1].
+        image: [H, W, 3] uint8, or floats in [0, 1]; floats within 1e-4 of that range are taken as they are.
         name: what to call it in an error.
 
     Returns:
@@ -35,7 +37,7 @@ def check_image(image: Any, name: str) -> np.ndarray:
 
     Raises:
         TypeError: for another dtype.
-        ValueError: for another shape, an empty image, NaN, or floats outside [0, 1].
+        ValueError: for another shape, an empty image, NaN, or floats further outside [0, 1].
     """
     try:
         array = np.asarray(image)
@@ -52,8 +54,8 @@ def check_image(image: Any, name: str) -> np.ndarray:
         raise ValueError(f"{name}: expected at least one pixel, got shape {list(array.shape)}")
     if array.dtype != np.uint8:
         low, high = array.min(), array.max()  # NaN if there is one
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"{name}: expected floats in [0, 1], got values from {low:g} to {high:g}")
+        if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+            raise ValueError(f"{name}: expected floats in [0, 1], got values from {low!s} to {high!s}")
     return array
 
 
