@@ -183,7 +183,7 @@ def add_bias(x: Float[Array, "... C"], bias: Float[Array, " C"]) -> Float[Array,
     Returns:
         [..., C] in the dtype of ``x``.
     """
-    wide = bias.astype(jnp.promote_types(bias.dtype, at_least_float32(x.dtype)))
+    wide = bias.astype(at_least_float32(x.dtype))
     # broadcast before the cast: jax then sums after casting back
     return x + jnp.broadcast_to(wide, x.shape).astype(x.dtype)
 
