@@ -132,11 +132,14 @@ def test_ten_steps_and_back(name, x64, monkeypatch):
             np.testing.assert_array_equal(found[key], value, err_msg=key)
     assert moved > 50
 
-    _, _, theirs = sides.both(name, 18, 11, dtype="float64", **options)
+    # ten steps leave Faster R-CNN sure of the background everywhere: all candidates count
+    low = {"box_score_thresh": 0.0} if name == sides.V2_NAME else {}
+    _, _, theirs = sides.both(name, 18, 11, dtype="float64", **options, **low)
     theirs.load_state_dict({key: torch.from_numpy(value) for key, value in found.items()}, strict=True)
     image = sides.crop("china", 100, 150)
     (detected,), _ = stages.run_reference(theirs, [image], keep_stages=False)
-    match = verify.match_detections(predict(model, trained, [image])[0], detected, BOXES_F64, SCORES_F64)
+    found_here = predict(model.clone(**low), trained, [image])[0]
+    match = verify.match_detections(found_here, detected, BOXES_F64, SCORES_F64)
     assert match.same, match
     assert match.count > 5
 
