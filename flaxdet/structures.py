@@ -40,7 +40,7 @@ class ImageBatch:
     size: Int[Array, "B 2"]
     original_size: Int[Array, "B 2"]
     canvas: Int[Array, "B 2"] | None
-    # flaxdet 0.1.0 kept a number here that nothing reads any more; batches that carry it are taken
+    # no longer used: accepted, so that code that builds batches with it still runs
     roi_reference_height: InitVar[Any] = None
 
     def __post_init__(self, roi_reference_height: Any) -> None:

@@ -24,7 +24,7 @@ _FEW_CHANNELS = 4
 
 
 def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: Any, **kwargs: Any) -> Array:
-    """What ``flax.linen.Conv`` calls: ``lax.conv_general_dilated`` for NHWC maps and HWIO kernels.
+    """``lax.conv_general_dilated`` for NHWC maps and HWIO kernels, as ``flaxdet.nn.layers.Conv`` calls it.
 
     A plain 1x1 convolution is written as a product over the channels, which XLA:CPU computes more quickly (ResNet-50's
     body takes a seventh less). Where the program runs on a CPU, plain 3x3 convolutions in float32 or float64 take other

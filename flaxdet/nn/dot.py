@@ -20,7 +20,7 @@ _SMALL = 1 << 22
 
 
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, **kwargs: Any) -> Array:
-    """What ``flax.linen.Dense`` calls: ``lax.dot_general``.
+    """``lax.dot_general``, as ``flaxdet.nn.layers.Dense`` calls it.
 
     Where CPUs' routes are taken, the gradients of a plain product of matrices take the forms that its kernels
     compute quickly: that of the lhs has the transposed rhs written out, that of the rhs the fewer features first.

@@ -105,7 +105,7 @@ class BatchNorm(TypedModule):
                 unbiased = var * (count / jnp.maximum(count - 1, 1))
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
                     moved = (1 - self.momentum) * running.value.astype(wide) + self.momentum * new
-                    # a mask may admit nothing, where no image has a RoI, say: torch then leaves its statistics alone
+                    # torch leaves its statistics alone where it sees no cell, as without a sampled RoI
                     moved = jnp.where(count > 0, moved.astype(running.value.dtype), running.value)
                     running.value = lax.stop_gradient(moved)
         factor = scale.astype(wide) * lax.rsqrt(var + self.eps)
@@ -113,7 +113,7 @@ class BatchNorm(TypedModule):
 
 
 def _batch_statistics(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
-    """Mean and biased variance of each channel, and the number of cells that they are of; of none, zeros."""
+    """Mean and biased variance of each channel, and the number of cells; zeros where the mask admits no cell."""
     axes = tuple(range(x.ndim - 1))
     if mask is None:
         count = jnp.asarray(x.size // x.shape[-1], x.dtype)
@@ -279,8 +279,8 @@ def norm_affine(norm: Any, x: Array, extent: Array | None, *, train: bool) -> tu
     """What any norm above does to a map [B, h, w, C] inside its extent, for ``apply_affine``.
 
     Returns:
-        The map in float32 at least, from which the statistics were taken, and the factor and shift. Both parts of the
-        map's gradient, through the statistics and beside them, then meet in float32 and are rounded once.
+        The map cast to float32 (float64 stays), and its factor and shift. Apply them to this map, not to ``x``: its
+        gradient through the statistics and its direct gradient are then added in float32, and rounded once.
     """
     if norm is None:
         return x, None
@@ -294,7 +294,7 @@ def norm_affine(norm: Any, x: Array, extent: Array | None, *, train: bool) -> tu
 
 
 def masked_conv(layer: Any, x: Array, extent: Array | None) -> Array:
-    """A convolution (``nn.Conv``) of a map [B, h, w, C], zero beyond its extent for kernels that see neighbours."""
+    """A convolution (``Conv``) of a map [B, h, w, C], zero beyond its extent for kernels that see neighbours."""
     return layer(x if layer.kernel_size == (1, 1) else mask_beyond(x, extent))
 
 

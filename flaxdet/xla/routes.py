@@ -1,9 +1,9 @@
 """Which of the routes of an algorithm a program takes.
 
-A route is one way to compute a result; the routes of an algorithm give the same numbers, up to the order of sums, and
-are quick on different platforms. A program takes the routes of the platform it is lowered for where jax can leave the
-choice until then (``by_platform``). Where the choice changes what jax differentiates, it falls when the program is
-traced (``platform``), by the default backend. ``routes_for`` overrides both.
+A route is one way to compute a result. The routes of an algorithm give the same numbers up to the order of sums, and
+each is quick on another platform. ``by_platform`` takes the route of the platform that a program is lowered for. Where
+the route changes how jax differentiates, it is chosen earlier, when the program is traced: ``platform`` then gives the
+default backend. ``routes_for`` overrides both choices.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from jax import lax
 Platform = Literal["cpu", "gpu", "tpu"]
 PLATFORMS: tuple[Platform, ...] = ("cpu", "gpu", "tpu")
 
-# Part of the key under which jit keeps traced and compiled programs, which no other context variable is: a function
-# that is called with and without an override is traced for each.
+# jit's cache key includes a user context, and no other context variable. So a function that is called with and without
+# an override is traced twice.
 _override = jax.make_user_context(None)
 
 
 def routes_for(platform: Platform | None) -> AbstractContextManager[Any]:
-    """While it lasts, what this thread traces takes the routes of a platform, wherever it runs.
+    """A context in which every program that this thread traces takes the routes of one platform.
 
-    For programs that are compiled for a device which this process doesn't have, and for tests of other platforms'
-    routes on the device at hand. It changes neither the device nor the options of ``flaxdet.compiler_options``.
+    For compiling for a device that this process doesn't have, and for testing other platforms' routes on the device at
+    hand. Neither the device changes, nor the options of ``flaxdet.compiler_options``.
 
     Args:
-        platform: "cpu", "gpu" or "tpu"; None ends the override of a context around this one.
+        platform: "cpu", "gpu" or "tpu"; None cancels the override of an enclosing context.
 
     Returns:
         The context manager.
@@ -44,24 +44,24 @@ def routes_for(platform: Platform | None) -> AbstractContextManager[Any]:
 
 
 def platform() -> str:
-    """The platform whose routes are taken where the choice falls when a program is traced.
+    """The platform whose routes a program takes where they are chosen while it is traced.
 
     Returns:
-        The override's, or else the default backend's, which starts that backend.
+        "cpu", "gpu" or "tpu": the override if there is one, else jax's default backend (asking starts that backend).
     """
     return _override.value or jax.default_backend()
 
 
 def by_platform(*args: Any, default: Callable[..., Any], **routes: Callable[..., Any]) -> Any:
-    """The values of one of several functions that are equal up to rounding.
+    """Calls the route of the platform that the program is lowered for, or of the override if there is one.
 
     Args:
-        *args: of the functions, arrays.
-        default: for platforms that are not named.
-        **routes: functions by platform ("cpu", "gpu", "tpu").
+        *args: arrays, the arguments of every route.
+        default: the route of platforms that are not named.
+        **routes: functions by platform ("cpu", "gpu", "tpu"), with results equal up to rounding.
 
     Returns:
-        The values of the override's function; without an override, of the platform that the program is lowered for.
+        The result of the route.
     """
     if _override.value is not None:
         return routes.get(_override.value, default)(*args)
