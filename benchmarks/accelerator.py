@@ -21,7 +21,7 @@ torch.compile. None of that has been measured yet: the time to compile decides i
 
 Each stage is a process with its own limit; limits sum to --seconds, and what a stage leaves goes to those after it. A
 stage that fails, or is killed at its limit, says why in the report, and what it had found until then counts. Programs
-are compiled into one cache, DIR/cache (or JAX_COMPILATION_CACHE_DIR). DIR/accelerator.json has everything and is
+are compiled into DIR/cache, those of stages that run beside others apart. DIR/accelerator.json has everything and is
 rewritten as stages end, DIR/profile.txt the kernels, DIR/logs what each stage printed. The table comes last.
 
 It needs jax, flaxdet's own requirements, torch, torchvision, safetensors and matplotlib (for a photo), and no network.
