@@ -5,19 +5,21 @@
 Two passes of stages (accelerator_plan.py). The first has one bfloat16 case a model of everything, at batch 16:
 
 1. versions, device, seconds to import; the ceilings: a copy, and a matrix product in bfloat16, TF32 and float32
-2. correctness on the device, by stages that run beside each other, as none of their figures is a time: every layer and
+2. flaxdet's programs of inference compiled, while the host makes weights
+3. correctness on the device, by stages that run beside each other, as none of their figures is a time: every layer and
    detection against torchvision's in float32, detections in bfloat16 against float32, and each parameter's gradient in
    bfloat16 against float32, beside the same of torch's autocast
-3. inference at 800x1088, from pixels to detections, on the device alone, and the network alone: flaxdet, torchvision
-   eager, under AMP, and under AMP with channels_last (``cudnn.benchmark`` on)
-4. a training step at 800x1088, the same contenders
+4. inference at 800x1088, from pixels to detections, on the device alone, and the network alone: flaxdet, torchvision
+   eager, and under AMP with channels_last (``cudnn.benchmark`` on)
 5. parts, each timed against torchvision's and compared with it: top-k, NMS, RoIAlign, norms, resize
-6. with 3 and 4: peak memory of both sides, and the kernels of one call by name and time
+6. a training step at 800x1088, compiled before, the same contenders
+7. with 4 and 6: peak memory of both sides, and the kernels of one call by name and time
 
 The second first tries again what was killed in the first, and then has the rest, most telling first, until the time is
-up: other batch sizes, torch.compile, 320x448, float32 and TF32. On an H100, 240 seconds are thought to reach the end of
-the first pass, or its parts, with little left; 480 to get through the second's other batch sizes and some of
-torch.compile. None of that has been measured yet: the time to compile decides it.
+up: other batch sizes, AMP without channels_last, torch.compile, 320x448, float32 and TF32. On an H100 with 16 cores the
+first pass took 20 s for 1, 45 s for 2, 58 s for 3, 70 s for 4 and some 75 s for 5, which 240 seconds reach in part. A
+training step takes XLA more than 60 s to compile and tune, and torch 27 s to try out its kernels, for each model and
+contender: 500 seconds reach some of 6.
 
 Each stage is a process with its own limit; limits sum to --seconds, and what a stage leaves goes to those after it. A
 stage that fails, or is killed at its limit, says why in the report, and what it had found until then counts. Programs
@@ -149,6 +151,10 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+# What XLA takes where nothing is tried out on the device. Triton's products then have tiles that may not fit.
+UNTUNED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+
+
 def _environment(stage: Stage, out: Path) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {
@@ -159,6 +165,8 @@ def _environment(stage: Stage, out: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     }
+    if stage.beside:
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {UNTUNED}".strip()
     return {**env, "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""} if stage.host else env
 
 
@@ -213,20 +221,22 @@ def run(first: list[Group], second: list[Group], report: Report, seconds: float,
     def left() -> float:
         return seconds - (time.monotonic() - clock)
 
+    def begin(group: Group, granted: float) -> None:
+        if granted:
+            run_group(group, report, granted, small=small, clock=clock)
+        else:
+            skipped = {"status": "skipped", "reason": "the time was up", "limit": 0, "seconds": 0, "found": []}
+            report.stages += [{"name": one.name, "options": one.options, **skipped} for one in group]
+
     for i, group in enumerate(first):
-        run_group(group, report, limit(group, first[i + 1 :], max(left(), 0)), small=small, clock=clock)
+        begin(group, limit(group, first[i + 1 :], max(left(), 0)))
         if _no_accelerator(report) and not small:
             break
     else:
         killed = {one["name"] for one in report.stages if one["status"] == "killed"}
         tries = [group for group in (again(group, killed) for group in first) if group]
         for group in tries + second:
-            granted = second_limit(group, left())
-            if granted:
-                run_group(group, report, granted, small=small, clock=clock)
-            else:
-                skipped = {"status": "skipped", "reason": "the time was up", "limit": 0, "seconds": 0, "found": []}
-                report.stages += [{"name": one.name, "options": one.options, **skipped} for one in group]
+            begin(group, second_limit(group, left()))
     report.about["took"] = time.monotonic() - clock
     report.write()
 

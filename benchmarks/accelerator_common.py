@@ -17,7 +17,7 @@ from typing import Any
 from photos import describe_error
 
 SIZE = (480, 640)  # of the photos before the resize
-FULL = {"min_size": 800, "rows": 800, "columns": 1088, "verify_size": 480, "repeats": 12, "seconds": 1.0}
+FULL = {"min_size": 800, "rows": 800, "columns": 1088, "verify_size": 480, "repeats": 10, "seconds": 0.7}
 SMALL = {"min_size": 64, "rows": 64, "columns": 96, "verify_size": 96, "repeats": 1, "seconds": 0.0}
 
 

@@ -52,7 +52,7 @@ def _copies(options: dict[str, Any]) -> dict[str, Any]:
     from common import wait
     from contenders import torch_device
 
-    count = 1_000_000 if options["small"] else 500_000_000
+    count = 1_000_000 if options["small"] else 100_000_000
 
     def ours() -> tuple[int, float]:
         source = jax.random.uniform(jax.random.key(0), (count,), jnp.float32)

@@ -31,7 +31,7 @@ def compile_programs(options: dict[str, Any], notes: Notes) -> str:
     """Compiles the programs of the stages to come, several at a time, into the cache that all stages share.
 
     One process with threads and not many processes: XLA lets a process try out one program's kernels at a time, so that
-    its choice of the quickest is not disturbed. Not all at once, so that some are kept if the time does not suffice.
+    its choice of the quickest is not disturbed. Weights are made meanwhile, and a program does not depend on them.
     """
     start = time.perf_counter()
     tasks = [task for task in (_Inference, _Training) if task.task in options["tasks"]]
@@ -42,10 +42,10 @@ def compile_programs(options: dict[str, Any], notes: Notes) -> str:
         about = {"task": task.task, "model": model, "dtype": options["dtype"], "batch": batch}
         began = time.perf_counter()
         with notes.attempt(what="compile", **about):
-            task(model, batch, options).compile()
+            task(model, model, batch, options).compile()
             notes.add("compiled ahead", seconds=time.perf_counter() - began, **about)
 
-    with ThreadPoolExecutor(3) as pool:
+    with ThreadPoolExecutor(4) as pool:
         list(pool.map(one, cases))
     return f"{len(cases)} cases in {time.perf_counter() - start:.0f} s"
 
@@ -69,9 +69,11 @@ def _run_all(task: Any, options: dict[str, Any], notes: Notes) -> str:
         one = None  # the one before, and its memory
         gc.collect()
         with notes.attempt(**case):
-            one = task(options["model"], batch, options)
+            one = task(options["model"], weights_file(options, options["model"]), batch, options)
             seconds = one.compile()
-            notes.add("compiled", seconds=seconds, gflop=one.gflop(), **case)
+            notes.add("compiled", seconds=seconds, **case)
+            with notes.attempt(what="counting operations", **case):
+                notes.add("gflop", gflop=_gflop(one.lowered), **case)
             for what, run in one.runs().items():
                 times = timed(run, jax.block_until_ready, options)
                 notes.add("rate", what=what, images_per_second=batch / times["median"], **times, **one.loss(), **case)
@@ -98,9 +100,9 @@ class _Inference:
     def shape(options: dict[str, Any]) -> dict[str, Any]:
         return {"size": sizes(options)["min_size"]}
 
-    def __init__(self, model: str, batch: int, options: dict[str, Any]):
+    def __init__(self, model: str, weights: Any, batch: int, options: dict[str, Any]):
         numbers = {"dtype": options["dtype"], "min_size": sizes(options)["min_size"]}
-        self.predictor = make_predictor(weights_file(options, model), SIZE, batch=batch, **numbers)
+        self.predictor = make_predictor(weights, SIZE, batch=batch, **numbers)
         self.images, self.boxes = photos(batch, *SIZE), 8 if options["small"] else POOLED
         self.model, self.programs = self.predictor.model, self.predictor._programs
         (self.bucket,) = self.predictor.buckets
@@ -171,10 +173,6 @@ class _Inference:
         """No loss."""
         return {}
 
-    def gflop(self) -> float | None:
-        """Of the network, a batch, as XLA counts them."""
-        return _gflop(self.lowered)
-
 
 class _Training:
     """A model's train step at one batch size."""
@@ -186,10 +184,10 @@ class _Training:
         rows, columns = options.get("shape") or (sizes(options)["rows"], sizes(options)["columns"])
         return {"size": rows, "columns": columns}
 
-    def __init__(self, model: str, batch: int, options: dict[str, Any]):
+    def __init__(self, model: str, weights: Any, batch: int, options: dict[str, Any]):
         rows, columns = self.shape(options).values()
         geometry = {"min_size": rows, "max_size": columns}
-        own, variables = load_flaxdet(weights_file(options, model), dtype=options["dtype"], **geometry)
+        own, variables = load_flaxdet(weights, dtype=options["dtype"], **geometry)
         step, self.state, self.batch = flaxdet_training(own, variables, *training_examples(batch, rows, columns), RATE)
         self.lowered = step.lower(self.state, self.batch)
 
@@ -211,14 +209,7 @@ class _Training:
         """Of the last step: if it is not finite, the time means nothing."""
         return {"loss": float(self.metrics["loss"])}
 
-    def gflop(self) -> float | None:
-        """Of a step, a batch, as XLA counts them."""
-        return _gflop(self.lowered)
 
-
-def _gflop(lowered: Any) -> float | None:
-    """None where the backend does not count."""
-    try:
-        return (lowered.cost_analysis() or {})["flops"] / 1e9
-    except Exception:
-        return None
+def _gflop(lowered: Any) -> float:
+    """Of a network or a step, a batch, as XLA counts them."""
+    return lowered.cost_analysis()["flops"] / 1e9

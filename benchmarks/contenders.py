@@ -42,11 +42,25 @@ def flaxdet_dtype(dtype: str) -> dict[str, Any]:
 
 
 def load_flaxdet(weights: str | Path, *, dtype: str, **options: Any) -> tuple[Any, Any]:
-    """flaxdet's model and variables; ``options`` as in ``load_torch``."""
+    """flaxdet's model and variables; ``options`` as in ``load_torch``.
+
+    In place of a file ``weights`` may be one of ``MODELS``, whose variables are then ones: enough to compile.
+    """
     import flaxdet
 
     options = options if "max_size" in options else geometry(**options)
-    return flaxdet.load(weights, **flaxdet_dtype(dtype), **options)
+    if weights not in MODELS:
+        return flaxdet.load(weights, **flaxdet_dtype(dtype), **options)
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from flaxdet.builders import initial_variables, make_model
+
+    model = make_model(str(weights), num_classes=91, **flaxdet_dtype(dtype), **options)
+    shapes = jax.eval_shape(functools.partial(initial_variables, model), jax.random.key(0))
+    return model, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
 
 
 def make_predictor(weights: str | Path, size: tuple[int, int], *, dtype: str, min_size: int, batch: int) -> Any:

@@ -90,6 +90,17 @@ def test_what_a_stage_leaves_goes_to_those_after_it(driver):
     assert driver.plan.limit((*groups[0], *groups[1]), [groups[2]], 100.0) == 60
 
 
+def test_where_time_is_short_the_last_stages_go_short_and_not_each(driver):
+    groups = [fake(driver, "works", weight) for weight in (30, 100, 20)]
+    left, limits = 75.0, []
+    for i, group in enumerate(groups):
+        limits.append(driver.plan.limit(group, groups[i + 1 :], left))
+        left -= limits[-1]
+    assert limits == [30, 45, 0]  # by weight it would be 15, 50 and 10, each of them too few
+    assert driver.plan.limit(groups[2], [], 11.0) == 0
+    assert driver.plan.limit(fake(driver, "works", 5)[0:1], [], 8.0) == 8  # all that is left, of a short one
+
+
 def test_the_second_pass_takes_what_is_left(driver):
     (stage,) = fake(driver, "works", 30)
     assert driver.plan.second_limit((stage,), 100.0) == 60
