@@ -40,7 +40,9 @@ def pytest_collection_modifyitems(items):
         return
     for item in items:
         if item.get_closest_marker("ci"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes: .ci/run runs it, or pytest with FLAXDET_CI=1"))
+            item.add_marker(
+                pytest.mark.skip(reason="a whole model, or takes minutes: .ci/run runs it, or pytest with FLAXDET_CI=1")
+            )
 
 
 @pytest.fixture(autouse=True, scope="module")

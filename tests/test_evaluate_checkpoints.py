@@ -43,13 +43,14 @@ def evaluated(shared, out, name, annotations, batch_size):
 TORCHVISION = {FCOS_NAME: (4198, 0.4951, 0.8349, 0.5307), V2_NAME: (2809, 0.5754, 0.8860, 0.6445)}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(FCOS_NAME, marks=pytest.mark.xdist_group("fcos checkpoint")),
-        pytest.param(V2_NAME, marks=[pytest.mark.xdist_group("v2 checkpoint"), pytest.mark.ci]),
-    ],
-)
+MODELS = [
+    pytest.param(FCOS_NAME, marks=pytest.mark.xdist_group("fcos checkpoint")),
+    pytest.param(V2_NAME, marks=pytest.mark.xdist_group("v2 checkpoint")),
+]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", MODELS)
 def test_figures_of_the_whole_set(shared, tmp_path, name):
     metrics, rows = evaluated(shared, tmp_path, name, shared / "data" / "bccd" / "val.json", batch_size=4)
     detections, *expected = TORCHVISION[name]
@@ -60,13 +61,7 @@ def test_figures_of_the_whole_set(shared, tmp_path, name):
     assert [row["name"] for row in metrics["per_class"]] == ["Platelets", "RBC", "WBC"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(FCOS_NAME, marks=pytest.mark.xdist_group("fcos checkpoint")),
-        pytest.param(V2_NAME, marks=pytest.mark.xdist_group("v2 checkpoint")),
-    ],
-)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_detection_of_a_few_photos(shared, tmp_path, name):
     """Beside torchvision itself, whose detections also give the average precision to expect."""
     data, path = shared / "data" / "bccd", tmp_path / "few.json"

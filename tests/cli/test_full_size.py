@@ -20,6 +20,8 @@ from tests.cli.conftest import NAMES, files, results
 from tests.tiny import write_coco
 from tests.tolerances import HAND_F32
 
+pytestmark = pytest.mark.ci
+
 
 @pytest.mark.xdist_group("full_size_detect")
 def test_detect(run, real_weights, photo, out):

@@ -58,8 +58,13 @@ def section(out: str, title: str) -> list[str]:
     return rest[:end]
 
 
-@pytest.mark.parametrize("name", [pytest.param(FCOS, marks=pytest.mark.xdist_group("verify_fcos")),
-                                  pytest.param(V2, marks=pytest.mark.xdist_group("verify_v2"))])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(FCOS, marks=pytest.mark.xdist_group("verify_fcos")),
+        pytest.param(V2, marks=[pytest.mark.xdist_group("verify_v2"), pytest.mark.ci]),
+    ],
+)
 def test_random_weights(run, photo, tmp_path, name):
     out = tmp_path / "pictures"
     found = run("verify", name, "--image", photo, "--out", out, *SMALL)

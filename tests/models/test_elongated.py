@@ -22,7 +22,7 @@ from tests.tolerances import BOXES_F64, SCORES_F64
 
 pytestmark = pytest.mark.xdist_group("strips")
 # rows of the resized image: a torchvision that sees 1 to 22, 33 to 45 or 65 to 67 rows first infers another scale
-ROWS = (1, 7, 22, 33, 45, 65, 67)
+FEW, MANY = (1, 33, 67), (7, 22, 45, 65)
 COLUMNS = 320
 
 
@@ -35,15 +35,16 @@ def undeclared(backbone: BackboneWithFPN) -> BackboneWithFPN:
     return Undeclared(backbone.body, backbone.fpn, backbone.returned_stages)
 
 
+@pytest.mark.parametrize("heights", [FEW, pytest.param(MANY, marks=pytest.mark.ci)])
 @pytest.mark.parametrize("declared", [True, False])
-def test_detections_of_strips(declared, x64):
+def test_detections_of_strips(declared, heights, x64):
     options: dict[str, Any] = {"size_divisible": 1, "rpn_post_nms_top_n_test": 60, "fixed_size": None}
     options |= {"min_size": 10_000, "max_size": COLUMNS, "box_score_thresh": 0.02}  # the longer side decides
     model, variables, theirs = sides.both(sides.V2_NAME, 18, dtype="float64", **options)
     if not declared:
         model = model.clone(backbone=undeclared(model.backbone))
     counts = []
-    for rows in ROWS:
+    for rows in heights:
         # as wide as its resized image, so that the resize leaves every row
         strip = np.asarray(sides.crop("china", rows, COLUMNS))
         found = verify.compare(model, variables, theirs, [strip])
@@ -53,8 +54,8 @@ def test_detections_of_strips(declared, x64):
         assert match.box_error <= BOXES_F64
         assert match.score_error <= SCORES_F64
         counts.append(match.count)
-    assert sum(counts) > 40
-    assert sum(count > 0 for count in counts) >= 6
+    assert sum(counts) > 15
+    assert sum(count > 0 for count in counts) >= len(heights) - 1
 
 
 def test_a_torchvision_that_saw_a_strip_first_is_another(x64):

@@ -18,7 +18,7 @@ BARS = {
 AFTER_PROPOSALS = {"roi_features", "class_logits", "box_regression", "class_scores"}
 
 
-@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.ci)])
 def test_resnet50(name, dtype):
     options = {"min_size": 160, "max_size": 256}
     if name == sides.V2_NAME:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 import flaxdet
 from flaxdet.convert import stages, verify
 from tests.parity import sides
@@ -16,6 +18,7 @@ def assert_same(ours, theirs):
     return match
 
 
+@pytest.mark.ci  # tests/models/test_elongated.py has smaller ones
 def test_elongated_at_full_size(name, x64):
     """At 67x1333 a first image would teach torchvision other scales of RoIAlign; strides depart from powers of two."""
     model, variables, theirs = sides.both(name, 18, dtype="float64", **FEW[name])
