@@ -14,6 +14,7 @@ from flaxdet.compiling import JitBySize, compiler_options
 from flaxdet.nn.layers import at_least_float32
 from flaxdet.sharding import BATCH_KEYS, by_rows, on_mesh, replicated
 from flaxdet.structures import ImageBatch, Targets
+from flaxdet.train.extra_args import with_value
 from flaxdet.train.mask import Params, Tree, merge
 from flaxdet.train.state import Trainable, TrainState, split_trainable
 from flaxdet.xla import routes
@@ -25,7 +26,7 @@ Losses = dict[str, jax.Array]
 
 def make_train_step(
     model: Any,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | optax.MultiSteps,
     *,
     mesh: Mesh | None = None,
     ema_decay: float | None = None,
@@ -39,7 +40,9 @@ def make_train_step(
 
     Args:
         model: the detector. Its ``dtype`` computes (bfloat16, say); parameters and optimiser stay in ``param_dtype``.
-        tx: any optax transform (or ``optax.MultiSteps``), the one that ``create_state`` was given.
+        tx: any optax transform (or ``optax.MultiSteps``), the one that ``create_state`` was given. One whose ``update``
+            takes the extra argument ``value`` (``optax.contrib.reduce_on_plateau``, ``optax.polyak_sgd``) is given the
+            loss that is minimised, of this step's batch. One that requires another (``optax.lbfgs``) is refused.
         mesh: of ``make_mesh``; then the state must be replicated (``replicate``) and batches divided
             (``shard_batch``) on it.
         ema_decay: in [0, 1), of the state's moving averages of parameters and statistics, which it must have.
@@ -53,11 +56,13 @@ def make_train_step(
         any clipping.
 
     Raises:
-        ValueError: for a decay outside [0, 1); when called, if the state has averages and there is no decay or the
-            other way round, for an unknown loss in ``loss_weights``, or for a batch that lacks a key.
+        ValueError: for a decay outside [0, 1), or a ``tx`` that requires another argument than ``value``, naming it;
+            when called, if the state has averages and there is no decay or the other way round, for an unknown loss in
+            ``loss_weights``, or for a batch that lacks a key.
     """
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay should be from 0 to below 1, got {ema_decay}")
+    update = with_value(tx, model, trainable).update
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if (ema_decay is None) != (state.ema is None):
@@ -71,7 +76,7 @@ def make_train_step(
         )
         if routes.platform() == "cpu":  # else XLA copies each parameter that a gradient might yet read
             gradients = jax.lax.optimization_barrier(gradients)
-        updates, opt_state = tx.update(gradients, state.opt_state, trained)
+        updates, opt_state = update(gradients, state.opt_state, trained, value=loss)
         params = merge(optax.apply_updates(trained, updates), frozen)  # pyright: ignore[reportArgumentType]
         new = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
             step=state.step + 1,
