@@ -15,6 +15,7 @@ from flaxdet.nn.layers import at_least_float32
 from flaxdet.sharding import BATCH_KEYS, by_rows, on_mesh, replicated
 from flaxdet.structures import ImageBatch, Targets
 from flaxdet.train.extra_args import with_value
+from flaxdet.train.first_batch import CheckedStep
 from flaxdet.train.mask import Params, Tree, merge
 from flaxdet.train.state import Trainable, TrainState, split_trainable
 from flaxdet.xla import routes
@@ -53,12 +54,14 @@ def make_train_step(
         ``step(state, batch) -> (state, metrics)``. The batch is a dict of arrays (the data pipeline's names). The state
         is donated: its arrays can't be used after the call. Metrics are scalars, float32 (float64 in a float64 model):
         each loss before its weight, "loss", their weighted sum, and "grad_norm", the norm of the whole gradient, before
-        any clipping.
+        any clipping. A label that is none of ``model.target_labels`` raises in the first batch, and makes losses and
+        gradients NaN in later ones.
 
     Raises:
         ValueError: for a decay outside [0, 1), or a ``tx`` that requires another argument than ``value``, naming it;
             when called, if the state has averages and there is no decay or the other way round, for an unknown loss in
-            ``loss_weights``, or for a batch that lacks a key.
+            ``loss_weights``, for a batch that lacks a key, or for a label in the first batch that is none of the
+            model's, naming image and box.
     """
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay should be from 0 to below 1, got {ema_decay}")
@@ -88,11 +91,11 @@ def make_train_step(
         metrics = {**losses, "loss": loss, "grad_norm": _norm(gradients)}
         return new, {name: value.astype(model.box_dtype) for name, value in metrics.items()}
 
-    if mesh is None:
-        return JitBySize(step, model.box_dtype, donate_argnums=0)
-    whole, rows = replicated(mesh), by_rows(mesh)
-    shardings = {"in_shardings": (whole, rows), "out_shardings": whole}
-    return JitBySize(on_mesh(step, mesh), model.box_dtype, donate_argnums=0, **shardings)
+    options: dict[str, Any] = {"donate_argnums": 0}
+    if mesh is not None:
+        whole, rows = replicated(mesh), by_rows(mesh)
+        options |= {"in_shardings": (whole, rows), "out_shardings": whole}
+    return CheckedStep(step, JitBySize(on_mesh(step, mesh), model.box_dtype, **options), model)
 
 
 def make_loss_step(
@@ -109,7 +112,12 @@ def make_loss_step(
         loss_weights: as in ``make_train_step``.
 
     Returns:
-        ``loss_step(variables, batch) -> metrics``: each loss, and "loss", their weighted sum.
+        ``loss_step(variables, batch) -> metrics``: each loss, and "loss", their weighted sum. Labels are looked at as
+        by the step of ``make_train_step``.
+
+    Raises:
+        ValueError: when called, for an unknown loss in ``loss_weights``, a batch that lacks a key, or a label in the
+            first batch that is none of the model's.
     """
 
     def loss_step(variables: Mapping[str, Any], batch: Batch) -> Metrics:
@@ -118,14 +126,10 @@ def make_loss_step(
         metrics = {**losses, "loss": _weighted_sum(losses, loss_weights)}
         return {name: value.astype(model.box_dtype) for name, value in metrics.items()}
 
-    if mesh is None:
-        return jax.jit(loss_step, compiler_options=compiler_options(model.box_dtype))
-    return jax.jit(
-        on_mesh(loss_step, mesh),
-        in_shardings=(replicated(mesh), by_rows(mesh)),
-        out_shardings=replicated(mesh),
-        compiler_options=compiler_options(model.box_dtype),
-    )
+    options: dict[str, Any] = {"compiler_options": compiler_options(model.box_dtype)}
+    if mesh is not None:
+        options |= {"in_shardings": (replicated(mesh), by_rows(mesh)), "out_shardings": replicated(mesh)}
+    return CheckedStep(loss_step, jax.jit(on_mesh(loss_step, mesh), **options), model)
 
 
 def loss_and_gradients(

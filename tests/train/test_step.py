@@ -16,6 +16,7 @@ from flaxdet.train import (
     create_state,
     decay_mask,
     make_loss_step,
+    make_mesh,
     make_train_step,
     sgd,
     shard_batch,
@@ -99,7 +100,7 @@ def test_keys():
     assert other[0]["noise"] != metrics[0]["noise"]
     step = make_train_step(Toy(), optax.sgd(0.1))
     stored = jax.tree.map(np.asarray, states[1])
-    one, _ = step(jax.tree.map(jnp.asarray, stored), random_batch(2, size=8, seed=1))
+    one, _ = step(batch=random_batch(2, size=8, seed=1), state=jax.tree.map(jnp.asarray, stored))
     assert_trees_equal(one.params, states[2].params)
     for bad in (jax.random.split(jax.random.key(0)), jax.random.key(0, impl="rbg"), 7):
         with pytest.raises(ValueError, match=r"one random key as jax.random.key\(seed\) makes"):
@@ -225,6 +226,21 @@ def test_bad_input():
         )
     with pytest.raises(ValueError, match="the mask should have the structure of the parameters"):
         create_state(Toy(), toy_variables(), optax.sgd(0.1), key=jax.random.key(0), trainable={"bn": True})
+
+
+@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
+def test_labels_of_the_first_batch(name):
+    """It stops before the step is compiled, whichever way the batch comes."""
+    model = tiny_model(name)
+    steps: list[Any] = [make_train_step(model, sgd(0.1)), make_train_step(model, sgd(0.1), mesh=make_mesh())]
+    batch = random_batch(2)
+    batch["labels"][1, 2] = 4
+    for step in [*steps, make_loss_step(model)]:
+        for _ in range(2):  # and again
+            with pytest.raises(ValueError, match=r"^image_id 1099511627777, box 2: label 4 should be from \d to 3"):
+                step(None, batch)
+            with pytest.raises(ValueError, match=r"^image 1, box 2: label 4 should be"):
+                step(None, batch=shard_batch(batch, None))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA:CPU would copy")
