@@ -130,7 +130,7 @@ def _ours(
     model: Any = make_model(name, num_classes=91, **flaxdet_dtype(dtype), **given)
     variables = from_torchvision(model, state_dict)
     batch = transform(images, model.transform, canvas="batch")
-    padded = transform_targets(targets, batch, max_boxes=8)
+    padded = transform_targets(targets, batch, model=model, max_boxes=8)
 
     @jax.jit
     def step(params: Any, batch_stats: Any, batch: Any, padded: Any) -> Any:

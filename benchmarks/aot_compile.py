@@ -75,7 +75,7 @@ def make(asked: dict[str, Any]) -> tuple[Any, Any, tuple[Any, ...], tuple[int, .
     tx = sgd(0.01, momentum=0.9, weight_decay=1e-4)
     state = jax.eval_shape(lambda v: create_state(model, v, tx, key=jax.random.key(0)), variables)
     truth = {"boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64)}
-    targets = transform_targets([truth], images, max_boxes=MAX_BOXES)
+    targets = transform_targets([truth], images, model=model, max_boxes=MAX_BOXES)
     arrays = shard_batch({**vars(images), **vars(targets)}, None)
     step: Any = make_train_step(model, tx)
     return model, step.__wrapped__, (state, abstract(arrays, asked["batch"])), (0,)

@@ -175,7 +175,7 @@ def flaxdet_training(
 
     tx = sgd(rate, **SGD)
     batch = transform(images, model.transform)
-    padded = transform_targets(targets, batch, max_boxes=8)
+    padded = transform_targets(targets, batch, model=model, max_boxes=8)
     arrays = shard_batch({**vars(batch), **vars(padded)}, None)
     return make_train_step(model, tx), create_state(model, variables, tx, key=jax.random.key(0)), arrays
 

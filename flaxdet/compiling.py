@@ -16,8 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, get_opaque_trace_state
 
 from flaxdet.xla import routes
 
@@ -65,49 +64,79 @@ class JitBySize:
     (``jax_raise_persistent_cache_errors``), no program is in pieces.
 
     Attributes:
-        chosen: the jitted function by the platform whose routes it takes, and by the shapes, dtypes and shardings that
-            it was called with.
+        chosen: the jitted function by the platform whose routes it takes, and by the structure, shapes, dtypes and
+            shardings of the arguments that it was called with. Empty where no program is ever in pieces: on
+            accelerators, with another C library than glibc, and with a jaxlib that doesn't know the option.
     """
 
     def __init__(self, function: Callable[..., Any], dtype: Any = jnp.float32, **options: Any):
         """Wraps a function.
 
         Args:
-            function: of arrays.
+            function: of pytrees of arrays.
             dtype: in which the model computes.
-            **options: as ``jax.jit`` takes them.
+            **options: as ``jax.jit`` takes them, but no static arguments.
         """
         chosen = compiler_options(dtype)
-        self._nested = jax.jit(function, **options)
-        self._plain = self._pieces = jax.jit(function, compiler_options=chosen, **options)
+        self._nested = self._plain = self._pieces = jax.jit(function, **options)
+        if chosen is not None:
+            self._plain = self._pieces = jax.jit(function, compiler_options=chosen, **options)
         if chosen is not None and platform.libc_ver()[0] == "glibc" and _known(*next(iter(_IN_PIECES.items()))):
             self._pieces = jax.jit(function, compiler_options={**chosen, **_IN_PIECES}, **options)
+        self._outermost = get_opaque_trace_state()
+        self._last: tuple[Any, Any] = (None, None)  # key and jitted function of the last call: steps are alike
         self.chosen: dict[Any, Any] = {}
         functools.update_wrapper(self, function)
 
-    def __call__(self, *args: Any) -> Any:
-        """The function's values."""
-        leaves = jax.tree.leaves(args)
-        if any(isinstance(leaf, Tracer) for leaf in leaves):
-            return self._nested(*args)  # jax takes options at the outermost jit alone
-        arrays = tuple((jnp.shape(leaf), jnp.result_type(leaf), getattr(leaf, "sharding", None)) for leaf in leaves)
-        key = (routes.platform(), arrays)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's values.
+
+        Args:
+            *args: pytrees of arrays.
+            **kwargs: pytrees of arrays.
+        """
+        if self._plain is self._nested:
+            return self._plain(*args, **kwargs)
+        if get_opaque_trace_state() != self._outermost:
+            return self._nested(*args, **kwargs)  # jax takes options at the outermost jit alone
+        if self._pieces is self._plain:
+            return self._plain(*args, **kwargs)
+        key = (routes.platform(), *_signature((args, kwargs)))
+        last, jitted = self._last
+        if key == last:  # mostly the very same objects, and so cheaper than a hash
+            return jitted(*args, **kwargs)
         if key in self.chosen:
-            return self.chosen[key](*args)
-        self.chosen[key] = self._choose(args)
+            self._last = key, self.chosen[key]
+            return self.chosen[key](*args, **kwargs)
+        self.chosen[key] = self._choose(*args, **kwargs)
         with warnings.catch_warnings():  # this call compiles
             warnings.filterwarnings("ignore", _NOT_KEPT, UserWarning)
-            return self.chosen[key](*args)
+            return self.chosen[key](*args, **kwargs)
 
-    def lower(self, *args: Any) -> jax.stages.Lowered:
-        """As that of ``jax.jit``, of arrays or ``jax.ShapeDtypeStruct``."""
-        return self._choose(args).lower(*args)
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """As ``lower`` of ``jax.jit``.
 
-    def _choose(self, args: tuple[Any, ...]) -> Any:
+        Args:
+            *args: pytrees of arrays or ``jax.ShapeDtypeStruct``.
+            **kwargs: pytrees of arrays or ``jax.ShapeDtypeStruct``.
+        """
+        return self._choose(*args, **kwargs).lower(*args, **kwargs)
+
+    def _choose(self, *args: Any, **kwargs: Any) -> Any:
         config: Any = jax.config
         if self._pieces is self._plain or config.jax_raise_persistent_cache_errors:
             return self._plain
-        return self._pieces if _largest(self._plain.trace(*args).jaxpr.jaxpr) <= _PIECE else self._plain
+        return self._pieces if _largest(self._plain.trace(*args, **kwargs).jaxpr.jaxpr) <= _PIECE else self._plain
+
+
+def _signature(arguments: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    """What distinguishes one compiled program from another: the structure, the leaves' types, and their shardings."""
+    leaves, structure = jax.tree.flatten(arguments)
+    try:
+        return structure, tuple([leaf.aval for leaf in leaves]), tuple([leaf.sharding for leaf in leaves])
+    except AttributeError:  # numpy arrays or Python's numbers among them
+        shardings = tuple([getattr(leaf, "sharding", None) for leaf in leaves])
+        return structure, tuple([jax.typeof(leaf) for leaf in leaves]), shardings
 
 
 def _largest(jaxpr: Jaxpr) -> int:

@@ -53,7 +53,7 @@ class Targets:
 
     Attributes:
         boxes: [B, G, 4] xyxy.
-        labels: [B, G] int32, 1..k-1 (FCOS: 0..k-1).
+        labels: [B, G] int32, one of the model's ``target_labels``: 1..k-1 (FCOS: 0..k-1). Padding may hold any.
         valid: [B, G], False for padding.
     """
 

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flaxdet.models.detector import Detector
+from flaxdet.models.labels import check_labels, label_range
 from flaxdet.ops import resize_boxes
 from flaxdet.resize import resize_image
 from flaxdet.structures import Detections, ImageBatch, Targets, TransformConfig
@@ -214,8 +216,10 @@ def transform_targets(
     targets: Sequence[Mapping[str, Any]],
     batch: ImageBatch,
     *,
-    max_boxes: int | None = None,
+    model: Detector | None = None,
     num_classes: int | None = None,
+    background: bool = True,
+    max_boxes: int | None = None,
 ) -> Targets:
     """Builds the padded ground truth of a batch, in the pixels of its resized images.
 
@@ -223,23 +227,34 @@ def transform_targets(
         targets: for each image {"boxes": [N, 4] xyxy in pixels of the original image, "labels": [N] integers};
             an image may have no boxes.
         batch: the images, from ``transform``.
+        model: the detector that is to take the targets; it says which labels there are. Either this or ``num_classes``
+            is needed.
+        num_classes: k, the background included: labels are 1..k-1.
+        background: with ``num_classes``: False if a box may have label 0, as in FCOS; labels are then 0..k-1.
         max_boxes: G, slots of an image; default the largest N, at least 1.
-        num_classes: if given, labels must be below it.
 
     Returns:
         Targets in the dtype of the batch's pixels.
 
     Raises:
         ValueError: for a box without positive height and width (torchvision's error), boxes that are not [N, 4] or
-            not finite, as many labels as there are not boxes, labels out of range, more boxes than ``max_boxes``, or
-            another number of targets than of images; each names the image.
-        TypeError: for labels that are not integers.
+            not finite, as many labels as there are not boxes, a label outside the classes, more boxes than
+            ``max_boxes``, or another number of targets than of images; each names the image.
+        TypeError: for labels that are not integers; for both or neither of ``model`` and ``num_classes``, or
+            ``background`` without ``num_classes``.
     """
+    if (model is None) == (num_classes is None) or (model is not None and not background):
+        raise TypeError(
+            "transform_targets should be told which labels there are: expected either model, or num_classes (and "
+            f"background=False if a box may have label 0), got model={model and type(model).__name__}, "
+            f"num_classes={num_classes} and background={background}"
+        )
+    allowed = label_range(num_classes, background=background) if model is None else model.target_labels
     dtype = np.dtype(batch.pixels.dtype)
     count = batch.size.shape[0]
     if len(targets) != count:
         raise ValueError(f"expected a target for each of {count} images, got {len(targets)}")
-    rows = [_check_target(target, i, num_classes) for i, target in enumerate(targets)]
+    rows = [_check_target(target, i, allowed) for i, target in enumerate(targets)]
     largest = max(len(boxes) for boxes, _ in rows)
     slots = max(largest, 1) if max_boxes is None else max_boxes
     if largest > slots:
@@ -254,7 +269,7 @@ def transform_targets(
     return Targets(boxes=resized, labels=jnp.asarray(labels), valid=jnp.asarray(valid))
 
 
-def _check_target(target: Mapping[str, Any], i: int, num_classes: int | None) -> tuple[np.ndarray, np.ndarray]:
+def _check_target(target: Mapping[str, Any], i: int, allowed: range) -> tuple[np.ndarray, np.ndarray]:
     boxes, labels = np.asarray(target["boxes"]), np.asarray(target["labels"])
     if boxes.size == 0:
         boxes, labels = boxes.reshape(0, 4), labels.reshape(-1)
@@ -264,15 +279,12 @@ def _check_target(target: Mapping[str, Any], i: int, num_classes: int | None) ->
         )
     if labels.shape != boxes.shape[:1]:
         raise ValueError(f"image {i}: expected a label for each of {len(boxes)} boxes, got {list(labels.shape)}")
-    if labels.size and not np.issubdtype(labels.dtype, np.integer):
-        raise TypeError(f"image {i}: target labels should be integers, got {labels.dtype}")
     bad = ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] <= boxes[:, :2]).any(axis=1)
     if bad.any():
         raise ValueError(
             "All bounding boxes should have positive height and width. Found invalid box "
             f"{boxes[bad.argmax()].tolist()} for target at index {i}."
         )
-    out = (labels < 0) | (labels >= (np.inf if num_classes is None else num_classes))
-    if out.any():
-        raise ValueError(f"image {i}: label {labels[out.argmax()]} should be from 0 to {num_classes} - 1")
+    if labels.size:  # an empty list is an array of floats
+        check_labels(labels, np.ones(labels.shape, bool), allowed, lambda box: f"image {i}, box {box}")
     return boxes, labels

@@ -125,7 +125,7 @@ def draw_batch(rng, size=2):
         images.append(picture)
         targets.append(target)
     batch = transform(images, model.transform)
-    return images, batch, transform_targets(targets, batch, max_boxes=8)
+    return images, batch, transform_targets(targets, batch, model=model, max_boxes=8)
 
 
 rng = np.random.default_rng(0)

@@ -98,7 +98,8 @@ def test_nnx():
     back = {name: nnx.to_pure_dict(nnx.state(wrapped, kind)) for name, kind in kinds.items()}
     jax.tree.map(np.testing.assert_array_equal, back, variables)
 
-    targets = transform_targets([{"boxes": np.array([[4.0, 4, 40, 40]]), "labels": np.array([1])}], batch)
+    truth = {"boxes": np.array([[4.0, 4, 40, 40]]), "labels": np.array([1])}
+    targets = transform_targets([truth], batch, model=model)
 
     def train(wrapped, rngs):
         return wrapped(batch, targets, train=True, rngs=rngs, mutable=["batch_stats"])

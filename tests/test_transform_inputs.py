@@ -10,6 +10,7 @@ import pytest
 
 from flaxdet.structures import TransformConfig
 from flaxdet.transform import check_image, check_images, transform, transform_targets
+from tests.tiny import FCOS_NAME, V2_NAME, tiny_model
 from tests.tolerances import HAND_F32
 from tests.transforms import SMALL, noise
 
@@ -139,16 +140,20 @@ def test_good_images_pass():
 
 
 def target(boxes, labels):
-    return {"boxes": np.asarray(boxes, np.float32), "labels": np.asarray(labels, np.int64)}
+    return {
+        "boxes": np.asarray(boxes, np.float32),
+        "labels": labels if isinstance(labels, np.ndarray) else np.asarray(labels, np.int64),
+    }
 
 
 def test_targets_are_resized_and_padded():
     batch = transform([noise(40, 60), noise(30, 30)], TransformConfig(min_size=80, max_size=200))
-    targets = transform_targets([target([[0, 0, 30, 20], [6, 4, 60, 40]], [1, 2]), target([], [])], batch, max_boxes=3)
+    truth = [target([[0, 0, 30, 20], [6, 4, 60, 40]], [1, 2]), target([], [])]
+    targets = transform_targets(truth, batch, num_classes=3, max_boxes=3)
     np.testing.assert_array_equal(targets.valid, [[True, True, False], [False] * 3])
     np.testing.assert_array_equal(targets.labels, [[1, 2, 0], [0, 0, 0]])
     np.testing.assert_allclose(targets.boxes[0], [[0, 0, 60, 40], [12, 8, 120, 80], [0] * 4], rtol=HAND_F32)
-    assert transform_targets([target([], []), target([], [])], batch).boxes.shape == (2, 1, 4)
+    assert transform_targets([target([], []), target([], [])], batch, num_classes=3).boxes.shape == (2, 1, 4)
 
 
 @pytest.mark.parametrize(
@@ -158,8 +163,10 @@ def test_targets_are_resized_and_padded():
         (target([[1, 1, np.nan, 5]], [1]), "Found invalid box .* for target at index 1"),
         (target([[1, 1, 5]], [1]), r"of shape \[N, 4\], got \[1, 3\] for target at index 1"),
         (target([[1, 1, 5, 5]], [1, 2]), r"image 1: expected a label for each of 1 boxes, got \[2\]"),
-        (target([[1, 1, 5, 5]], [7]), "image 1: label 7 should be from 0 to 7 - 1"),
-        (target([[1, 1, 5, 5]], [-1]), "image 1: label -1 should be"),
+        (target([[1, 1, 5, 5]], [7]), "image 1, box 0: label 7 should be from 1 to 6: num_classes=7 counts the back"),
+        (target([[1, 1, 5, 5]] * 2, [1, 0]), "image 1, box 1: label 0 should be from 1 .* is label 0 and no box's"),
+        (target([[1, 1, 5, 5]], [-1]), "image 1, box 0: label -1 should be"),
+        (target([[1, 1, 5, 5]], np.uint64([2**63])), "image 1, box 0: label 9223372036854775808 should be"),
         (target([[1, 1, 5, 5]] * 4, [1] * 4), "image 1 has 4 boxes, more than max_boxes=3"),
     ],
 )
@@ -172,6 +179,26 @@ def test_bad_targets(bad, message):
 def test_targets_need_one_for_each_image_and_integer_labels():
     batch = transform([noise(40, 60)], TransformConfig(min_size=80, max_size=200))
     with pytest.raises(ValueError, match="a target for each of 1 images, got 2"):
-        transform_targets([target([], [])] * 2, batch)
-    with pytest.raises(TypeError, match="image 0: target labels should be integers, got float32"):
-        transform_targets([{"boxes": np.array([[1, 1, 2, 2]]), "labels": np.ones(1, np.float32)}], batch)
+        transform_targets([target([], [])] * 2, batch, num_classes=3)
+    with pytest.raises(TypeError, match="image 0, box 0: labels should be integers, got float32"):
+        transform_targets([{"boxes": np.array([[1, 1, 2, 2]]), "labels": np.ones(1, np.float32)}], batch, num_classes=3)
+
+
+def test_which_labels_there_are_is_told():
+    """By the model, or by the number of classes; a box of FCOS may have label 0, as in torchvision."""
+    batch = transform([noise(40, 60)], TransformConfig(min_size=80, max_size=200))
+    zero, three = (target([[1, 1, 5, 5]], [label]) for label in (0, 3))
+    fcos, rcnn = tiny_model(FCOS_NAME, num_classes=4), tiny_model(V2_NAME, num_classes=4)
+    for options in ({"model": fcos}, {"num_classes": 4, "background": False}):
+        assert transform_targets([zero], batch, **options).labels.tolist() == [[0]]
+    for options in ({"model": fcos}, {"model": rcnn}, {"num_classes": 4}):
+        assert transform_targets([three], batch, **options).labels.tolist() == [[3]]
+    for options in ({"model": rcnn}, {"num_classes": 4}):
+        with pytest.raises(ValueError, match="image 0, box 0: label 0 should be from 1 to 3"):
+            transform_targets([zero], batch, **options)
+    for options in ({"model": tiny_model(FCOS_NAME, num_classes=3)}, {"num_classes": 3, "background": False}):
+        with pytest.raises(ValueError, match="label 3 should be from 0 to 2: num_classes=3 counts the background"):
+            transform_targets([three], batch, **options)
+    for options in ({}, {"model": fcos, "num_classes": 4}, {"model": fcos, "background": False}, {"background": False}):
+        with pytest.raises(TypeError, match="expected either model, or num_classes"):
+            transform_targets([three], batch, **options)

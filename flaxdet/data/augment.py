@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
+from flaxdet.buckets import Size
+
 Pixels = UInt8[np.ndarray, "H W 3"]
 Boxes = Float[np.ndarray, "N 4"]
 
@@ -101,3 +103,34 @@ def fixed_size_crop(
         boxes = np.clip(boxes - corner, 0, np.array([new_columns, new_rows] * 2, np.float32))
         keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
     return result, boxes, keep
+
+
+def check_jitter(
+    jitter: tuple[float, float] | None, crop: int | Size | None, min_size: Sequence[int] | None
+) -> tuple[tuple[float, float] | None, Size | None]:
+    """Makes sure of the options of large-scale jitter.
+
+    Args:
+        jitter: (low, high) of the scale, or None for no jitter.
+        crop: side, or (rows, columns), in pixels of the jittered image; None for 1024.
+        min_size: sizes of multi-scale training, which excludes jitter.
+
+    Returns:
+        Scale and (rows, columns); None and None without jitter.
+
+    Raises:
+        ValueError: for a crop without jitter, jitter beside ``min_size``, or numbers that can't be met.
+    """
+    if jitter is None:
+        if crop is not None:
+            raise ValueError("crop belongs to jitter, which is not given: large-scale jitter is jitter=(.1, 2.)")
+        return None, None
+    if min_size is not None:
+        raise ValueError("expected min_size (multi-scale) or jitter (large-scale jitter), got both")
+    low, high = jitter
+    if not 0 < low <= high < np.inf:
+        raise ValueError(f"jitter should be (low, high), 0 < low <= high, got {jitter!r}")
+    sides = (1024,) if crop is None else crop if isinstance(crop, tuple | list) else (crop,)
+    if len(sides) > 2 or not all(isinstance(side, int | np.integer) and side > 0 for side in sides):
+        raise ValueError(f"crop should be one or two positive integers, got {crop!r}")
+    return (float(low), float(high)), (int(sides[0]), int(sides[-1]))

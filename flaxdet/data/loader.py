@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flaxdet.buckets import Size, assign, canvases, choose_buckets, sort_buckets
+from flaxdet.data.augment import check_jitter
 from flaxdet.data.batches import EvalPlan, TrainPlan
-from flaxdet.data.samples import BatchSource, BucketCanvas, Dataset, Options
+from flaxdet.data.samples import BatchSource, BucketCanvas, Dataset, Options, check_dataset_labels
 from flaxdet.data.streams import import_grain, open_stream
 from flaxdet.structures import TransformConfig
 
@@ -87,7 +88,7 @@ def train_batches(
     choices: Any = tuple(config.min_size if min_size is None else min_size)  # pyright: ignore[reportArgumentType]
     if not choices or min(choices) <= 0:
         raise ValueError(f"min_size should be one or more positive numbers, got {min_size!r}")
-    scales, cut = _jitter(jitter, crop, min_size)
+    scales, cut = check_jitter(jitter, crop, min_size)
     # large-scale jitter makes every image a square that is resized no more
     geometry = config if cut is None else replace(config, fixed_size=cut[::-1])
     layout = _layout(dataset, geometry, choices, buckets, max_boxes, canvas)
@@ -197,6 +198,18 @@ class Batches:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
+    def check_labels(self, allowed: range) -> None:
+        """Makes sure that all boxes of the data set have labels of a model.
+
+        Args:
+            allowed: ``target_labels`` of the model.
+
+        Raises:
+            TypeError: for labels that are not integers.
+            ValueError: for another label; both name the image's file and id, and the box.
+        """
+        check_dataset_labels(self._source.dataset, allowed)
+
     def get_state(self) -> dict[str, int]:
         """Where it stands, for JSON: the number of batches delivered, and what the plan was made from."""
         return {"batches": self._delivered, **self._fingerprint}
@@ -264,24 +277,6 @@ def _layout(
             f'buckets {shapes}: use canvas="bucket", or multiples of 32'
         )
     return _Layout(own, shapes, slots, masked)
-
-
-def _jitter(
-    jitter: tuple[float, float] | None, crop: int | Size | None, min_size: Sequence[int] | None
-) -> tuple[tuple[float, float] | None, Size | None]:
-    if jitter is None:
-        if crop is not None:
-            raise ValueError("crop belongs to jitter, which is not given: large-scale jitter is jitter=(.1, 2.)")
-        return None, None
-    if min_size is not None:
-        raise ValueError("expected min_size (multi-scale) or jitter (large-scale jitter), got both")
-    low, high = jitter
-    if not 0 < low <= high < np.inf:
-        raise ValueError(f"jitter should be (low, high), 0 < low <= high, got {jitter!r}")
-    sides = (1024,) if crop is None else crop if isinstance(crop, tuple | list) else (crop,)
-    if len(sides) > 2 or not all(isinstance(side, int | np.integer) and side > 0 for side in sides):
-        raise ValueError(f"crop should be one or two positive integers, got {crop!r}")
-    return (float(low), float(high)), (int(sides[0]), int(sides[-1]))
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> slice:

@@ -5,6 +5,7 @@ Nothing here touches a device, so that worker processes can run it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,7 @@ from flaxdet.buckets import Size
 from flaxdet.data.augment import choose_min_size, fixed_size_crop, horizontal_flip, scale_jitter
 from flaxdet.data.batches import Batch, EvalPlan, TrainPlan
 from flaxdet.data.coco import Record
+from flaxdet.models.labels import check_labels
 from flaxdet.resize import resize_array
 from flaxdet.structures import TransformConfig
 from flaxdet.transform import canvas_size, resized_size
@@ -33,6 +35,28 @@ class Dataset(Protocol):
     def read_image(self, i: int, /) -> np.ndarray:
         """[H, W, 3] uint8, of the record's size."""
         ...
+
+
+def check_dataset_labels(dataset: Dataset, allowed: range) -> None:
+    """Makes sure that all boxes of a data set have labels of a model.
+
+    Args:
+        dataset: the images.
+        allowed: ``target_labels`` of the model.
+
+    Raises:
+        TypeError: for labels that are not integers.
+        ValueError: for another label; both name the image's file and id, the box, and the class where it has a name.
+    """
+    categories: Sequence[str] = getattr(dataset, "categories", ())
+    for i in range(len(dataset)):
+        record = dataset[i]
+
+        def name(box: int, record: Record = record) -> str:
+            label, text = int(record.labels[box]), f"{record.path} (image_id {record.image_id}), box {box}"
+            return f'{text}, "{categories[label]}"' if 0 <= label < len(categories) else text
+
+        check_labels(record.labels, np.ones(len(record.labels), bool), allowed, name)
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,11 @@ class Detector(TypedModule):
         """The dtype of boxes, scores and NMS: float64 in a float64 model, else float32."""
         return at_least_float32(self.dtype)  # pyright: ignore[reportAttributeAccessIssue]
 
+    @property
+    def target_labels(self) -> range:
+        """The labels that a ground-truth box may have: with k classes 0..k-1 for FCOS, 1..k-1 for Faster R-CNN."""
+        raise NotImplementedError(f"{type(self).__name__} should define target_labels")
+
     def features(self, batch: ImageBatch, *, train: bool = False) -> Features:
         """Runs the backbone.
 

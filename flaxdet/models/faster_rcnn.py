@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from flaxdet.models.detector import Detector, batch_anchors, call_part, feature_extents, level_shapes, whole_extents
+from flaxdet.models.labels import check_targets, label_range, refuse_labels
 from flaxdet.models.losses import roi_losses, rpn_losses, sample_proposals
 from flaxdet.models.roi_heads import (
     FastRCNNPredictor,
@@ -149,6 +150,15 @@ class FasterRCNN(Detector):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, make())
 
+    @property
+    def target_labels(self) -> range:
+        """The labels that a ground-truth box may have, 1..k-1: label 0 is the background.
+
+        Without an upper bound where a ``box_predictor`` of one's own has no attribute ``num_classes``.
+        """
+        num_classes = getattr(self.box_predictor, "num_classes", None) if self.num_classes is None else self.num_classes
+        return label_range(num_classes, background=True)
+
     def __call__(
         self,
         batch: ImageBatch,
@@ -169,7 +179,11 @@ class FasterRCNN(Detector):
         Returns:
             Without targets: ``Detections`` in the pixels of the resized images. With targets: torchvision's losses
             {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}, or the pair (losses,
-            detections).
+            detections). Under jit, all losses and their gradients are NaN if the label of a valid box is not one of
+            ``target_labels``.
+
+        Raises:
+            ValueError: for such a label outside of jit.
         """
         features = self.features(batch, train=train)
         shapes = level_shapes(features)
@@ -285,8 +299,13 @@ class FasterRCNN(Detector):
             train: BatchNorm's mode in the box head.
 
         Returns:
-            {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}.
+            {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}; all NaN, as are their gradients,
+            if the label of a valid box is not one of ``target_labels`` and under jit.
+
+        Raises:
+            ValueError: for such a label outside of jit.
         """
+        check_targets(targets.labels, targets.valid, self.target_labels)
         assert self.rpn_anchor_generator is not None
         anchors, admitted = batch_anchors(self.rpn_anchor_generator, batch, level_shapes(features), self.box_dtype)
         proposal_losses = rpn_losses(
@@ -312,7 +331,8 @@ class FasterRCNN(Detector):
         )
         class_logits, box_regression = self.box(features, sampled, batch, train=train)
         losses = roi_losses(class_logits, box_regression, sampled, labels, boxes, self.box_coder)
-        return losses | proposal_losses
+        allowed = label_range(class_logits.shape[-1], background=True)
+        return refuse_labels(losses | proposal_losses, targets, allowed)
 
     @property
     def box_coder(self) -> BoxCoder:

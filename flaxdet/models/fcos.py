@@ -24,6 +24,7 @@ from flaxdet.models.detector import (
     whole_extents,
 )
 from flaxdet.models.fcos_head import FCOSHead, HeadOutputs
+from flaxdet.models.labels import check_targets, label_range, refuse_labels
 from flaxdet.models.losses import fcos_losses
 from flaxdet.nn.layers import Array, Dtype, Precision
 from flaxdet.ops import AnchorGenerator, BoxLinearCoder, clip_boxes_to_image
@@ -109,6 +110,11 @@ class FCOS(Detector):
             )
         super().__post_init__()
 
+    @property
+    def target_labels(self) -> range:
+        """The labels that a ground-truth box may have, 0..k-1: each is a channel of the head."""
+        return label_range(self.num_classes, background=False)
+
     def __call__(
         self,
         batch: ImageBatch,
@@ -128,7 +134,11 @@ class FCOS(Detector):
 
         Returns:
             Without targets: ``Detections`` in the pixels of the resized images. With targets: torchvision's losses
-            {"classification", "bbox_regression", "bbox_ctrness"}, or the pair (losses, detections).
+            {"classification", "bbox_regression", "bbox_ctrness"}, or the pair (losses, detections). Under jit, all
+            losses and their gradients are NaN if the label of a valid box is not one of ``target_labels``.
+
+        Raises:
+            ValueError: for such a label outside of jit.
         """
         features = self.features(batch, train=train)
         outputs = call_part(self.head, features, role="head", extents=feature_extents(features, batch))
@@ -151,11 +161,16 @@ class FCOS(Detector):
             shapes: (h, w) of each level's map.
 
         Returns:
-            {"classification", "bbox_regression", "bbox_ctrness"}.
+            {"classification", "bbox_regression", "bbox_ctrness"}; all NaN, as are their gradients, if the label of a
+            valid box is not one of ``target_labels`` and under jit.
+
+        Raises:
+            ValueError: for such a label outside of jit.
         """
+        check_targets(targets.labels, targets.valid, self.target_labels)
         assert self.anchor_generator is not None
         anchors, admitted = batch_anchors(self.anchor_generator, batch, shapes, self.box_dtype)
-        return fcos_losses(
+        losses = fcos_losses(
             {name: x.astype(self.box_dtype) for name, x in outputs.items()},
             anchors,
             admitted,
@@ -163,6 +178,7 @@ class FCOS(Detector):
             tuple(h * w for h, w in shapes),
             center_sampling_radius=self.center_sampling_radius,
         )
+        return refuse_labels(losses, targets, label_range(outputs["cls_logits"].shape[-1], background=False))
 
     def postprocess(self, outputs: HeadOutputs, batch: ImageBatch, shapes: tuple[tuple[int, int], ...]) -> Detections:
         """Scores, decodes and suppresses (torchvision's FCOS.postprocess_detections).

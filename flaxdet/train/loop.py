@@ -1,7 +1,7 @@
 """The training loop: steps, logs, evaluation and checkpoints around a jitted train step.
 
-It knows nothing of detection: any step of ``make_train_step``, any iterator of batch dicts. Whoever wants another loop
-writes one around the same step.
+It knows nothing of detection but which labels a batch may hold: any step of ``make_train_step``, any iterator of batch
+dicts. Whoever wants another loop writes one around the same step.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxdet.sharding import shard_batch
+from flaxdet.train.first_batch import look_at_labels
 from flaxdet.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -82,10 +83,14 @@ def fit(
 ) -> TrainState:
     """Trains from ``state.step`` to ``steps``.
 
+    Before the first step, the labels of the whole data set are compared with the classes of the model, for batches of
+    ``train_batches``; other batches are looked at one by one, before they go to the device.
+
     Ctrl-C and SIGTERM let the step in progress finish, save it, and raise; a second Ctrl-C raises at once.
 
     Args:
-        train_step: of ``make_train_step``; it may donate the state.
+        train_step: of ``make_train_step``; it may donate the state. A step of one's own may have an attribute
+            ``target_labels``, the model's; without it, labels are not looked at.
         state: where to begin; after ``resume`` somewhere in the middle.
         batches: dicts of numpy arrays, in the shapes that ``train_batches`` gives, of this process's rows. To be
             saved with the state they need ``get_state``.
@@ -107,7 +112,8 @@ def fit(
     Raises:
         NonFiniteLossError: naming step, losses and images; nothing is saved from there on.
         InterruptedTrainingError: (a KeyboardInterrupt) after Ctrl-C or SIGTERM.
-        ValueError: if the batches end before the last step.
+        ValueError: if the batches end before the last step, or for a box whose label is none of the model's, naming
+            image, label and classes.
     """
     from tqdm import tqdm
 
@@ -115,13 +121,17 @@ def fit(
     primary = jax.process_index() == 0
     pending: collections.deque[tuple[int, Any, Metrics]] = collections.deque()
     window = _Window(schedule)
+    target_labels: range | None = getattr(train_step, "target_labels", None)
+    if target_labels is not None and hasattr(batches, "check_labels"):
+        batches.check_labels(target_labels)  # pyright: ignore[reportAttributeAccessIssue]
+    advice = "; labels outside the model's classes give NaN too" if target_labels is None else ""
 
     def settle(keep: int = 0) -> None:
         """Waits for all but the last ``keep`` steps, and looks at their losses."""
         while len(pending) > keep:
             step, images, metrics = pending.popleft()
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            _check_finite(step, images, values, checkpoints)
+            _check_finite(step, images, values, checkpoints, advice)
             window.add(step, values, 0 if images is None else len(images) * jax.process_count())
             bar.set_postfix(loss=f"{window.loss:.3f}", images_per_s=f"{window.speed:.1f}", refresh=False)
 
@@ -146,6 +156,8 @@ def fit(
                 batch = next(batches)  # pyright: ignore[reportArgumentType]
             except StopIteration:
                 raise ValueError(f"the batches ended after step {step - 1}, expected {steps}") from None
+            if target_labels is not None:
+                look_at_labels(batch, target_labels)
             images = batch.get("image_id")
             state, metrics = train_step(state, shard_batch(batch, mesh))
             pending.append((step, images, metrics))
@@ -227,7 +239,9 @@ class _Window:
         return values
 
 
-def _check_finite(step: int, images: Any, values: Mapping[str, float], checkpoints: Checkpoints | None) -> None:
+def _check_finite(
+    step: int, images: Any, values: Mapping[str, float], checkpoints: Checkpoints | None, advice: str
+) -> None:
     bad = [f"{name} {value:g}" for name, value in values.items() if not math.isfinite(value)]
     if not bad:
         return
@@ -238,6 +252,7 @@ def _check_finite(step: int, images: Any, values: Mapping[str, float], checkpoin
     kept = "nothing has been saved yet" if last is None else f"the last good checkpoint is that of step {last}"
     raise NonFiniteLossError(
         f"step {step}: {', '.join(bad)}{named}; {kept}. A lower learning rate, a longer warm-up or clipping may help"
+        f"{advice}"
     )
 
 

@@ -46,7 +46,7 @@ class TrainState:
 def create_state(
     model: Any,
     variables: Mapping[str, Any],
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | optax.MultiSteps,
     *,
     key: jax.Array,
     ema: bool = False,

@@ -14,6 +14,8 @@ from flaxdet.compiling import JitBySize, compiler_options
 from flaxdet.nn.layers import at_least_float32
 from flaxdet.sharding import BATCH_KEYS, by_rows, on_mesh, replicated
 from flaxdet.structures import ImageBatch, Targets
+from flaxdet.train.extra_args import with_value
+from flaxdet.train.first_batch import CheckedStep
 from flaxdet.train.mask import Params, Tree, merge
 from flaxdet.train.state import Trainable, TrainState, split_trainable
 from flaxdet.xla import routes
@@ -25,7 +27,7 @@ Losses = dict[str, jax.Array]
 
 def make_train_step(
     model: Any,
-    tx: optax.GradientTransformation,
+    tx: optax.GradientTransformation | optax.MultiSteps,
     *,
     mesh: Mesh | None = None,
     ema_decay: float | None = None,
@@ -39,7 +41,9 @@ def make_train_step(
 
     Args:
         model: the detector. Its ``dtype`` computes (bfloat16, say); parameters and optimiser stay in ``param_dtype``.
-        tx: any optax transform (or ``optax.MultiSteps``), the one that ``create_state`` was given.
+        tx: any optax transform (or ``optax.MultiSteps``), the one that ``create_state`` was given. One whose ``update``
+            takes the extra argument ``value`` (``optax.contrib.reduce_on_plateau``, ``optax.polyak_sgd``) is given the
+            loss that is minimised, of this step's batch. One that requires another (``optax.lbfgs``) is refused.
         mesh: of ``make_mesh``; then the state must be replicated (``replicate``) and batches divided
             (``shard_batch``) on it.
         ema_decay: in [0, 1), of the state's moving averages of parameters and statistics, which it must have.
@@ -50,14 +54,18 @@ def make_train_step(
         ``step(state, batch) -> (state, metrics)``. The batch is a dict of arrays (the data pipeline's names). The state
         is donated: its arrays can't be used after the call. Metrics are scalars, float32 (float64 in a float64 model):
         each loss before its weight, "loss", their weighted sum, and "grad_norm", the norm of the whole gradient, before
-        any clipping.
+        any clipping. A label that is none of ``model.target_labels`` raises in the first batch, and makes losses and
+        gradients NaN in later ones.
 
     Raises:
-        ValueError: for a decay outside [0, 1); when called, if the state has averages and there is no decay or the
-            other way round, for an unknown loss in ``loss_weights``, or for a batch that lacks a key.
+        ValueError: for a decay outside [0, 1), or a ``tx`` that requires another argument than ``value``, naming it;
+            when called, if the state has averages and there is no decay or the other way round, for an unknown loss in
+            ``loss_weights``, for a batch that lacks a key, or for a label in the first batch that is none of the
+            model's, naming image and box.
     """
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay should be from 0 to below 1, got {ema_decay}")
+    update = with_value(tx, model, trainable).update
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if (ema_decay is None) != (state.ema is None):
@@ -71,7 +79,7 @@ def make_train_step(
         )
         if routes.platform() == "cpu":  # else XLA copies each parameter that a gradient might yet read
             gradients = jax.lax.optimization_barrier(gradients)
-        updates, opt_state = tx.update(gradients, state.opt_state, trained)
+        updates, opt_state = update(gradients, state.opt_state, trained, value=loss)
         params = merge(optax.apply_updates(trained, updates), frozen)  # pyright: ignore[reportArgumentType]
         new = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
             step=state.step + 1,
@@ -83,11 +91,11 @@ def make_train_step(
         metrics = {**losses, "loss": loss, "grad_norm": _norm(gradients)}
         return new, {name: value.astype(model.box_dtype) for name, value in metrics.items()}
 
-    if mesh is None:
-        return JitBySize(step, model.box_dtype, donate_argnums=0)
-    whole, rows = replicated(mesh), by_rows(mesh)
-    shardings = {"in_shardings": (whole, rows), "out_shardings": whole}
-    return JitBySize(on_mesh(step, mesh), model.box_dtype, donate_argnums=0, **shardings)
+    options: dict[str, Any] = {"donate_argnums": 0}
+    if mesh is not None:
+        whole, rows = replicated(mesh), by_rows(mesh)
+        options |= {"in_shardings": (whole, rows), "out_shardings": whole}
+    return CheckedStep(step, JitBySize(on_mesh(step, mesh), model.box_dtype, **options), model)
 
 
 def make_loss_step(
@@ -104,7 +112,12 @@ def make_loss_step(
         loss_weights: as in ``make_train_step``.
 
     Returns:
-        ``loss_step(variables, batch) -> metrics``: each loss, and "loss", their weighted sum.
+        ``loss_step(variables, batch) -> metrics``: each loss, and "loss", their weighted sum. Labels are looked at as
+        by the step of ``make_train_step``.
+
+    Raises:
+        ValueError: when called, for an unknown loss in ``loss_weights``, a batch that lacks a key, or a label in the
+            first batch that is none of the model's.
     """
 
     def loss_step(variables: Mapping[str, Any], batch: Batch) -> Metrics:
@@ -113,14 +126,10 @@ def make_loss_step(
         metrics = {**losses, "loss": _weighted_sum(losses, loss_weights)}
         return {name: value.astype(model.box_dtype) for name, value in metrics.items()}
 
-    if mesh is None:
-        return jax.jit(loss_step, compiler_options=compiler_options(model.box_dtype))
-    return jax.jit(
-        on_mesh(loss_step, mesh),
-        in_shardings=(replicated(mesh), by_rows(mesh)),
-        out_shardings=replicated(mesh),
-        compiler_options=compiler_options(model.box_dtype),
-    )
+    options: dict[str, Any] = {"compiler_options": compiler_options(model.box_dtype)}
+    if mesh is not None:
+        options |= {"in_shardings": (replicated(mesh), by_rows(mesh)), "out_shardings": replicated(mesh)}
+    return CheckedStep(loss_step, jax.jit(on_mesh(loss_step, mesh), **options), model)
 
 
 def loss_and_gradients(

@@ -23,7 +23,8 @@ def check_against_transform(dataset, config, batch) -> None:
     bucket = batch["pixels"].shape[1:3]
     expected = transform([dataset.read_image(i) for i in numbers], config, bucket=bucket)
     truth = [{"boxes": dataset[i].boxes, "labels": dataset[i].labels} for i in numbers]
-    targets = transform_targets(truth, expected, max_boxes=batch["boxes"].shape[1])
+    slots = batch["boxes"].shape[1]
+    targets = transform_targets(truth, expected, num_classes=len(dataset.categories), max_boxes=slots)
     np.testing.assert_allclose(batch["pixels"], expected.pixels, rtol=0, atol=PIXELS_NUMPY)
     for key in ("size", "original_size"):
         np.testing.assert_array_equal(batch[key], getattr(expected, key))

@@ -54,7 +54,7 @@ def test_bucket_and_padding(name, x64):
         batch = transform(images(), model.transform, bucket=bucket, dtype=np.float64)
         assert batch.canvas is not None
         assert not np.array_equal(*batch.canvas)
-        results.append(step(model, variables, batch, transform_targets(TARGETS, batch, max_boxes=slots)))
+        results.append(step(model, variables, batch, transform_targets(TARGETS, batch, model=model, max_boxes=slots)))
     ((losses, detections), updates), ((other_losses, other_detections), other_updates) = results
     for key, loss in losses.items():
         assert loss > 0
@@ -71,7 +71,7 @@ def test_validation_losses_and_detections(name, x64):
     """train=False: running statistics, nothing written, and the detections are those without targets."""
     model, variables = model_and_variables(name)
     batch = transform(images()[:1], model.transform, dtype=np.float64)
-    targets = transform_targets(TARGETS[:1], batch)
+    targets = transform_targets(TARGETS[:1], batch, model=model)
 
     @jax.jit
     def both(variables, batch, targets):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -21,10 +23,11 @@ from flaxdet.train import (
     make_train_step,
     sgd,
 )
-from tests.tiny import FCOS_NAME, tiny_model, tiny_variables, write_coco
+from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables, write_coco
 
 pytestmark = pytest.mark.xdist_group("loop")
 STEPS = 8
+STATE: Any = SimpleNamespace(step=0)  # for runs that end before it is needed
 
 
 class Lines:
@@ -194,6 +197,46 @@ def test_any_iterator_of_batch_dicts_will_do(training, tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         state = training.fit(checkpoints, batches=iter([batch] * STEPS))
         assert checkpoints.last == int(state.step) == STEPS
+
+
+def test_labels_that_the_model_lacks_stop_before_the_first_step(training):
+    """Three categories and a model of three classes: the background was forgotten."""
+    model = tiny_model(V2_NAME, num_classes=3)
+    batches = train_batches(training.dataset, model.transform, batch_size=2, steps=2)
+    dataset = training.dataset
+    at = next((i, box) for i in range(len(dataset)) for box, label in enumerate(dataset[i].labels) if label == 3)
+    record = dataset[at[0]]
+    said = (
+        f'{record.path} (image_id {record.image_id}), box {at[1]}, "blue": label 3 should be from 1 to 2: num_classes=3'
+    )
+    with pytest.raises(ValueError, match=re.escape(said)):
+        fit(make_train_step(model, training.tx), STATE, batches, steps=2, progress=False)
+    assert batches.get_state()["batches"] == 0
+
+
+def test_batches_of_ones_own_are_looked_at_one_by_one(training):
+    def step(state: Any, batch: Any) -> Any:
+        return state, {"loss": 1.0}
+
+    def batches() -> Any:
+        for i, batch in enumerate(train_batches(training.dataset, training.model.transform, batch_size=2, steps=3)):
+            batch["labels"][~batch["valid"]] = 77
+            if i == 2:
+                batch["labels"][1, 0] = -1
+                asked.append(int(batch["image_id"][1]))
+            yield batch
+
+    asked: list[int] = []
+    step.target_labels = training.model.target_labels
+    with pytest.raises(ValueError, match="label -1 should be from 0 to 3") as caught:
+        fit(step, STATE, batches(), steps=3, progress=False)
+    assert str(caught.value).startswith(f"image_id {asked[0]}, box 0: ")
+
+
+def test_a_step_that_does_not_know_its_labels(training):
+    batches = train_batches(training.dataset, training.model.transform, batch_size=2, steps=1)
+    with pytest.raises(NonFiniteLossError, match="clipping may help; labels outside the model's classes give NaN too"):
+        fit(lambda state, batch: (state, {"loss": np.nan}), STATE, batches, steps=1, progress=False)
 
 
 def test_averages_are_what_is_evaluated(training):
