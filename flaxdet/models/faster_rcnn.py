@@ -6,6 +6,7 @@ with Vision Transformers" (arXiv 2111.11429).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +14,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from flaxdet.models.detector import Detector, batch_anchors, call_part, feature_extents, level_shapes, whole_extents
+from flaxdet.models.detector import (
+    Detector,
+    batch_anchors,
+    call_part,
+    check_backbone,
+    feature_extents,
+    level_shapes,
+    whole_extents,
+)
 from flaxdet.models.losses import roi_losses, rpn_losses, sample_proposals
 from flaxdet.models.roi_heads import (
     FastRCNNPredictor,
@@ -25,6 +34,8 @@ from flaxdet.models.roi_heads import (
 from flaxdet.models.rpn import RPNHead, filter_proposals
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision
+from flaxdet.nn.options import check_counts, check_numbers
+from flaxdet.nn.typed import SHARED_OPTIONS
 from flaxdet.ops import AnchorGenerator, BoxCoder
 from flaxdet.structures import Detections, ImageBatch, Proposals, Targets
 
@@ -73,8 +84,9 @@ class FasterRCNN(Detector):
         precision: of every convolution and product.
 
     Raises:
-        ValueError: for a backbone without out_channels; for both or neither of num_classes and box_predictor.
-        TypeError: for an anchor generator or RoI pooling of another kind.
+        ValueError: for a backbone without out_channels; for both or neither of num_classes and box_predictor; for an
+            rpn_head of another number of anchors; for an option out of range.
+        TypeError: for a backbone, anchor generator, RoI pooling or option of another kind.
     """
 
     backbone: nn.Module
@@ -113,41 +125,67 @@ class FasterRCNN(Detector):
     param_dtype: Dtype | None = None
     precision: Precision = None
 
+    _class_part = "box_predictor"
+
     def __post_init__(self) -> None:
+        self._check_options()
         for name, kind in (("rpn_anchor_generator", AnchorGenerator), ("box_roi_pool", MultiScaleRoIAlign)):
             value = getattr(self, name)
             if not isinstance(value, (kind, type(None))):
                 raise TypeError(f"{name} should be of type {kind.__name__} or None instead of {type(value)}")
+        check_backbone(self)
         if self.num_classes is None and self.box_predictor is None:
             raise ValueError("num_classes should not be None when box_predictor is not specified")
         # Flax clones this module with both given, the predictor being the one made here: they agree
         agree = getattr(self.box_predictor, "num_classes", None) == self.num_classes
         if self.num_classes is not None and self.box_predictor is not None and not agree:
             raise ValueError("num_classes should be None when box_predictor is specified")
-        if hasattr(self.backbone, "out_channels"):
-            self._fill_in_parts(self.backbone.out_channels)  # pyright: ignore[reportAttributeAccessIssue]
+        self._fill_in_parts()
+        anchors = self.rpn_anchor_generator.num_anchors_per_location()  # pyright: ignore[reportOptionalMemberAccess]
+        if isinstance(self.rpn_head, RPNHead) and set(anchors) != {self.rpn_head.num_anchors}:
+            raise ValueError(
+                "rpn_anchor_generator should have as many anchors a location on every level as the rpn_head predicts, "
+                f"num_anchors={self.rpn_head.num_anchors}, and has {anchors}"
+            )
         super().__post_init__()
 
-    def _fill_in_parts(self, out_channels: int) -> None:
-        options: dict[str, Any] = {
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "precision": self.precision,
-            "parent": None,
-        }
+    def _check_options(self) -> None:
+        if self.num_classes is not None:
+            check_counts(self, 2, "num_classes")  # the background is one
+        check_counts(self, 1, "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test", "box_batch_size_per_image")
+        # without proposals the box head still trains on the ground truth
+        check_counts(self, 0, "rpn_pre_nms_top_n_train", "rpn_post_nms_top_n_train", "rpn_batch_size_per_image")
+        check_counts(self, 0, "box_detections_per_img", "trainable_backbone_layers")
+        check_numbers(self, "rpn_score_thresh", "rpn_nms_thresh", "box_score_thresh", "box_nms_thresh")
+        for part in ("rpn", "box"):
+            check_numbers(self, f"{part}_positive_fraction", low=0, high=1)
+            names = f"{part}_bg_iou_thresh", f"{part}_fg_iou_thresh"
+            check_numbers(self, *names)
+            low, high = (getattr(self, name) for name in names)
+            if low > high:
+                raise ValueError(f"FasterRCNN: {names[0]} should not exceed {names[1]}, got {low} and {high}")
+        if self.bbox_reg_weights is not None:
+            try:
+                _ = self.box_coder
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"FasterRCNN: bbox_reg_weights: {error}") from None
+
+    def _default_parts(self) -> dict[str, Callable[[], Any]]:
+        options: dict[str, Any] = {name: getattr(self, name) for name in SHARED_OPTIONS} | {"parent": None}
+        channels = self.backbone.out_channels  # pyright: ignore[reportAttributeAccessIssue]
         anchors = self.rpn_anchor_generator or default_anchor_generator()
         pool = self.box_roi_pool or MultiScaleRoIAlign()
-        inputs = pooled_channels(out_channels, pool.output_size)
-        defaults = {
-            "rpn_anchor_generator": lambda: anchors,
-            "rpn_head": lambda: RPNHead(out_channels, anchors.num_anchors_per_location()[0], **options),
-            "box_roi_pool": lambda: pool,
+        inputs = pooled_channels(channels, pool.output_size)
+        parts: dict[str, Callable[[], Any]] = {
+            "rpn_anchor_generator": default_anchor_generator,
+            "rpn_head": lambda: RPNHead(channels, anchors.num_anchors_per_location()[0], **options),
+            "box_roi_pool": MultiScaleRoIAlign,
             "box_head": lambda: TwoMLPHead(inputs, REPRESENTATION_SIZE, **options),
-            "box_predictor": lambda: FastRCNNPredictor(REPRESENTATION_SIZE, self.num_classes or 0, **options),
         }
-        for name, make in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, make())
+        classes = self.num_classes
+        if classes is not None:  # else the predictor is the user's
+            parts["box_predictor"] = lambda: FastRCNNPredictor(REPRESENTATION_SIZE, classes, **options)
+        return parts
 
     def __call__(
         self,
@@ -317,7 +355,8 @@ class FasterRCNN(Detector):
     @property
     def box_coder(self) -> BoxCoder:
         """Of the box head's offsets."""
-        return BoxCoder(self.bbox_reg_weights or (10.0, 10.0, 5.0, 5.0))  # pyright: ignore[reportArgumentType]
+        weights = (10.0, 10.0, 5.0, 5.0) if self.bbox_reg_weights is None else self.bbox_reg_weights
+        return BoxCoder(weights)  # pyright: ignore[reportArgumentType]
 
     def box(
         self, features: Features, proposals: Proposals, batch: ImageBatch, *, train: bool = False
