@@ -9,12 +9,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import Scope
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
+from flaxdet.models.backbones import named_maps, warn_of_other_maps, warn_of_other_options
 from flaxdet.nn.fpn import BackboneWithFPN, Features
 from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, level_extent
-from flaxdet.nn.options import check_counts
 from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import Detections, ImageBatch, TransformConfig
 
@@ -49,23 +50,11 @@ def call_part(part: Any, *args: Any, role: str, **options: Any) -> Any:
     return part(*args, **kept)
 
 
-def check_backbone(model: Any) -> None:
-    """Raises TypeError or ValueError unless a model's backbone is a Linen module that says its ``out_channels``."""
-    backbone = model.backbone
-    if not isinstance(backbone, nn.Module):
-        raise TypeError(f"backbone should be a flax.linen Module, got {backbone!r}")
-    if not hasattr(backbone, "out_channels"):
-        raise ValueError(
-            "backbone should contain an attribute out_channels specifying the number of output "
-            "channels (assumed to be the same for all the levels)"
-        )
-    check_counts(backbone, 1, "out_channels")
-
-
 class Detector(TypedModule):
     """Base of ``FCOS`` and ``FasterRCNN``; holds no fields of its own."""
 
     _class_part = ""  # the field that holds the part with an output for each class
+    _own_stages = frozenset[str]()  # names under which arrays are sown beside the backbone's
 
     def __post_init__(self) -> None:
         fields = ("min_size", "image_mean", "image_std", "fixed_size", "bbox_reg_weights")
@@ -74,6 +63,8 @@ class Detector(TypedModule):
                 object.__setattr__(self, name, freeze_lists(getattr(self, name)))
         super().__post_init__()
         _ = self.transform  # a geometry that can't be shows here, not at the first image
+        if not isinstance(self.parent, Scope):  # Flax's own copies, one a call, say nothing
+            warn_of_other_options(self)
 
     def _default_parts(self) -> dict[str, Callable[[], Any]]:
         """By field, what makes the part that stands there unless one is given."""
@@ -144,20 +135,24 @@ class Detector(TypedModule):
             train: BatchNorm's mode.
 
         Returns:
-            {name: [B, h, w, C]}, finest first; beyond each canvas the maps hold rubbish.
+            {name: [B, h, w, C]}, finest first; a single map has the name "0". Values beyond each canvas are undefined.
 
         Raises:
-            ValueError: if the backbone can't honour canvases smaller than the bucket.
+            TypeError: if the backbone returns neither a map nor a mapping of names to maps.
+            ValueError: if the backbone can't honour canvases smaller than the bucket, or returns maps of other shapes
+                than it should.
         """
         backbone = self.backbone  # pyright: ignore[reportAttributeAccessIssue]
         pixels = batch.pixels.astype(self.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        stages: Features = {}
         if isinstance(backbone, BackboneWithFPN):
-            stages, features = backbone.stages_and_levels(pixels, canvas=batch.canvas, train=train)
-            self.sow_all(stages)
+            stages, found = backbone.stages_and_levels(pixels, canvas=batch.canvas, train=train)
         else:
-            features = call_part(backbone, pixels, role="backbone", canvas=batch.canvas, train=train)
-            if not isinstance(features, dict):
-                features = {"0": features}
+            found = call_part(backbone, pixels, role="backbone", canvas=batch.canvas, train=train)
+        features = named_maps(self, found, pixels)
+        warn_of_other_maps(self, features)
+        # a stage and a level of one name are two arrays: the level is the one that the heads read
+        self.sow_all({f"body_{name}" if name in features else name: x for name, x in stages.items()})
         self.sow_all(features)
         return features
 

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
+from flaxdet.models.backbones import check_backbone
 from flaxdet.models.detector import (
     Detector,
     batch_anchors,
     call_part,
-    check_backbone,
     feature_extents,
     level_shapes,
     whole_extents,
@@ -54,11 +54,12 @@ class FasterRCNN(Detector):
     ``model.apply(variables, batch)`` is ``postprocess(box(propose(features)))``; each of these methods can be
     called alone by ``method=`` (``box`` also with proposals of the user's own), and each array is sown in
     ``intermediates`` under its name: c2..c5, p2..p5, pool, objectness, pred_bbox_deltas, proposals,
-    roi_features, class_logits, box_regression, class_scores.
+    roi_features, class_logits, box_regression, class_scores. A body's stage of the name of a pyramid's level is
+    sown as body_NAME.
 
     Attributes:
-        backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}`` with an attribute
-            ``out_channels``; it may leave out ``train``, and ``canvas`` if no canvas is smaller than its bucket.
+        backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, finest first, with an attribute
+            ``out_channels``, C; it may return any mapping, or one map, which is called "0", and it may leave out ``train``, and ``canvas`` if no canvas is smaller than its bucket.
         num_classes: k, including the background; ``None`` where ``box_predictor`` is given.
         min_size, max_size, image_mean, image_std, size_divisible, fixed_size: see ``TransformConfig``.
         rpn_anchor_generator: the anchors.
@@ -79,7 +80,8 @@ class FasterRCNN(Detector):
         box_batch_size_per_image, box_positive_fraction: the box head's sampling in training.
         bbox_reg_weights: of the offsets (dx, dy, dw, dh); default (10, 10, 5, 5).
         trainable_backbone_layers: 0..5, read by the optimiser's mask.
-        dtype: computes. Boxes, scores and NMS are float32 at least.
+        dtype: computes. Boxes, scores and NMS are float32 at least. This and the next two hold for the parts made here;
+            a part that is given keeps its own, and a warning names it where that differs from what is asked for here.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
 
@@ -125,6 +127,17 @@ class FasterRCNN(Detector):
     param_dtype: Dtype | None = None
     precision: Precision = None
 
+    _own_stages = frozenset(
+        (
+            "objectness",
+            "pred_bbox_deltas",
+            "proposals",
+            "roi_features",
+            "class_logits",
+            "box_regression",
+            "class_scores",
+        )
+    )
     _class_part = "box_predictor"
 
     def __post_init__(self) -> None:

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
+from flaxdet.models.backbones import check_backbone
 from flaxdet.models.detector import (
     Detector,
     batch_anchors,
     call_part,
-    check_backbone,
     feature_extents,
     gather_detections,
     level_shapes,
@@ -46,11 +46,11 @@ class FCOS(Detector):
 
     ``model.apply(variables, batch)`` is ``postprocess(head(features))``; each of these methods can be called
     alone by ``method=``, and each array is sown in ``intermediates`` under its name: c2..c5, p3..p7,
-    cls_logits, bbox_regression, bbox_ctrness.
+    cls_logits, bbox_regression, bbox_ctrness. A body's stage of the name of a pyramid's level is sown as body_NAME.
 
     Attributes:
-        backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}`` with an attribute
-            ``out_channels``; it may leave out ``train``, and ``canvas`` if no canvas is smaller than its bucket.
+        backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, finest first, with an attribute
+            ``out_channels``, C; it may return any mapping, or one map, which is called "0", and it may leave out ``train``, and ``canvas`` if no canvas is smaller than its bucket.
         num_classes: including the background; a channel of the head is a label.
         min_size, max_size, image_mean, image_std, size_divisible, fixed_size: see ``TransformConfig``.
         anchor_generator: one anchor a location, whose size is the unit of distances.
@@ -61,7 +61,8 @@ class FCOS(Detector):
         detections_per_img: K, detection slots of an image.
         topk_candidates: candidates kept per level before NMS.
         trainable_backbone_layers: 0..5, read by the optimiser's mask.
-        dtype: computes. Boxes, scores and NMS are float32 at least.
+        dtype: computes. Boxes, scores and NMS are float32 at least. This and the next two hold for the parts made here;
+            a part that is given keeps its own, and a warning names it where that differs from what is asked for here.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
 
@@ -91,6 +92,7 @@ class FCOS(Detector):
     param_dtype: Dtype | None = None
     precision: Precision = None
 
+    _own_stages = frozenset(("cls_logits", "bbox_regression", "bbox_ctrness"))
     _class_part = "head"
 
     def __post_init__(self) -> None:

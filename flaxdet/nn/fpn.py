@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -154,6 +155,9 @@ class FeaturePyramidNetwork(TypedModule):
 
         Returns:
             Levels by name, finest first; beyond the canvas they hold rubbish.
+
+        Raises:
+            ValueError: if two levels would have one name.
         """
 
         def block(x: Array, kernel_size: int, name: str) -> Array:
@@ -169,15 +173,21 @@ class FeaturePyramidNetwork(TypedModule):
             return x
 
         names = list(stages)
+        levels = [level_name(name) for name in names]
+        if len(set(levels)) < len(levels):
+            raise ValueError(f"stages {names} would make levels {levels}: each needs a name of its own")
         pyramid: Features = {}
         inner = None
         for i in reversed(range(len(names))):
             lateral = block(stages[names[i]], 1, f"inner_blocks_{i}")
             inner = lateral if inner is None else lateral + upsample_nearest(inner, lateral.shape[1:3])
-            pyramid[level_name(names[i])] = block(inner, 3, f"layer_blocks_{i}")
+            pyramid[levels[i]] = block(inner, 3, f"layer_blocks_{i}")
         pyramid = dict(reversed(pyramid.items()))
         if self.extra_blocks is not None:
-            pyramid |= self.extra_blocks(pyramid, stages, canvas=canvas, bucket=bucket)
+            extra = self.extra_blocks(pyramid, stages, canvas=canvas, bucket=bucket)
+            if not pyramid.keys().isdisjoint(extra):
+                raise ValueError(f"extra_blocks makes levels {list(extra)}, and the stages make {levels} already")
+            pyramid |= extra
         return pyramid
 
 
@@ -247,8 +257,19 @@ class BackboneWithFPN(nn.Module):
 
         Returns:
             Stages and levels, both {name: [B, h, w, C]}, finest first.
+
+        Raises:
+            TypeError: if the body returns no mapping.
+            ValueError: if the body lacks one of ``returned_stages``.
         """
-        stages = self.body(pixels, canvas=canvas, train=train)
+        found = self.body(pixels, canvas=canvas, train=train)
+        body = f"body {type(self.body).__name__}"
+        if not isinstance(found, Mapping):
+            raise TypeError(f"{body} should return a mapping of names to maps, it returned {type(found).__name__}")
+        stages = dict(found)
+        missing = [name for name in self.returned_stages if name not in stages]
+        if missing:
+            raise ValueError(f"returned_stages asks for {missing}, and {body} returned {list(stages)}")
         read = {name: stages[name] for name in self.returned_stages}
         return stages, self.fpn(read, canvas=canvas, bucket=pixels.shape[1:3], train=train)
 
