@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core import Scope
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
@@ -25,7 +26,9 @@ DATA_AXIS = "data"  # the axis of a mesh over which images are divided
 
 
 def freeze_lists(value: Any) -> Any:
-    """Lists as tuples, all the way down: module fields must be hashable to be static under jit."""
+    """Lists and numpy arrays as tuples, all the way down: module fields must be hashable to be static under jit."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     return tuple(freeze_lists(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 

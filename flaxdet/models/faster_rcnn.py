@@ -24,13 +24,8 @@ from flaxdet.models.detector import (
     whole_extents,
 )
 from flaxdet.models.losses import roi_losses, rpn_losses, sample_proposals
-from flaxdet.models.roi_heads import (
-    FastRCNNPredictor,
-    MultiScaleRoIAlign,
-    TwoMLPHead,
-    pooled_channels,
-    postprocess_detections,
-)
+from flaxdet.models.roi_heads import FastRCNNPredictor, TwoMLPHead, postprocess_detections
+from flaxdet.models.roi_pool import MultiScaleRoIAlign, pooled_channels
 from flaxdet.models.rpn import RPNHead, filter_proposals
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision
@@ -59,7 +54,8 @@ class FasterRCNN(Detector):
 
     Attributes:
         backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, finest first, with an attribute
-            ``out_channels``, C; it may return any mapping, or one map, which is called "0", and it may leave out ``train``, and ``canvas`` if no canvas is smaller than its bucket.
+            ``out_channels``, C. It may return any mapping, or one map, which is called "0". It may leave out ``train``,
+            and ``canvas`` if no canvas is smaller than its bucket.
         num_classes: k, including the background; ``None`` where ``box_predictor`` is given.
         min_size, max_size, image_mean, image_std, size_divisible, fixed_size: see ``TransformConfig``.
         rpn_anchor_generator: the anchors.

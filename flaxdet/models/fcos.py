@@ -50,7 +50,8 @@ class FCOS(Detector):
 
     Attributes:
         backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, finest first, with an attribute
-            ``out_channels``, C; it may return any mapping, or one map, which is called "0", and it may leave out ``train``, and ``canvas`` if no canvas is smaller than its bucket.
+            ``out_channels``, C. It may return any mapping, or one map, which is called "0". It may leave out ``train``,
+            and ``canvas`` if no canvas is smaller than its bucket.
         num_classes: including the background; a channel of the head is a label.
         min_size, max_size, image_mean, image_std, size_divisible, fixed_size: see ``TransformConfig``.
         anchor_generator: one anchor a location, whose size is the unit of distances.

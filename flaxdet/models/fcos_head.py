@@ -97,7 +97,9 @@ class FCOSHead(TypedModule):
     def __post_init__(self) -> None:
         check_counts(self, 1, "in_channels", "num_anchors", "num_classes")
         check_counts(self, 0, "num_convs")
-        check_numbers(self, "prior_probability", low=0, high=1)
+        check_numbers(self, "prior_probability")
+        if not 0 < self.prior_probability < 1:  # the bias is finite
+            raise ValueError(f"FCOSHead: prior_probability should lie between 0 and 1, got {self.prior_probability}")
         if self.num_convs:
             check_groups("FCOSHead: in_channels", self.in_channels)
         super().__post_init__()

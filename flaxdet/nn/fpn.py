@@ -22,6 +22,7 @@ from flaxdet.nn.layers import (
     mask_beyond,
 )
 from flaxdet.nn.norm import BatchNorm, apply_norm
+from flaxdet.nn.options import check_counts
 
 Features = dict[str, Float[Array, "B h w C"]]
 
@@ -126,6 +127,10 @@ class FeaturePyramidNetwork(TypedModule):
         dtype: computes.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
+
+    Raises:
+        ValueError: for an option out of range.
+        TypeError: for an option of another kind.
     """
 
     out_channels: int = 256
@@ -135,6 +140,10 @@ class FeaturePyramidNetwork(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
     precision: Precision = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "out_channels")
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -161,16 +170,9 @@ class FeaturePyramidNetwork(TypedModule):
         """
 
         def block(x: Array, kernel_size: int, name: str) -> Array:
-            x = _ConvNorm(
-                self.out_channels,
-                kernel_size,
-                self.use_norm,
-                self.dtype,
-                self.param_dtype,
-                self.precision,
-                name=name,
-            )(x, level_extent(canvas, bucket, x.shape[1:3]), train and not self.freeze_bn)
-            return x
+            dtypes = self.dtype, self.param_dtype, self.precision
+            layer = _ConvNorm(self.out_channels, kernel_size, self.use_norm, *dtypes, name=name)
+            return layer(x, level_extent(canvas, bucket, x.shape[1:3]), train and not self.freeze_bn)
 
         names = list(stages)
         levels = [level_name(name) for name in names]

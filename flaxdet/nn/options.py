@@ -21,11 +21,35 @@ def check_counts(owner: Any, least: int, *names: str) -> None:
         ValueError: for one below ``least``.
     """
     for name in names:
-        value = getattr(owner, name)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{type(owner).__name__}: {name} should be a whole number, got {value!r}")
-        if value < least:
-            raise ValueError(f"{type(owner).__name__}: {name} should be at least {least}, got {value}")
+        _check_count(owner, least, name, getattr(owner, name))
+
+
+def check_sizes(owner: Any, name: str, count: int | None = None) -> None:
+    """Checks an option that holds several counts of at least 1.
+
+    Args:
+        owner: the object whose option it is.
+        name: of the option.
+        count: how many there should be; default any number, none included.
+
+    Raises:
+        TypeError: for a value that is no sequence of whole numbers.
+        ValueError: for another number of them, or one below 1.
+    """
+    values = getattr(owner, name)
+    if not isinstance(values, (tuple, list)):
+        raise TypeError(f"{type(owner).__name__}: {name} should be a sequence of whole numbers, got {values!r}")
+    if count is not None and len(values) != count:
+        raise ValueError(f"{type(owner).__name__}: {name} should be {count} whole numbers, got {values!r}")
+    for i, value in enumerate(values):
+        _check_count(owner, 1, f"{name}[{i}]", value)
+
+
+def _check_count(owner: Any, least: int, name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{type(owner).__name__}: {name} should be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{type(owner).__name__}: {name} should be at least {least}, got {value}")
 
 
 def check_numbers(owner: Any, *names: str, low: float = -math.inf, high: float = math.inf) -> None:

@@ -79,6 +79,14 @@ class TwoConvHead(nn.Module):
         }
 
 
+class OwnRPNHead(nn.Module):
+    @nn.compact
+    def __call__(self, features):
+        logits, deltas = nn.Conv(3, (1, 1), name="logits"), nn.Conv(12, (1, 1), name="deltas")
+        maps = features.values()
+        return [logits(x).reshape(len(x), -1) for x in maps], [deltas(x).reshape(len(x), -1, 4) for x in maps]
+
+
 class OwnPredictor(nn.Module):
     @nn.compact
     def __call__(self, x):

@@ -16,6 +16,7 @@ from tests.models.small import (
     CLASSES,
     WIDTH,
     OwnPredictor,
+    OwnRPNHead,
     Plain,
     TwoConvHead,
     WithBoth,
@@ -36,14 +37,6 @@ def test_fcos_with_a_head_of_ones_own():
         jax.eval_shape(model.apply, variables, batch_of(bucket=(128, 128)))
     deeper = fcos(WithBoth(), head=FCOSHead(WIDTH, 1, CLASSES, num_convs=2))
     assert "conv_2" not in variables_of(deeper)["params"]["head"]["regression_head"]
-
-
-class OwnRPNHead(nn.Module):
-    @nn.compact
-    def __call__(self, features):
-        logits, deltas = nn.Conv(3, (1, 1), name="logits"), nn.Conv(12, (1, 1), name="deltas")
-        maps = features.values()
-        return [logits(x).reshape(len(x), -1) for x in maps], [deltas(x).reshape(len(x), -1, 4) for x in maps]
 
 
 class OwnBoxHead(nn.Module):
