@@ -22,7 +22,7 @@ from flaxdet.convert.identify import identify
 from flaxdet.convert.state_dict import from_torchvision, to_torchvision
 from flaxdet.models.faster_rcnn import FasterRCNN
 from flaxdet.models.fcos import FCOS
-from flaxdet.models.roi_heads import MultiScaleRoIAlign
+from flaxdet.models.roi_pool import MultiScaleRoIAlign
 from flaxdet.ops import AnchorGenerator
 
 METADATA_KEY = "flaxdet"

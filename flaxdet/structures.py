@@ -18,6 +18,7 @@ from dataclasses import InitVar, dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
@@ -112,6 +113,7 @@ class TransformConfig:
 
     Raises:
         ValueError: for values that no image could be resized with.
+        TypeError: for values that are no numbers.
     """
 
     min_size: int | Sequence[int] = 800
@@ -122,15 +124,21 @@ class TransformConfig:
     fixed_size: Sequence[int] | None = None
 
     def __post_init__(self):
-        min_size = self.min_size if isinstance(self.min_size, (list, tuple)) else (self.min_size,)
-        mean = (0.485, 0.456, 0.406) if self.image_mean is None else self.image_mean
-        std = (0.229, 0.224, 0.225) if self.image_std is None else self.image_std
         normalised = {
-            "min_size": tuple(min_size),  # pyright: ignore[reportArgumentType]
-            "image_mean": tuple(float(value) for value in mean),
-            "image_std": tuple(float(value) for value in std),
-            "fixed_size": None if self.fixed_size is None else tuple(self.fixed_size),
+            "min_size": _numbers("min_size", self.min_size),
+            "image_mean": (0.485, 0.456, 0.406),
+            "image_std": (0.229, 0.224, 0.225),
+            "fixed_size": None,
         }
+        for name in ("image_mean", "image_std", "fixed_size"):
+            if (value := getattr(self, name)) is not None:
+                normalised[name] = _numbers(name, value)
+        for name in ("image_mean", "image_std"):
+            normalised[name] = tuple(float(value) for value in normalised[name])  # pyright: ignore[reportOptionalIterable]
+        for name in ("max_size", "size_divisible"):
+            value = getattr(self, name)
+            if _numbers(name, value) != (value,):
+                raise TypeError(f"{name} should be one number, got {value!r}")
         if not normalised["min_size"] or not all(size > 0 for size in normalised["min_size"]):
             raise ValueError(f"min_size should be one or more positive numbers, got {self.min_size!r}")
         if self.max_size <= 0:
@@ -149,3 +157,12 @@ class TransformConfig:
             raise ValueError(f"fixed_size should be (width, height), both positive, got {self.fixed_size!r}")
         for name, value in normalised.items():
             object.__setattr__(self, name, value)
+
+
+def _numbers(name: str, values: Any) -> tuple[Any, ...]:
+    """One number or several as a tuple."""
+    several = isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str)
+    found = tuple(values) if several else (values,)
+    if not all(isinstance(value, (int, float, np.number)) for value in found):
+        raise TypeError(f"{name} should be a number, or numbers, got {values!r}")
+    return found

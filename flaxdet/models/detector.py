@@ -6,11 +6,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.core import Scope
 from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
+from flaxdet.models.backbones import named_maps, warn_of_other_maps, warn_of_other_options
 from flaxdet.nn.fpn import BackboneWithFPN, Features
 from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, level_extent
 from flaxdet.ops import AnchorGenerator
@@ -22,7 +26,9 @@ DATA_AXIS = "data"  # the axis of a mesh over which images are divided
 
 
 def freeze_lists(value: Any) -> Any:
-    """Lists as tuples, all the way down: module fields must be hashable to be static under jit."""
+    """Lists and numpy arrays as tuples, all the way down: module fields must be hashable to be static under jit."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
     return tuple(freeze_lists(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
@@ -50,18 +56,62 @@ def call_part(part: Any, *args: Any, role: str, **options: Any) -> Any:
 class Detector(TypedModule):
     """Base of ``FCOS`` and ``FasterRCNN``; holds no fields of its own."""
 
+    _class_part = ""  # the field that holds the part with an output for each class
+    _own_stages = frozenset[str]()  # names under which arrays are sown beside the backbone's
+
     def __post_init__(self) -> None:
         fields = ("min_size", "image_mean", "image_std", "fixed_size", "bbox_reg_weights")
         for name in fields:
             if hasattr(self, name):
                 object.__setattr__(self, name, freeze_lists(getattr(self, name)))
-        if not hasattr(self.backbone, "out_channels"):  # pyright: ignore[reportAttributeAccessIssue]
-            raise ValueError(
-                "backbone should contain an attribute out_channels specifying the number of output "
-                "channels (assumed to be the same for all the levels)"
-            )
         super().__post_init__()
         _ = self.transform  # a geometry that can't be shows here, not at the first image
+        if not isinstance(self.parent, Scope):  # Flax's own copies, one a call, say nothing
+            warn_of_other_options(self)
+
+    def _default_parts(self) -> dict[str, Callable[[], Any]]:
+        """By field, what makes the part that stands there unless one is given; none in a detector without defaults."""
+        return {}
+
+    def _fill_in_parts(self) -> None:
+        for name, make in self._default_parts().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, make())
+
+    def clone(self, *, parent: Any = None, _deep_clone: Any = False, _reset_names: bool = False, **updates: Any) -> Any:
+        """A copy with other options, as Flax's ``clone``: ``model.clone(score_thresh=0.5, dtype=jnp.bfloat16)``.
+
+        A new ``dtype``, ``param_dtype`` or ``precision`` also reaches the backbone and every other part, and the parts
+        of the parts, where they have a field of that name. Parts that are as the constructor makes them are made again
+        for the new options: ``num_classes`` makes a new head or predictor. Other parts stay, and so do parts that are
+        given in the same call.
+
+        Args:
+            parent: of the copy; default none.
+            _deep_clone: for Flax: copies the parts too.
+            _reset_names: for Flax: clears the names of the parts.
+            **updates: fields to replace. ``param_dtype=None`` is float64 if ``dtype`` is, else float32; without a new
+                ``param_dtype`` the old one stays.
+
+        Returns:
+            A detector of the same class, whose variables need not fit the old one's.
+
+        Raises:
+            ValueError: for another ``num_classes`` where the head (FCOS) or the box_predictor (Faster R-CNN) was given
+                to the constructor, and for all that the constructor refuses.
+            TypeError: for a field that the detector doesn't have.
+        """
+        if updates.keys() - {"name"}:
+            made = {name for name, make in self._default_parts().items() if _unnamed(getattr(self, name)) == make()}
+            part, classes = self._class_part, self.num_classes  # pyright: ignore[reportAttributeAccessIssue]
+            if updates.get("num_classes", classes) != classes and part not in made | updates.keys():
+                raise ValueError(
+                    f"clone(num_classes={updates['num_classes']}): the {part} {type(getattr(self, part)).__name__} was "
+                    f"given to {type(self).__name__}, which doesn't know how to make another: give clone a {part} for "
+                    f"the new classes, or {part}=None for the default one"
+                )
+            updates = {**dict.fromkeys(made - updates.keys()), **updates}
+        return super().clone(parent=parent, _deep_clone=_deep_clone, _reset_names=_reset_names, **updates)
 
     @property
     def transform(self) -> TransformConfig:
@@ -93,20 +143,24 @@ class Detector(TypedModule):
             train: BatchNorm's mode.
 
         Returns:
-            {name: [B, h, w, C]}, finest first; beyond each canvas the maps hold rubbish.
+            {name: [B, h, w, C]}, finest first; a single map has the name "0". Values beyond each canvas are undefined.
 
         Raises:
-            ValueError: if the backbone can't honour canvases smaller than the bucket.
+            TypeError: if the backbone returns neither a map nor a mapping of names to maps.
+            ValueError: if the backbone can't honour canvases smaller than the bucket, or returns maps of other shapes
+                than it should.
         """
         backbone = self.backbone  # pyright: ignore[reportAttributeAccessIssue]
         pixels = batch.pixels.astype(self.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        stages: Features = {}
         if isinstance(backbone, BackboneWithFPN):
-            stages, features = backbone.stages_and_levels(pixels, canvas=batch.canvas, train=train)
-            self.sow_all(stages)
+            stages, found = backbone.stages_and_levels(pixels, canvas=batch.canvas, train=train)
         else:
-            features = call_part(backbone, pixels, role="backbone", canvas=batch.canvas, train=train)
-            if not isinstance(features, dict):
-                features = {"0": features}
+            found = call_part(backbone, pixels, role="backbone", canvas=batch.canvas, train=train)
+        features = named_maps(self, found, pixels)
+        warn_of_other_maps(self, features)
+        # a stage and a level of one name are two arrays: the level is the one that the heads read
+        self.sow_all({f"body_{name}" if name in features else name: x for name, x in stages.items()})
         self.sow_all(features)
         return features
 
@@ -118,6 +172,11 @@ class Detector(TypedModule):
         """
         for name, value in arrays.items():
             self.sow("intermediates", name, value)
+
+
+def _unnamed(part: Any) -> Any:
+    """A part as it was before its model was bound, which names it."""
+    return nn.Module.clone(part, name=None) if isinstance(part, nn.Module) else part
 
 
 def per_image(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ with Vision Transformers" (arXiv 2111.11429).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,19 +14,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from flaxdet.models.detector import Detector, batch_anchors, call_part, feature_extents, level_shapes, whole_extents
+from flaxdet.models.backbones import check_backbone
+from flaxdet.models.detector import (
+    Detector,
+    batch_anchors,
+    call_part,
+    feature_extents,
+    level_shapes,
+    whole_extents,
+)
 from flaxdet.models.labels import check_targets, label_range, refuse_labels
 from flaxdet.models.losses import roi_losses, rpn_losses, sample_proposals
-from flaxdet.models.roi_heads import (
-    FastRCNNPredictor,
-    MultiScaleRoIAlign,
-    TwoMLPHead,
-    pooled_channels,
-    postprocess_detections,
-)
+from flaxdet.models.roi_heads import FastRCNNPredictor, TwoMLPHead, postprocess_detections
+from flaxdet.models.roi_pool import MultiScaleRoIAlign, pooled_channels
 from flaxdet.models.rpn import RPNHead, filter_proposals
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision
+from flaxdet.nn.options import check_counts, check_numbers
+from flaxdet.nn.typed import SHARED_OPTIONS
 from flaxdet.ops import AnchorGenerator, BoxCoder
 from flaxdet.structures import Detections, ImageBatch, Proposals, Targets
 
@@ -44,11 +50,13 @@ class FasterRCNN(Detector):
     ``model.apply(variables, batch)`` is ``postprocess(box(propose(features)))``; each of these methods can be
     called alone by ``method=`` (``box`` also with proposals of the user's own), and each array is sown in
     ``intermediates`` under its name: c2..c5, p2..p5, pool, objectness, pred_bbox_deltas, proposals,
-    roi_features, class_logits, box_regression, class_scores.
+    roi_features, class_logits, box_regression, class_scores. A body's stage of the name of a pyramid's level is
+    sown as body_NAME.
 
     Attributes:
-        backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}`` with an attribute
-            ``out_channels``; it may leave out ``train``, and ``canvas`` if no canvas is smaller than its bucket.
+        backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, finest first, with an attribute
+            ``out_channels``, C. It may return any mapping, or one map, which is called "0". It may leave out ``train``,
+            and ``canvas`` if no canvas is smaller than its bucket.
         num_classes: k, including the background; ``None`` where ``box_predictor`` is given.
         min_size, max_size, image_mean, image_std, size_divisible, fixed_size: see ``TransformConfig``.
         rpn_anchor_generator: the anchors.
@@ -69,13 +77,15 @@ class FasterRCNN(Detector):
         box_batch_size_per_image, box_positive_fraction: the box head's sampling in training.
         bbox_reg_weights: of the offsets (dx, dy, dw, dh); default (10, 10, 5, 5).
         trainable_backbone_layers: 0..5, read by the optimiser's mask.
-        dtype: computes. Boxes, scores and NMS are float32 at least.
+        dtype: computes. Boxes, scores and NMS are float32 at least. This and the next two hold for the parts made here;
+            a part that is given keeps its own, and a warning names it where that differs from what is asked for here.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
 
     Raises:
-        ValueError: for a backbone without out_channels; for both or neither of num_classes and box_predictor.
-        TypeError: for an anchor generator or RoI pooling of another kind.
+        ValueError: for a backbone without out_channels; for both or neither of num_classes and box_predictor; for an
+            rpn_head of another number of anchors; for an option out of range.
+        TypeError: for a backbone, anchor generator, RoI pooling or option of another kind.
     """
 
     backbone: nn.Module
@@ -114,41 +124,78 @@ class FasterRCNN(Detector):
     param_dtype: Dtype | None = None
     precision: Precision = None
 
+    _own_stages = frozenset(
+        (
+            "objectness",
+            "pred_bbox_deltas",
+            "proposals",
+            "roi_features",
+            "class_logits",
+            "box_regression",
+            "class_scores",
+        )
+    )
+    _class_part = "box_predictor"
+
     def __post_init__(self) -> None:
+        self._check_options()
         for name, kind in (("rpn_anchor_generator", AnchorGenerator), ("box_roi_pool", MultiScaleRoIAlign)):
             value = getattr(self, name)
             if not isinstance(value, (kind, type(None))):
                 raise TypeError(f"{name} should be of type {kind.__name__} or None instead of {type(value)}")
+        check_backbone(self)
         if self.num_classes is None and self.box_predictor is None:
             raise ValueError("num_classes should not be None when box_predictor is not specified")
         # Flax clones this module with both given, the predictor being the one made here: they agree
         agree = getattr(self.box_predictor, "num_classes", None) == self.num_classes
         if self.num_classes is not None and self.box_predictor is not None and not agree:
             raise ValueError("num_classes should be None when box_predictor is specified")
-        if hasattr(self.backbone, "out_channels"):
-            self._fill_in_parts(self.backbone.out_channels)  # pyright: ignore[reportAttributeAccessIssue]
+        self._fill_in_parts()
+        anchors = self.rpn_anchor_generator.num_anchors_per_location()  # pyright: ignore[reportOptionalMemberAccess]
+        if isinstance(self.rpn_head, RPNHead) and set(anchors) != {self.rpn_head.num_anchors}:
+            raise ValueError(
+                "rpn_anchor_generator should have as many anchors a location on every level as the rpn_head predicts, "
+                f"num_anchors={self.rpn_head.num_anchors}, and has {anchors}"
+            )
         super().__post_init__()
 
-    def _fill_in_parts(self, out_channels: int) -> None:
-        options: dict[str, Any] = {
-            "dtype": self.dtype,
-            "param_dtype": self.param_dtype,
-            "precision": self.precision,
-            "parent": None,
-        }
+    def _check_options(self) -> None:
+        if self.num_classes is not None:
+            check_counts(self, 2, "num_classes")  # the background is one
+        check_counts(self, 1, "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test", "box_batch_size_per_image")
+        # without proposals the box head still trains on the ground truth
+        check_counts(self, 0, "rpn_pre_nms_top_n_train", "rpn_post_nms_top_n_train", "rpn_batch_size_per_image")
+        check_counts(self, 0, "box_detections_per_img", "trainable_backbone_layers")
+        check_numbers(self, "rpn_score_thresh", "rpn_nms_thresh", "box_score_thresh", "box_nms_thresh")
+        for part in ("rpn", "box"):
+            check_numbers(self, f"{part}_positive_fraction", low=0, high=1)
+            names = f"{part}_bg_iou_thresh", f"{part}_fg_iou_thresh"
+            check_numbers(self, *names)
+            low, high = (getattr(self, name) for name in names)
+            if low > high:
+                raise ValueError(f"FasterRCNN: {names[0]} should not exceed {names[1]}, got {low} and {high}")
+        if self.bbox_reg_weights is not None:
+            try:
+                _ = self.box_coder
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"FasterRCNN: bbox_reg_weights: {error}") from None
+
+    def _default_parts(self) -> dict[str, Callable[[], Any]]:
+        options: dict[str, Any] = {name: getattr(self, name) for name in SHARED_OPTIONS} | {"parent": None}
+        channels = self.backbone.out_channels  # pyright: ignore[reportAttributeAccessIssue]
         anchors = self.rpn_anchor_generator or default_anchor_generator()
         pool = self.box_roi_pool or MultiScaleRoIAlign()
-        inputs = pooled_channels(out_channels, pool.output_size)
-        defaults = {
-            "rpn_anchor_generator": lambda: anchors,
-            "rpn_head": lambda: RPNHead(out_channels, anchors.num_anchors_per_location()[0], **options),
-            "box_roi_pool": lambda: pool,
+        inputs = pooled_channels(channels, pool.output_size)
+        parts: dict[str, Callable[[], Any]] = {
+            "rpn_anchor_generator": default_anchor_generator,
+            "rpn_head": lambda: RPNHead(channels, anchors.num_anchors_per_location()[0], **options),
+            "box_roi_pool": MultiScaleRoIAlign,
             "box_head": lambda: TwoMLPHead(inputs, REPRESENTATION_SIZE, **options),
-            "box_predictor": lambda: FastRCNNPredictor(REPRESENTATION_SIZE, self.num_classes or 0, **options),
         }
-        for name, make in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, make())
+        classes = self.num_classes
+        if classes is not None:  # else the predictor is the user's
+            parts["box_predictor"] = lambda: FastRCNNPredictor(REPRESENTATION_SIZE, classes, **options)
+        return parts
 
     @property
     def target_labels(self) -> range:
@@ -337,7 +384,8 @@ class FasterRCNN(Detector):
     @property
     def box_coder(self) -> BoxCoder:
         """Of the box head's offsets."""
-        return BoxCoder(self.bbox_reg_weights or (10.0, 10.0, 5.0, 5.0))  # pyright: ignore[reportArgumentType]
+        weights = (10.0, 10.0, 5.0, 5.0) if self.bbox_reg_weights is None else self.bbox_reg_weights
+        return BoxCoder(weights)  # pyright: ignore[reportArgumentType]
 
     def box(
         self, features: Features, proposals: Proposals, batch: ImageBatch, *, train: bool = False

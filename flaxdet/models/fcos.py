@@ -6,6 +6,7 @@ Tian et al., "FCOS: A simple and strong anchor-free object detector" (arXiv 2006
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
+from flaxdet.models.backbones import check_backbone
 from flaxdet.models.detector import (
     Detector,
     batch_anchors,
@@ -23,13 +25,21 @@ from flaxdet.models.detector import (
     per_image,
     whole_extents,
 )
-from flaxdet.models.fcos_head import FCOSHead, HeadOutputs
+from flaxdet.models.fcos_head import GROUPS, FCOSHead, HeadOutputs, check_groups
 from flaxdet.models.labels import check_targets, label_range, refuse_labels
 from flaxdet.models.losses import fcos_losses
 from flaxdet.nn.layers import Array, Dtype, Precision
+from flaxdet.nn.options import check_counts, check_numbers
+from flaxdet.nn.typed import SHARED_OPTIONS
 from flaxdet.ops import AnchorGenerator, BoxLinearCoder, clip_boxes_to_image
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Detections, ImageBatch, Targets
+
+
+def default_anchor_generator() -> AnchorGenerator:
+    """One square anchor a location: sizes 8 to 128, one a level."""
+    sizes = ((8,), (16,), (32,), (64,), (128,))
+    return AnchorGenerator(sizes, ((1.0,),) * len(sizes))
 
 
 class FCOS(Detector):
@@ -37,11 +47,12 @@ class FCOS(Detector):
 
     ``model.apply(variables, batch)`` is ``postprocess(head(features))``; each of these methods can be called
     alone by ``method=``, and each array is sown in ``intermediates`` under its name: c2..c5, p3..p7,
-    cls_logits, bbox_regression, bbox_ctrness.
+    cls_logits, bbox_regression, bbox_ctrness. A body's stage of the name of a pyramid's level is sown as body_NAME.
 
     Attributes:
-        backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}`` with an attribute
-            ``out_channels``; it may leave out ``train``, and ``canvas`` if no canvas is smaller than its bucket.
+        backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, finest first, with an attribute
+            ``out_channels``, C. It may return any mapping, or one map, which is called "0". It may leave out ``train``,
+            and ``canvas`` if no canvas is smaller than its bucket.
         num_classes: including the background; a channel of the head is a label.
         min_size, max_size, image_mean, image_std, size_divisible, fixed_size: see ``TransformConfig``.
         anchor_generator: one anchor a location, whose size is the unit of distances.
@@ -52,14 +63,15 @@ class FCOS(Detector):
         detections_per_img: K, detection slots of an image.
         topk_candidates: candidates kept per level before NMS.
         trainable_backbone_layers: 0..5, read by the optimiser's mask.
-        dtype: computes. Boxes, scores and NMS are float32 at least.
+        dtype: computes. Boxes, scores and NMS are float32 at least. This and the next two hold for the parts made here;
+            a part that is given keeps its own, and a warning names it where that differs from what is asked for here.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
 
     Raises:
-        ValueError: for a backbone without out_channels, more than one anchor a location, or a head of another
-            number of classes.
-        TypeError: for an anchor generator of another kind.
+        ValueError: for a backbone without out_channels, or whose out_channels the default head can't take; more than
+            one anchor a location; a head of another number of classes; an option out of range.
+        TypeError: for a backbone, anchor generator or option of another kind.
     """
 
     backbone: nn.Module
@@ -82,38 +94,47 @@ class FCOS(Detector):
     param_dtype: Dtype | None = None
     precision: Precision = None
 
+    _own_stages = frozenset(("cls_logits", "bbox_regression", "bbox_ctrness"))
+    _class_part = "head"
+
     def __post_init__(self) -> None:
-        if self.anchor_generator is None:
-            sizes = ((8,), (16,), (32,), (64,), (128,))
-            object.__setattr__(self, "anchor_generator", AnchorGenerator(sizes, ((1.0,),) * len(sizes)))
-        if not isinstance(self.anchor_generator, AnchorGenerator):
+        check_counts(self, 1, "num_classes", "topk_candidates")
+        check_counts(self, 0, "detections_per_img", "trainable_backbone_layers")
+        check_numbers(self, "score_thresh", "nms_thresh")
+        check_numbers(self, "center_sampling_radius", low=0)
+        if not isinstance(self.anchor_generator, (AnchorGenerator, type(None))):
             raise TypeError(
                 f"anchor_generator should be of type AnchorGenerator or None, instead got {type(self.anchor_generator)}"
             )
-        anchors = self.anchor_generator.num_anchors_per_location()[0]
+        check_backbone(self)
+        if self.head is None:
+            owner = f"backbone {type(self.backbone).__name__}: out_channels of a backbone for FCOS's default head"
+            check_groups(owner, self.backbone.out_channels)  # pyright: ignore[reportAttributeAccessIssue]
+        self._fill_in_parts()
+        for level, anchors in enumerate(self.anchor_generator.num_anchors_per_location()):  # pyright: ignore[reportOptionalMemberAccess]
+            if anchors != 1:
+                raise ValueError(
+                    f"anchor_generator.num_anchors_per_location()[{level}] should be 1 instead of {anchors}"
+                )
+        classes, anchors = getattr(self.head, "num_classes", self.num_classes), getattr(self.head, "num_anchors", 1)
+        if classes != self.num_classes:
+            raise ValueError(f"head has {classes} classes, num_classes is {self.num_classes}: they should agree")
         if anchors != 1:
-            raise ValueError(f"anchor_generator.num_anchors_per_location()[0] should be 1 instead of {anchors}")
-        if self.head is None and hasattr(self.backbone, "out_channels"):
-            head = FCOSHead(
-                self.backbone.out_channels,  # pyright: ignore[reportAttributeAccessIssue]
-                anchors,
-                self.num_classes,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                precision=self.precision,
-                parent=None,
-            )
-            object.__setattr__(self, "head", head)
-        if getattr(self.head, "num_classes", self.num_classes) != self.num_classes:
-            raise ValueError(
-                f"head has {self.head.num_classes} classes, num_classes is {self.num_classes}: they should agree"  # pyright: ignore
-            )
+            raise ValueError(f"head has num_anchors={anchors}, and FCOS has one anchor a location")
         super().__post_init__()
 
     @property
     def target_labels(self) -> range:
         """The labels that a ground-truth box may have, 0..k-1: each is a channel of the head."""
         return label_range(self.num_classes, background=False)
+
+    def _default_parts(self) -> dict[str, Callable[[], Any]]:
+        channels = self.backbone.out_channels  # pyright: ignore[reportAttributeAccessIssue]
+        options = {name: getattr(self, name) for name in SHARED_OPTIONS}
+        parts: dict[str, Callable[[], Any]] = {"anchor_generator": default_anchor_generator}
+        if channels % GROUPS == 0:  # the head of another backbone is its user's
+            parts["head"] = lambda: FCOSHead(channels, 1, self.num_classes, **options, parent=None)
+        return parts
 
     def __call__(
         self,

@@ -15,8 +15,18 @@ from flaxdet.models.detector import Extents
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, kept, normal_001, recomputed
 from flaxdet.nn.norm import Affine, GroupNorm, apply_affine, masked_conv, norm_affine
+from flaxdet.nn.options import check_counts, check_numbers
 
+GROUPS = 32  # of neighbouring channels, in each GroupNorm
 HeadOutputs = dict[str, Float[Array, "B hwA _"]]
+
+
+def check_groups(owner: str, channels: int) -> None:
+    """Raises ValueError, naming the option that holds the channels, unless the groups divide them."""
+    if channels % GROUPS:
+        raise ValueError(
+            f"{owner} should be a multiple of {GROUPS}, the groups of FCOSHead's GroupNorm, got {channels}"
+        )
 
 
 class _Tower(TypedModule):
@@ -34,7 +44,7 @@ class _Tower(TypedModule):
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv3x3 = functools.partial(conv, kernel_size=3, kernel_init=normal_001, precision=self.precision, **options)
         layers = [
-            (conv3x3(self.channels, name=f"conv_{i}"), GroupNorm(name=f"norm_{i}", **options))
+            (conv3x3(self.channels, name=f"conv_{i}"), GroupNorm(GROUPS, name=f"norm_{i}", **options))
             for i in range(self.num_convs)
         ]
         predictions = {
@@ -61,7 +71,7 @@ class FCOSHead(TypedModule):
     """The classification and the regression branch (torchvision's FCOSHead).
 
     Attributes:
-        in_channels: channels of the features, and of the branches' convolutions.
+        in_channels: channels of the features, and of the branches' convolutions; a multiple of 32.
         num_anchors: per location; 1 in FCOS.
         num_classes: including the background.
         num_convs: convolutions in each branch.
@@ -69,6 +79,10 @@ class FCOSHead(TypedModule):
         dtype: computes.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
+
+    Raises:
+        ValueError: for an option out of range, or in_channels that GroupNorm's 32 groups don't divide.
+        TypeError: for an option of another kind.
     """
 
     in_channels: int
@@ -79,6 +93,16 @@ class FCOSHead(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
     precision: Precision = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "in_channels", "num_anchors", "num_classes")
+        check_counts(self, 0, "num_convs")
+        check_numbers(self, "prior_probability")
+        if not 0 < self.prior_probability < 1:  # the bias is finite
+            raise ValueError(f"FCOSHead: prior_probability should lie between 0 and 1, got {self.prior_probability}")
+        if self.num_convs:
+            check_groups("FCOSHead: in_channels", self.in_channels)
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, features: Features, extents: Extents = None) -> HeadOutputs:

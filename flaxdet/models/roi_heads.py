@@ -1,20 +1,14 @@
-"""Pooling, box heads, predictor and postprocessing of Faster R-CNN, after torchvision's roi_heads."""
+"""Box heads, predictor and postprocessing of Faster R-CNN, after torchvision's roi_heads."""
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Bool, Float, Int
 
-from flaxdet.models.detector import feature_extents, gather_detections, per_image
-from flaxdet.nn.fpn import Features
+from flaxdet.models.detector import freeze_lists, gather_detections, per_image
 from flaxdet.nn.layers import (
     Array,
     Dtype,
@@ -27,94 +21,12 @@ from flaxdet.nn.layers import (
     recomputed,
 )
 from flaxdet.nn.norm import BatchNorm, activated_conv, apply_affine
+from flaxdet.nn.options import check_counts, check_sizes
 from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
-from flaxdet.ops.roi_align import multiscale_roi_align
-from flaxdet.structures import Detections, ImageBatch, Proposals
+from flaxdet.structures import Detections, Proposals
 
 MIN_SIZE = 1e-2  # pixels; smaller detections are dropped
-
-
-@dataclass(frozen=True)
-class MultiScaleRoIAlign:
-    """Pools each box from the level that fits its size (torchvision.ops.MultiScaleRoIAlign).
-
-    Each level's scale is inferred as torchvision infers it, 2**round(log2(map height / image height)), but
-    for every image anew: torchvision keeps those of the first batch that it sees.
-
-    Attributes:
-        featmap_names: the levels to pool from. The default names those of torchvision ("0".."3") and of this
-            library ("p2".."p5").
-        output_size: (rows, columns) of a pooled map; one number for both.
-        sampling_ratio: samples a bin and side, at least 1.
-        canonical_scale: pixels of a box that is pooled from ``canonical_level``.
-        canonical_level: log2 of that level's stride.
-    """
-
-    featmap_names: tuple[str, ...] = ("0", "1", "2", "3", "p2", "p3", "p4", "p5")
-    output_size: int | tuple[int, int] = 7
-    sampling_ratio: int = 2
-    canonical_scale: int = 224
-    canonical_level: int = 4
-
-    def __post_init__(self) -> None:
-        size = self.output_size
-        object.__setattr__(self, "featmap_names", tuple(self.featmap_names))
-        object.__setattr__(self, "output_size", (size, size) if isinstance(size, int) else tuple(size))
-
-    def __call__(
-        self,
-        features: Features,
-        boxes: Float[Array, "B R 4"],
-        batch: ImageBatch,
-        *,
-        strides: Mapping[str, int] | None = None,
-    ) -> Float[Array, "B R h w C"]:
-        """Pools boxes.
-
-        A level's scale is 1 / its stride, always. torchvision infers it from the height of the first image that a model
-        ever sees, and keeps it: the same after any ordinary photo, another one for good after a very elongated image.
-
-        Args:
-            features: {name: [B, h, w, C]}, finest first.
-            boxes: [B, R, 4] xyxy in the pixels of the resized images.
-            batch: the images (canvases are read).
-            strides: pixels from cell to cell of each level, by name. Of a level that is not named, the power of two
-                nearest to the pixels' longer side over the level's.
-
-        Returns:
-            [B, R, h, w, C] in the features' dtype.
-
-        Raises:
-            ValueError: if no feature map has one of ``featmap_names``.
-        """
-        levels = {name: x for name, x in features.items() if name in self.featmap_names}
-        if not levels:
-            raise ValueError(
-                f"none of featmap_names {list(self.featmap_names)} is among the backbone's feature maps "
-                f"{list(features)}"
-            )
-        extents = feature_extents(levels, batch)
-        strides, longest = strides or {}, max(batch.pixels.shape[1:3])
-        scales = tuple(
-            1 / strides[name] if name in strides else 2.0 ** round(math.log2(max(x.shape[1:3]) / longest))
-            for name, x in levels.items()
-        )
-
-        align = functools.partial(
-            multiscale_roi_align,
-            output_size=self.output_size,
-            sampling_ratio=self.sampling_ratio,
-            canonical_scale=self.canonical_scale,
-            canonical_level=self.canonical_level,
-        )
-
-        def pool(maps: tuple[Array, ...], boxes: Array, extents: Any) -> Array:
-            return align(maps, boxes, scales=scales, extents=extents)
-
-        pooled = per_image(pool)(tuple(levels.values()), boxes, None if extents is None else tuple(extents.values()))
-        # XLA:CPU would compute all samples again, cell by cell, where the gradient reads this transposed
-        return lax.optimization_barrier(pooled)
 
 
 class TwoMLPHead(TypedModule):
@@ -126,6 +38,10 @@ class TwoMLPHead(TypedModule):
         dtype: computes.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
+
+    Raises:
+        ValueError: for an option out of range.
+        TypeError: for an option of another kind.
     """
 
     in_channels: int
@@ -133,6 +49,10 @@ class TwoMLPHead(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
     precision: Precision = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "in_channels", "representation_size")
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "R h w C"]) -> Float[Array, "R D"]:
@@ -166,6 +86,10 @@ class FastRCNNConvFCHead(TypedModule):
         dtype: computes.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
+
+    Raises:
+        ValueError: for an option out of range.
+        TypeError: for an option of another kind.
     """
 
     input_size: tuple[int, int, int]
@@ -176,6 +100,12 @@ class FastRCNNConvFCHead(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
     precision: Precision = None
+
+    def __post_init__(self) -> None:
+        for name, count in (("input_size", 3), ("conv_layers", None), ("fc_layers", None)):
+            object.__setattr__(self, name, freeze_lists(getattr(self, name)))
+            check_sizes(self, name, count)
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -227,6 +157,10 @@ class FastRCNNPredictor(TypedModule):
         dtype: computes.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
+
+    Raises:
+        ValueError: for an option out of range.
+        TypeError: for an option of another kind.
     """
 
     in_channels: int
@@ -234,6 +168,11 @@ class FastRCNNPredictor(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
     precision: Precision = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "in_channels")
+        check_counts(self, 2, "num_classes")  # the background is one
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, x: Float[Array, "R D"]) -> tuple[Float[Array, "R k"], Float[Array, "R k*4"]]:
@@ -295,8 +234,3 @@ def postprocess_detections(
         return gather_detections(decoded, scores, labels, keep, jnp.zeros((), bool))
 
     return per_image(image)(class_logits, box_regression, proposals.boxes, proposals.valid, size)
-
-
-def pooled_channels(out_channels: int, output_size: int | tuple[int, int]) -> int:
-    """Inputs of a dense layer on pooled maps: C * h * w."""
-    return out_channels * (output_size**2 if isinstance(output_size, int) else math.prod(output_size))

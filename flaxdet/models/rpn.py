@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from flaxdet.models.detector import Extents, per_image
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, mask_beyond, normal_001
+from flaxdet.nn.options import check_counts
 from flaxdet.ops import AnchorGenerator, BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Proposals
@@ -30,6 +31,10 @@ class RPNHead(TypedModule):
         dtype: computes.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
+
+    Raises:
+        ValueError: for an option out of range.
+        TypeError: for an option that is no whole number.
     """
 
     in_channels: int
@@ -38,6 +43,11 @@ class RPNHead(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
     precision: Precision = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "in_channels", "num_anchors")
+        check_counts(self, 0, "conv_depth")
+        super().__post_init__()
 
     @nn.compact
     def __call__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from flaxdet.nn.layers import (
     mask_beyond,
 )
 from flaxdet.nn.norm import BatchNorm, apply_norm
+from flaxdet.nn.options import check_counts
 
 Features = dict[str, Float[Array, "B h w C"]]
 
@@ -125,6 +127,10 @@ class FeaturePyramidNetwork(TypedModule):
         dtype: computes.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
+
+    Raises:
+        ValueError: for an option out of range.
+        TypeError: for an option of another kind.
     """
 
     out_channels: int = 256
@@ -134,6 +140,10 @@ class FeaturePyramidNetwork(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
     precision: Precision = None
+
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "out_channels")
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -154,30 +164,32 @@ class FeaturePyramidNetwork(TypedModule):
 
         Returns:
             Levels by name, finest first; beyond the canvas they hold rubbish.
+
+        Raises:
+            ValueError: if two levels would have one name.
         """
 
         def block(x: Array, kernel_size: int, name: str) -> Array:
-            x = _ConvNorm(
-                self.out_channels,
-                kernel_size,
-                self.use_norm,
-                self.dtype,
-                self.param_dtype,
-                self.precision,
-                name=name,
-            )(x, level_extent(canvas, bucket, x.shape[1:3]), train and not self.freeze_bn)
-            return x
+            dtypes = self.dtype, self.param_dtype, self.precision
+            layer = _ConvNorm(self.out_channels, kernel_size, self.use_norm, *dtypes, name=name)
+            return layer(x, level_extent(canvas, bucket, x.shape[1:3]), train and not self.freeze_bn)
 
         names = list(stages)
+        levels = [level_name(name) for name in names]
+        if len(set(levels)) < len(levels):
+            raise ValueError(f"stages {names} would make levels {levels}: each needs a name of its own")
         pyramid: Features = {}
         inner = None
         for i in reversed(range(len(names))):
             lateral = block(stages[names[i]], 1, f"inner_blocks_{i}")
             inner = lateral if inner is None else lateral + upsample_nearest(inner, lateral.shape[1:3])
-            pyramid[level_name(names[i])] = block(inner, 3, f"layer_blocks_{i}")
+            pyramid[levels[i]] = block(inner, 3, f"layer_blocks_{i}")
         pyramid = dict(reversed(pyramid.items()))
         if self.extra_blocks is not None:
-            pyramid |= self.extra_blocks(pyramid, stages, canvas=canvas, bucket=bucket)
+            extra = self.extra_blocks(pyramid, stages, canvas=canvas, bucket=bucket)
+            if not pyramid.keys().isdisjoint(extra):
+                raise ValueError(f"extra_blocks makes levels {list(extra)}, and the stages make {levels} already")
+            pyramid |= extra
         return pyramid
 
 
@@ -247,8 +259,19 @@ class BackboneWithFPN(nn.Module):
 
         Returns:
             Stages and levels, both {name: [B, h, w, C]}, finest first.
+
+        Raises:
+            TypeError: if the body returns no mapping.
+            ValueError: if the body lacks one of ``returned_stages``.
         """
-        stages = self.body(pixels, canvas=canvas, train=train)
+        found = self.body(pixels, canvas=canvas, train=train)
+        body = f"body {type(self.body).__name__}"
+        if not isinstance(found, Mapping):
+            raise TypeError(f"{body} should return a mapping of names to maps, it returned {type(found).__name__}")
+        stages = dict(found)
+        missing = [name for name in self.returned_stages if name not in stages]
+        if missing:
+            raise ValueError(f"returned_stages asks for {missing}, and {body} returned {list(stages)}")
         read = {name: stages[name] for name in self.returned_stages}
         return stages, self.fpn(read, canvas=canvas, bucket=pixels.shape[1:3], train=train)
 

@@ -18,6 +18,8 @@ from jaxtyping import Bool, Float, Int
 
 from flaxdet.nn.conv import conv_general_dilated
 from flaxdet.nn.dot import dot_general
+from flaxdet.nn.typed import TypedModule as TypedModule
+from flaxdet.nn.typed import default_param_dtype
 from flaxdet.xla import routes
 
 Array = jax.Array
@@ -39,44 +41,6 @@ def symmetric_uniform(bound: float) -> Initializer:
         return uniform(2 * bound)(key, shape, dtype) - jnp.asarray(bound, dtype)
 
     return init
-
-
-def default_param_dtype(dtype: Dtype, param_dtype: Dtype | None) -> Dtype:
-    """The dtype that stores parameters: ``param_dtype``, or float64 if ``dtype`` is, else float32.
-
-    Raises:
-        ValueError: if float64 is asked for while jax runs without x64.
-    """
-    dtype = jnp.dtype(dtype)
-    stored = (
-        jnp.dtype(param_dtype)
-        if param_dtype is not None
-        else (dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32))
-    )
-    for name, asked in (("dtype", dtype), ("param_dtype", stored)):
-        if not jnp.issubdtype(asked, jnp.floating):
-            raise ValueError(f"{name} should be a floating point dtype, got {asked}")
-        if asked == jnp.float64 and jax.dtypes.canonicalize_dtype(asked) != asked:
-            raise ValueError(
-                f"{name}=float64 needs jax's 64-bit mode: call inside `with jax.enable_x64(True):` "
-                "or set jax_enable_x64 (without it jax would compute in float32)"
-            )
-    return stored
-
-
-class TypedModule(nn.Module):
-    """Base of modules with ``dtype`` and ``param_dtype``; holds no fields of its own.
-
-    It resolves both at once, so that modules built alike are equal however their dtypes were spelled: equal
-    modules share what jit has compiled, and a file can tell a builder's model.
-    """
-
-    def __post_init__(self) -> None:
-        dtype: Dtype = self.dtype  # pyright: ignore[reportAttributeAccessIssue]
-        stored = default_param_dtype(dtype, self.param_dtype)  # pyright: ignore[reportAttributeAccessIssue]
-        object.__setattr__(self, "dtype", jnp.dtype(dtype))
-        object.__setattr__(self, "param_dtype", stored)
-        super().__post_init__()
 
 
 def at_least_float32(dtype: Dtype) -> Dtype:

@@ -1,7 +1,7 @@
 """Pure functions on the arrays of one image: box algebra, anchors, NMS, RoIAlign, matching, losses.
 
 They carry torchvision.ops' names where it has one, keep static shapes and work under ``jit``, ``vmap`` and,
-where it means something, ``grad``.
+where it means something, ``grad``. Where they take an array, they take a numpy array or nested lists too.
 """
 
 from flaxdet.ops.anchors import AnchorGenerator

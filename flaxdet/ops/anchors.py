@@ -12,6 +12,21 @@ from jaxtyping import Array, Bool, Float
 from numpy.typing import ArrayLike
 
 
+def _rows(name: str, values: Any) -> tuple[Any, ...]:
+    """Numbers, or sequences of numbers, as tuples."""
+
+    def as_tuple(value: Any) -> Any:
+        value = value.tolist() if isinstance(value, np.ndarray) else value
+        return tuple(as_tuple(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+    rows = as_tuple(values)
+    kinds = {type(row) is tuple for row in rows} if isinstance(rows, tuple) else {True, False}
+    flat = [number for row in rows for number in (row if type(row) is tuple else (row,))] if len(kinds) < 2 else [None]
+    if not all(isinstance(number, (int, float, np.number)) for number in flat):
+        raise TypeError(f"AnchorGenerator: {name} should be numbers, or numbers for every level, got {values!r}")
+    return rows
+
+
 @dataclass(frozen=True)
 class AnchorGenerator:
     """Boxes of fixed sizes and shapes around the locations of each feature level.
@@ -28,16 +43,17 @@ class AnchorGenerator:
     Raises:
         ValueError: if there is not one sequence of aspect ratios for each level, or one is empty or has a
             number that is not above 0.
+        TypeError: for anything but numbers, or a sequence of numbers for each level.
     """
 
     sizes: Sequence[Sequence[float]] | Sequence[float] = ((128, 256, 512),)
     aspect_ratios: Sequence[Sequence[float]] | Sequence[float] = ((0.5, 1.0, 2.0),)
 
     def __post_init__(self):
-        sizes, ratios = tuple(self.sizes), tuple(self.aspect_ratios)
-        if sizes and not isinstance(sizes[0], (list, tuple)):
+        sizes, ratios = _rows("sizes", self.sizes), _rows("aspect_ratios", self.aspect_ratios)
+        if sizes and not isinstance(sizes[0], tuple):
             sizes = tuple((size,) for size in sizes)
-        if ratios and not isinstance(ratios[0], (list, tuple)):
+        if ratios and not isinstance(ratios[0], tuple):
             ratios = (ratios,) * len(sizes)
         for name, levels in (("sizes", sizes), ("aspect_ratios", ratios)):
             if not levels or not all(level and min(level) > 0 for level in levels):  # pyright: ignore

@@ -1,8 +1,8 @@
 """Box algebra: areas, conversions, clipping, resizing. Overlaps are in ``iou``.
 
 Boxes are xyxy in absolute pixels (x to the right, y downwards) unless a format is named; sizes are (rows,
-columns). Functions take the boxes of one image and have static shapes; ``vmap`` them over a batch. All work
-under ``jit`` and ``grad``.
+columns). Functions take the boxes of one image, as an array or as lists, and have static shapes; ``vmap`` them over a
+batch. All work under ``jit`` and ``grad``.
 
 Half-precision boxes are computed in float32, as in torchvision, since areas leave their range. torchvision's
 rotated formats (``xywhr``, ``cxcywhr``, ``xyxyxyxy``) are left out: none of its detectors uses them.
@@ -23,7 +23,7 @@ def upcast_float(x: jax.Array) -> jax.Array:
     return x if x.dtype in (jnp.float32, jnp.float64) else x.astype(jnp.float32)
 
 
-def box_area(boxes: Num[Array, "*N 4"], fmt: str = "xyxy") -> Num[Array, "*N"]:
+def box_area(boxes: Num[ArrayLike, "*N 4"], fmt: str = "xyxy") -> Num[Array, "*N"]:
     """Areas of boxes. Reproduces ``torchvision.ops.box_area``.
 
     Args:
@@ -37,7 +37,7 @@ def box_area(boxes: Num[Array, "*N 4"], fmt: str = "xyxy") -> Num[Array, "*N"]:
     Raises:
         ValueError: if ``fmt`` is unknown or ``boxes`` don't have 4 coordinates.
     """
-    check_boxes(boxes=boxes)
+    boxes = as_boxes("boxes", boxes)
     _check_format(fmt=fmt)
     boxes = upcast(boxes)
     if fmt == "xyxy":
@@ -45,7 +45,7 @@ def box_area(boxes: Num[Array, "*N 4"], fmt: str = "xyxy") -> Num[Array, "*N"]:
     return boxes[..., 2] * boxes[..., 3]
 
 
-def box_convert(boxes: Num[Array, "*N 4"], in_fmt: str, out_fmt: str) -> Num[Array, "*N 4"]:
+def box_convert(boxes: Num[ArrayLike, "*N 4"], in_fmt: str, out_fmt: str) -> Num[Array, "*N 4"]:
     """Boxes in another format. Reproduces ``torchvision.ops.box_convert``, without the rotated formats.
 
     Args:
@@ -59,7 +59,7 @@ def box_convert(boxes: Num[Array, "*N 4"], in_fmt: str, out_fmt: str) -> Num[Arr
     Raises:
         ValueError: if a format is unknown or ``boxes`` don't have 4 coordinates.
     """
-    check_boxes(boxes=boxes)
+    boxes = as_boxes("boxes", boxes)
     _check_format(in_fmt=in_fmt, out_fmt=out_fmt)
     if in_fmt == out_fmt:
         return boxes
@@ -77,7 +77,7 @@ def box_convert(boxes: Num[Array, "*N 4"], in_fmt: str, out_fmt: str) -> Num[Arr
     return jnp.concatenate((a, b), axis=-1)
 
 
-def clip_boxes_to_image(boxes: Float[Array, "*N 4"], size: ArrayLike) -> Float[Array, "*N 4"]:
+def clip_boxes_to_image(boxes: Float[ArrayLike, "*N 4"], size: ArrayLike) -> Float[Array, "*N 4"]:
     """Moves what lies outside an image onto its border. Reproduces ``torchvision.ops.clip_boxes_to_image``.
 
     Args:
@@ -90,7 +90,7 @@ def clip_boxes_to_image(boxes: Float[Array, "*N 4"], size: ArrayLike) -> Float[A
     Raises:
         ValueError: if ``boxes`` don't have 4 coordinates.
     """
-    check_boxes(boxes=boxes)
+    boxes = as_boxes("boxes", boxes)
     rows, columns = _pair(size, boxes.dtype)
     limits = jnp.stack((columns, rows, columns, rows)).reshape((1,) * (boxes.ndim - 1) + (4,))
     # `where` rather than `clip`: as in torch, the gradient is whole for a corner on the border itself
@@ -98,7 +98,7 @@ def clip_boxes_to_image(boxes: Float[Array, "*N 4"], size: ArrayLike) -> Float[A
     return jnp.where(boxes > limits, limits, boxes)
 
 
-def remove_small_boxes(boxes: Num[Array, "*N 4"], min_size: float) -> Bool[Array, "*N"]:
+def remove_small_boxes(boxes: Num[ArrayLike, "*N 4"], min_size: float) -> Bool[Array, "*N"]:
     """Which boxes have both sides of at least ``min_size``.
 
     ``torchvision.ops.remove_small_boxes`` as a mask: its list of indices has no static shape.
@@ -113,13 +113,15 @@ def remove_small_boxes(boxes: Num[Array, "*N 4"], min_size: float) -> Bool[Array
     Raises:
         ValueError: if ``boxes`` don't have 4 coordinates.
     """
-    check_boxes(boxes=boxes)
+    boxes = as_boxes("boxes", boxes)
     boxes = boxes if jnp.issubdtype(boxes.dtype, jnp.floating) else upcast(boxes)  # unsigned ones would wrap around
     w, h = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
     return (w >= min_size) & (h >= min_size)
 
 
-def resize_boxes(boxes: Float[Array, "*N 4"], original_size: ArrayLike, new_size: ArrayLike) -> Float[Array, "*N 4"]:
+def resize_boxes(
+    boxes: Float[ArrayLike, "*N 4"], original_size: ArrayLike, new_size: ArrayLike
+) -> Float[Array, "*N 4"]:
     """Boxes after their image changed its size.
 
     Reproduces ``torchvision.models.detection.transform.resize_boxes``, whose quotient of sizes is a float32
@@ -131,12 +133,14 @@ def resize_boxes(boxes: Float[Array, "*N 4"], original_size: ArrayLike, new_size
         new_size: [2], the same after the resize.
 
     Returns:
-        [N, 4] xyxy in pixels of the resized image.
+        [N, 4] xyxy in pixels of the resized image; integers become float32.
 
     Raises:
         ValueError: if ``boxes`` don't have 4 coordinates.
     """
-    check_boxes(boxes=boxes)
+    boxes = as_boxes("boxes", boxes)
+    if not jnp.issubdtype(boxes.dtype, jnp.floating):
+        boxes = boxes.astype(jnp.float32)  # the ratios would be whole numbers
     new, original = _pair(new_size, jnp.float32), _pair(original_size, jnp.float32)
     ratio_y, ratio_x = (n / o for n, o in zip(new, original, strict=True))
     ratios = jnp.stack((ratio_x, ratio_y, ratio_x, ratio_y)).astype(boxes.dtype)
@@ -161,11 +165,24 @@ def _pair(size: ArrayLike, dtype: jnp.dtype | type) -> tuple[jax.Array, jax.Arra
     return pair[0].astype(dtype), pair[1].astype(dtype)
 
 
-def check_boxes(**named: jax.Array) -> None:
-    """Raises ValueError, naming the argument, unless every array has 4 coordinates in its last axis."""
-    for name, boxes in named.items():
-        if boxes.ndim == 0 or boxes.shape[-1] != 4:
-            raise ValueError(f"{name} must have 4 coordinates in the last axis, found shape {list(boxes.shape)}")
+def as_boxes(name: str, boxes: ArrayLike) -> jax.Array:
+    """Boxes as an array; raises ValueError, naming the argument, unless the last axis has 4 coordinates."""
+    array = jnp.asarray(boxes)
+    if array.ndim == 0 or array.shape[-1] != 4:
+        raise ValueError(f"{name} must have 4 coordinates in the last axis, found shape {list(array.shape)}")
+    return array
+
+
+def as_mask(name: str, mask: ArrayLike | None, count: int) -> jax.Array:
+    """A mask [count] as an array, of ones where it is None; raises TypeError or ValueError that names the argument."""
+    if mask is None:
+        return jnp.ones(count, bool)
+    array = jnp.asarray(mask)
+    if array.dtype != jnp.bool_:
+        raise TypeError(f"{name} must be boolean, found {array.dtype}")
+    if array.shape != (count,):
+        raise ValueError(f"{name} must have shape [{count}], found {list(array.shape)}")
+    return array
 
 
 def _check_format(**named: str) -> None:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
 
-from flaxdet.ops.boxes import upcast_float
+from flaxdet.ops.boxes import as_boxes, upcast_float
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class BoxCoder:
         object.__setattr__(self, "weights", weights)
         object.__setattr__(self, "bbox_xform_clip", float(self.bbox_xform_clip))
 
-    def encode(self, reference_boxes: Float[Array, "*N 4"], proposals: Float[Array, "*N 4"]) -> Float[Array, "*N 4"]:
+    def encode(
+        self, reference_boxes: Float[ArrayLike, "*N 4"], proposals: Float[ArrayLike, "*N 4"]
+    ) -> Float[Array, "*N 4"]:
         """Offsets (dx, dy, dw, dh) that turn each proposal into its reference box.
 
         Args:
@@ -50,8 +53,11 @@ class BoxCoder:
         Returns:
             [N, 4]. A reference box without area (padding) gives -inf, and a proposal without area NaN or
             infinity: select with ``where`` before a loss sees them, or its gradient is NaN.
+
+        Raises:
+            ValueError: if boxes don't have 4 coordinates.
         """
-        reference_boxes, proposals = upcast_float(reference_boxes), upcast_float(proposals)
+        reference_boxes, proposals = _pair(reference_boxes, proposals)
         x, y, w, h = _centre_and_size(proposals)
         ref_x, ref_y, ref_w, ref_h = _centre_and_size(reference_boxes)
         wx, wy, ww, wh = self.weights
@@ -60,7 +66,7 @@ class BoxCoder:
             axis=-1,
         )
 
-    def decode(self, rel_codes: Float[Array, "*N_k 4"], boxes: Float[Array, "*N 4"]) -> Float[Array, "*N_k 4"]:
+    def decode(self, rel_codes: Float[ArrayLike, "*N_k 4"], boxes: Float[ArrayLike, "*N 4"]) -> Float[Array, "*N_k 4"]:
         """Applies offsets to boxes; the inverse of ``encode``.
 
         Args:
@@ -100,7 +106,9 @@ class BoxLinearCoder:
 
     normalize_by_size: bool = True
 
-    def encode(self, reference_boxes: Float[Array, "*N 4"], proposals: Float[Array, "*N 4"]) -> Float[Array, "*N 4"]:
+    def encode(
+        self, reference_boxes: Float[ArrayLike, "*N 4"], proposals: Float[ArrayLike, "*N 4"]
+    ) -> Float[Array, "*N 4"]:
         """Distances (l, t, r, b) from the centres of the reference boxes to the sides of the proposals.
 
         The names are torchvision's: here the *reference* boxes are the anchors.
@@ -111,8 +119,11 @@ class BoxLinearCoder:
 
         Returns:
             [N, 4]; negative where the centre lies outside the box.
+
+        Raises:
+            ValueError: if boxes don't have 4 coordinates.
         """
-        reference_boxes, proposals = upcast_float(reference_boxes), upcast_float(proposals)
+        reference_boxes, proposals = _pair(reference_boxes, proposals)
         x, y = _midpoint(reference_boxes)
         codes = jnp.stack(
             (x - proposals[..., 0], y - proposals[..., 1], proposals[..., 2] - x, proposals[..., 3] - y),
@@ -120,7 +131,7 @@ class BoxLinearCoder:
         )
         return codes / _size_twice(reference_boxes) if self.normalize_by_size else codes
 
-    def decode(self, rel_codes: Float[Array, "*N_k 4"], boxes: Float[Array, "*N 4"]) -> Float[Array, "*N_k 4"]:
+    def decode(self, rel_codes: Float[ArrayLike, "*N_k 4"], boxes: Float[ArrayLike, "*N 4"]) -> Float[Array, "*N_k 4"]:
         """Boxes at the given distances from the centres of ``boxes``; the inverse of ``encode``.
 
         Args:
@@ -143,8 +154,14 @@ class BoxLinearCoder:
         )
 
 
-def _aligned(rel_codes: jax.Array, boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pair(reference_boxes: ArrayLike, proposals: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    arrays = as_boxes("reference_boxes", reference_boxes), as_boxes("proposals", proposals)
+    return upcast_float(arrays[0]), upcast_float(arrays[1])
+
+
+def _aligned(rel_codes: ArrayLike, boxes: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Both in one float dtype and with one rank, boxes broadcastable against codes."""
+    rel_codes, boxes = jnp.asarray(rel_codes), jnp.asarray(boxes)
     leading = rel_codes.shape[:-1]
     fits = rel_codes.ndim and rel_codes.shape[-1] == 4 and boxes.shape in ((*leading, 4), (*leading[:-1], 4))
     if not fits:

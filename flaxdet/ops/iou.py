@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Num
+from numpy.typing import ArrayLike
 
-from flaxdet.ops.boxes import box_area, box_convert, check_boxes, upcast
+from flaxdet.ops.boxes import as_boxes, box_area, box_convert, upcast
 
 
-def box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"], fmt: str = "xyxy") -> Float[Array, "N M"]:
+def box_iou(boxes1: Num[ArrayLike, "N 4"], boxes2: Num[ArrayLike, "M 4"], fmt: str = "xyxy") -> Float[Array, "N M"]:
     """Intersection over union of every pair. Reproduces ``torchvision.ops.box_iou``.
 
     Args:
@@ -31,12 +32,12 @@ def box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"], fmt: str = "xy
     Raises:
         ValueError: if ``fmt`` is unknown or boxes don't have 4 coordinates.
     """
-    check_boxes(boxes1=boxes1, boxes2=boxes2)
+    boxes1, boxes2 = as_boxes("boxes1", boxes1), as_boxes("boxes2", boxes2)
     inter, union = _intersection_and_union(boxes1, boxes2, fmt)
     return _safe_divide(_as_float(inter), _as_float(union))
 
 
-def generalized_box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"]) -> Float[Array, "N M"]:
+def generalized_box_iou(boxes1: Num[ArrayLike, "N 4"], boxes2: Num[ArrayLike, "M 4"]) -> Float[Array, "N M"]:
     """Generalized IoU of every pair. Reproduces ``torchvision.ops.generalized_box_iou``.
 
     Args:
@@ -50,14 +51,16 @@ def generalized_box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"]) ->
     Raises:
         ValueError: if boxes don't have 4 coordinates.
     """
-    check_boxes(boxes1=boxes1, boxes2=boxes2)
+    boxes1, boxes2 = as_boxes("boxes1", boxes1), as_boxes("boxes2", boxes2)
     inter, union = (_as_float(x) for x in _intersection_and_union(boxes1, boxes2))
     w, h = _enclosing_size(boxes1, boxes2)
     enclosing = _as_float(w * h)
     return _safe_divide(inter, union) - _safe_divide(enclosing - union, enclosing)
 
 
-def distance_box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"], eps: float = 1e-7) -> Float[Array, "N M"]:
+def distance_box_iou(
+    boxes1: Num[ArrayLike, "N 4"], boxes2: Num[ArrayLike, "M 4"], eps: float = 1e-7
+) -> Float[Array, "N M"]:
     """Distance IoU of every pair. Reproduces ``torchvision.ops.distance_box_iou``.
 
     Args:
@@ -72,11 +75,13 @@ def distance_box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"], eps: 
     Raises:
         ValueError: if boxes don't have 4 coordinates.
     """
-    check_boxes(boxes1=boxes1, boxes2=boxes2)
+    boxes1, boxes2 = as_boxes("boxes1", boxes1), as_boxes("boxes2", boxes2)
     return _distance_iou(upcast(boxes1), upcast(boxes2), eps)[0]
 
 
-def complete_box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"], eps: float = 1e-7) -> Float[Array, "N M"]:
+def complete_box_iou(
+    boxes1: Num[ArrayLike, "N 4"], boxes2: Num[ArrayLike, "M 4"], eps: float = 1e-7
+) -> Float[Array, "N M"]:
     """Complete IoU of every pair. Reproduces ``torchvision.ops.complete_box_iou``.
 
     Args:
@@ -91,7 +96,7 @@ def complete_box_iou(boxes1: Num[Array, "N 4"], boxes2: Num[Array, "M 4"], eps: 
     Raises:
         ValueError: if boxes don't have 4 coordinates.
     """
-    check_boxes(boxes1=boxes1, boxes2=boxes2)
+    boxes1, boxes2 = as_boxes("boxes1", boxes1), as_boxes("boxes2", boxes2)
     boxes1, boxes2 = upcast(boxes1), upcast(boxes2)
     diou, iou = _distance_iou(boxes1, boxes2, eps)
     penalty = aspect_penalty(boxes1[:, None], boxes2[None], iou, eps)

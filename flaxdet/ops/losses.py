@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
+from numpy.typing import ArrayLike
 
 from flaxdet.ops.boxes import upcast_float
 from flaxdet.ops.iou import aspect_penalty
 
 
 def sigmoid_focal_loss(
-    inputs: Float[Array, "*S"],
-    targets: Float[Array, "*S"],
+    inputs: Float[ArrayLike, "*S"],
+    targets: Float[ArrayLike, "*S"],
     alpha: float = 0.25,
     gamma: float = 2,
     reduction: str = "none",
@@ -50,7 +51,7 @@ def sigmoid_focal_loss(
 
 
 def generalized_box_iou_loss(
-    boxes1: Float[Array, "*N 4"], boxes2: Float[Array, "*N 4"], reduction: str = "none", eps: float = 1e-7
+    boxes1: Float[ArrayLike, "*N 4"], boxes2: Float[ArrayLike, "*N 4"], reduction: str = "none", eps: float = 1e-7
 ) -> Float[Array, ...]:
     """1 - generalized IoU of paired boxes. Reproduces ``torchvision.ops.generalized_box_iou_loss``.
 
@@ -75,7 +76,7 @@ def generalized_box_iou_loss(
 
 
 def distance_box_iou_loss(
-    boxes1: Float[Array, "*N 4"], boxes2: Float[Array, "*N 4"], reduction: str = "none", eps: float = 1e-7
+    boxes1: Float[ArrayLike, "*N 4"], boxes2: Float[ArrayLike, "*N 4"], reduction: str = "none", eps: float = 1e-7
 ) -> Float[Array, ...]:
     """1 - distance IoU of paired boxes. Reproduces ``torchvision.ops.distance_box_iou_loss``.
 
@@ -96,7 +97,7 @@ def distance_box_iou_loss(
 
 
 def complete_box_iou_loss(
-    boxes1: Float[Array, "*N 4"], boxes2: Float[Array, "*N 4"], reduction: str = "none", eps: float = 1e-7
+    boxes1: Float[ArrayLike, "*N 4"], boxes2: Float[ArrayLike, "*N 4"], reduction: str = "none", eps: float = 1e-7
 ) -> Float[Array, ...]:
     """1 - complete IoU of paired boxes. Reproduces ``torchvision.ops.complete_box_iou_loss``.
 
@@ -120,7 +121,7 @@ def complete_box_iou_loss(
 
 
 def smooth_l1_loss(
-    input: Float[Array, "*S"], target: Float[Array, "*S"], *, beta: float = 1.0, reduction: str = "mean"
+    input: Float[ArrayLike, "*S"], target: Float[ArrayLike, "*S"], *, beta: float = 1.0, reduction: str = "mean"
 ) -> Float[Array, ...]:
     """Absolute error, squared near 0. Reproduces ``torch.nn.functional.smooth_l1_loss``.
 
@@ -147,7 +148,7 @@ def smooth_l1_loss(
 
 
 def binary_cross_entropy_with_logits(
-    input: Float[Array, "*S"], target: Float[Array, "*S"], *, reduction: str = "mean"
+    input: Float[ArrayLike, "*S"], target: Float[ArrayLike, "*S"], *, reduction: str = "mean"
 ) -> Float[Array, ...]:
     """Cross entropy of independent binary classifications.
 
@@ -169,8 +170,8 @@ def binary_cross_entropy_with_logits(
 
 
 def cross_entropy(
-    input: Float[Array, "*N k"],
-    target: Int[Array, "*N"],
+    input: Float[ArrayLike, "*N k"],
+    target: Int[ArrayLike, "*N"],
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
@@ -189,6 +190,7 @@ def cross_entropy(
     Raises:
         ValueError: if ``reduction`` is unknown or the shapes don't fit.
     """
+    input, target = jnp.asarray(input), jnp.asarray(target)
     if input.shape[:-1] != target.shape or not input.ndim:
         raise ValueError(
             f"input must be [N, k] and target [N], found input {list(input.shape)} and target {list(target.shape)}"
@@ -230,14 +232,16 @@ def _distance_loss(boxes1: jax.Array, boxes2: jax.Array, eps: float) -> tuple[ja
     return 1 - iou + (offset[..., 0] ** 2 + offset[..., 1] ** 2) / diagonal, iou
 
 
-def _pair(input: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _pair(input: ArrayLike, target: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    input, target = jnp.asarray(input), jnp.asarray(target)
     if input.shape != target.shape:
         raise ValueError(f"input and target must have one shape, found {list(input.shape)} and {list(target.shape)}")
     input = upcast_float(input)
     return input, target.astype(input.dtype)
 
 
-def _box_pair(boxes1: jax.Array, boxes2: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _box_pair(boxes1: ArrayLike, boxes2: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    boxes1, boxes2 = jnp.asarray(boxes1), jnp.asarray(boxes2)
     if boxes1.shape != boxes2.shape or boxes1.shape[-1:] != (4,):
         raise ValueError(f"boxes1 and boxes2 must both be [N, 4], found {list(boxes1.shape)} and {list(boxes2.shape)}")
     return upcast_float(boxes1), upcast_float(boxes2)

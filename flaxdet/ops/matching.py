@@ -9,21 +9,22 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike
 
-from flaxdet.ops.boxes import box_area, upcast_float
+from flaxdet.ops.boxes import as_mask, box_area, upcast_float
 
 BELOW_LOW_THRESHOLD = -1
 BETWEEN_THRESHOLDS = -2
 
 
 def match(
-    iou: Float[Array, "G N"],
+    iou: Float[ArrayLike, "G N"],
     *,
     high_threshold: float,
     low_threshold: float,
     allow_low_quality_matches: bool = False,
-    valid_gt: Bool[Array, " G"] | None = None,
-    valid: Bool[Array, " N"] | None = None,
+    valid_gt: Bool[ArrayLike, " G"] | None = None,
+    valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Int[Array, " N"]:
     """Matches each prediction to the ground truth that it overlaps most, if by enough.
 
@@ -46,19 +47,22 @@ def match(
         ground truth, where torchvision raises, every valid prediction is background.
 
     Raises:
-        ValueError: if ``low_threshold`` exceeds ``high_threshold`` or ``iou`` is not a matrix.
+        ValueError: if ``low_threshold`` exceeds ``high_threshold``, ``iou`` is not a matrix, or a mask's shape doesn't
+            fit it.
+        TypeError: if a mask is not boolean.
     """
     if low_threshold > high_threshold:
         raise ValueError(
             f"low_threshold must not exceed high_threshold, found {low_threshold!r} and {high_threshold!r}"
         )
+    iou = jnp.asarray(iou)
     if iou.ndim != 2:
         raise ValueError(f"iou must be [G, N], found shape {list(iou.shape)}")
+    iou = iou if jnp.issubdtype(iou.dtype, jnp.floating) else iou.astype(jnp.float32)
     count_gt, count = iou.shape
-    valid = jnp.ones(count, bool) if valid is None else valid
+    valid_gt, valid = as_mask("valid_gt", valid_gt, count_gt), as_mask("valid", valid, count)
     if not (count_gt and count):
         return jnp.where(valid, BELOW_LOW_THRESHOLD, BETWEEN_THRESHOLDS).astype(jnp.int32)
-    valid_gt = jnp.ones(count_gt, bool) if valid_gt is None else valid_gt
 
     # -1 and not 0: a ground truth that no anchor overlaps makes, under the low-quality rule, every anchor of
     # IoU 0 a match, to whichever ground truth it overlaps most, and that must not be padding
@@ -75,13 +79,13 @@ def match(
 
 
 def fcos_match(
-    anchors: Float[Array, "N 4"],
-    boxes: Float[Array, "G 4"],
+    anchors: Float[ArrayLike, "N 4"],
+    boxes: Float[ArrayLike, "G 4"],
     num_anchors_per_level: Sequence[int],
     *,
     center_sampling_radius: float = 1.5,
-    valid_gt: Bool[Array, " G"] | None = None,
-    valid: Bool[Array, " N"] | None = None,
+    valid_gt: Bool[ArrayLike, " G"] | None = None,
+    valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Int[Array, " N"]:
     """FCOS's assignment: each location predicts the smallest box that it is right for.
 
@@ -105,11 +109,16 @@ def fcos_match(
 
     Raises:
         ValueError: if shapes don't fit, or the levels don't add up to N.
+        TypeError: if a mask is not boolean.
     """
+    anchors, boxes = jnp.asarray(anchors), jnp.asarray(boxes)
     for name, array in (("anchors", anchors), ("boxes", boxes)):
         if array.ndim != 2 or array.shape[1] != 4:
-            raise ValueError(f"{name} must be [{'N' if name == 'anchors' else 'G'}, 4], found {array.shape}")
-    count = len(anchors)
+            raise ValueError(
+                f"{name} must be [{'N' if name == 'anchors' else 'G'}, 4], found shape {list(array.shape)}"
+            )
+    count, num_anchors_per_level = len(anchors), tuple(int(number) for number in num_anchors_per_level)
+    valid_gt, valid = as_mask("valid_gt", valid_gt, len(boxes)), as_mask("valid", valid, count)
     if sum(num_anchors_per_level) != count:
         raise ValueError(f"num_anchors_per_level must add up to {count} anchors, found {num_anchors_per_level}")
     if not len(boxes):
@@ -128,10 +137,7 @@ def fcos_match(
     fits = jnp.max(jnp.abs(centre - box_centre), axis=-1) < center_sampling_radius * size
     fits &= jnp.min(distances, axis=-1) > 0
     fits &= (farthest > lower) & (farthest < upper)
-    if valid_gt is not None:
-        fits &= valid_gt[None, :]
-    if valid is not None:
-        fits &= valid[:, None]
+    fits &= valid_gt[None, :] & valid[:, None]
 
     preference = jnp.where(fits, (1e8 - box_area(boxes))[None, :], 0)
     best = jnp.argmax(preference, axis=1).astype(jnp.int32)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
+from numpy.typing import ArrayLike
 
 TILE = 64
 BLOCK = 512  # kept boxes that a tile is compared with at a time
@@ -24,12 +25,12 @@ MIN_CHUNK = 512  # candidates sorted at a time, at least: fewer mean more passes
 
 
 def nms(
-    boxes: Float[Array, "N 4"],
-    scores: Float[Array, " N"],
+    boxes: Float[ArrayLike, "N 4"],
+    scores: Float[ArrayLike, " N"],
     iou_threshold: float | Float[Array, ""],
     *,
     max_output: int | None = None,
-    valid: Bool[Array, " N"] | None = None,
+    valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Int[Array, " K"]:
     """Keeps the best boxes, dropping those that overlap a better kept box too much.
 
@@ -59,13 +60,13 @@ def nms(
 
 
 def batched_nms(
-    boxes: Float[Array, "N 4"],
-    scores: Float[Array, " N"],
-    idxs: Int[Array, " N"],
+    boxes: Float[ArrayLike, "N 4"],
+    scores: Float[ArrayLike, " N"],
+    idxs: Int[ArrayLike, " N"],
     iou_threshold: float | Float[Array, ""],
     *,
     max_output: int | None = None,
-    valid: Bool[Array, " N"] | None = None,
+    valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Int[Array, " K"]:
     """``nms`` in which boxes suppress only boxes of their own category (class, pyramid level, ...).
 
@@ -94,6 +95,7 @@ def batched_nms(
 
 def _checked(name, boxes, scores, idxs, iou_threshold, max_output, valid) -> jax.Array:
     boxes, scores = jnp.asarray(boxes), jnp.asarray(scores)
+    valid = None if valid is None else jnp.asarray(valid)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{name}: boxes must have shape [N, 4], got {list(boxes.shape)}")
     n = boxes.shape[0]

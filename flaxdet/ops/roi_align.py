@@ -17,19 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
+from numpy.typing import ArrayLike
 
 from flaxdet.ops.bilinear import compute_dtype, mean_of_samples, samples_along
 
 
 def roi_align(
-    features: Float[Array, "H W C"],
-    boxes: Float[Array, "N 4"],
-    output_size: int | tuple[int, int],
+    features: Float[ArrayLike, "H W C"],
+    boxes: Float[ArrayLike, "N 4"],
+    output_size: int | Sequence[int],
     *,
     spatial_scale: float | Float[Array, ""] = 1.0,
     sampling_ratio: int | None = None,
     aligned: bool = False,
-    extent: tuple[int, int] | Int[Array, "2"] | None = None,
+    extent: Sequence[int] | Int[Array, "2"] | None = None,
 ) -> Float[Array, "N h w C"]:
     """Averages bilinear samples of ``features`` over a grid of bins inside each box.
 
@@ -69,15 +70,15 @@ def roi_align(
 
 
 def multiscale_roi_align(
-    features: Sequence[Float[Array, "H W C"]],
-    boxes: Float[Array, "N 4"],
-    output_size: int | tuple[int, int],
+    features: Sequence[Float[ArrayLike, "H W C"]],
+    boxes: Float[ArrayLike, "N 4"],
+    output_size: int | Sequence[int],
     *,
     scales: Sequence[float] | Float[Array, " L"],
     sampling_ratio: int | None = None,
     canonical_scale: int = 224,
     canonical_level: int = 4,
-    extents: Sequence[tuple[int, int]] | Int[Array, "L 2"] | None = None,
+    extents: Sequence[Sequence[int]] | Int[Array, "L 2"] | None = None,
 ) -> Float[Array, "N h w C"]:
     """RoIAlign of each box on the pyramid level that suits its size.
 
@@ -224,7 +225,9 @@ def _output_size(name, output_size, sampling_ratio) -> tuple[int, int]:
             f"{name}: sampling_ratio must be 1 or more, got {sampling_ratio} (torchvision then samples by "
             "the size of each box, which has no static shape)"
         )
-    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
+    if np.shape(output_size) not in ((), (2,)):
+        raise ValueError(f"{name}: output_size must be one number or two, got {output_size}")
+    height, width = (int(side) for side in np.broadcast_to(output_size, 2))
     if height < 1 or width < 1:
         raise ValueError(f"{name}: output_size must be positive, got {output_size}")
     return height, width

@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+from numpy.typing import ArrayLike
 
 
 def balanced_sample(
-    key: jax.Array, labels: Int[Array, " N"], batch_size: int, positive_fraction: float
+    key: jax.Array, labels: Int[ArrayLike, " N"], batch_size: int, positive_fraction: float
 ) -> tuple[Bool[Array, " N"], Bool[Array, " N"]]:
     """Chooses positives up to a share of the batch, and fills it with negatives, both uniformly at random.
 
@@ -25,12 +26,15 @@ def balanced_sample(
         chosen; positives don't fill up for missing negatives.
 
     Raises:
-        ValueError: if ``batch_size`` is negative or ``positive_fraction`` not in [0, 1].
+        ValueError: if ``batch_size`` is negative ``positive_fraction`` not in [0, 1], or labels no vector.
     """
     if batch_size < 0:
         raise ValueError(f"batch_size must not be negative, found {batch_size!r}")
     if not 0 <= positive_fraction <= 1:
         raise ValueError(f"positive_fraction must lie in [0, 1], found {positive_fraction!r}")
+    labels = jnp.asarray(labels)
+    if labels.ndim != 1:
+        raise ValueError(f"labels must be [N], found shape {list(labels.shape)}")
     positive, negative = labels >= 1, labels == 0
     most_positive = int(batch_size * positive_fraction)
     positive_key, negative_key = jax.random.split(key)

@@ -64,6 +64,35 @@ class WithBoth(nn.Module):
         return {name: -y if train else y for name, y in levels(self, x, canvas).items()}
 
 
+class TwoConvHead(nn.Module):
+    """An FCOS head of one's own, which neither normalises nor knows of canvases."""
+
+    @nn.compact
+    def __call__(self, features):
+        outputs = {"cls_logits": CLASSES, "bbox_regression": 4, "bbox_ctrness": 1}
+        layers = {name: nn.Conv(width, (1, 1), name=name) for name, width in outputs.items()}
+        return {
+            name: jnp.concatenate(
+                [nn.relu(layer(x)).reshape(len(x), -1, outputs[name]) for x in features.values()], axis=1
+            )
+            for name, layer in layers.items()
+        }
+
+
+class OwnRPNHead(nn.Module):
+    @nn.compact
+    def __call__(self, features):
+        logits, deltas = nn.Conv(3, (1, 1), name="logits"), nn.Conv(12, (1, 1), name="deltas")
+        maps = features.values()
+        return [logits(x).reshape(len(x), -1) for x in maps], [deltas(x).reshape(len(x), -1, 4) for x in maps]
+
+
+class OwnPredictor(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(CLASSES, name="logits")(x), nn.Dense(CLASSES * 4, name="deltas")(x)
+
+
 def fcos(backbone, **options):
     return FCOS(backbone, CLASSES, **{**FCOS_OPTIONS, **options})
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flaxdet.convert import reference, verify
-from flaxdet.models.roi_heads import MultiScaleRoIAlign
+from flaxdet.models.roi_pool import MultiScaleRoIAlign
 from flaxdet.nn import BackboneWithFPN
 from flaxdet.structures import ImageBatch
 from flaxdet.train import shard_batch

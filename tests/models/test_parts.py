@@ -12,22 +12,20 @@ import pytest
 from flaxdet.models import FCOS, FasterRCNN, FastRCNNPredictor, FCOSHead, MultiScaleRoIAlign, RPNHead, TwoMLPHead
 from flaxdet.models.detector import example_batch
 from flaxdet.ops import AnchorGenerator
-from tests.models.small import CLASSES, WIDTH, Plain, WithBoth, batch_of, faster_rcnn, fcos, run, variables_of
-
-
-class TwoConvHead(nn.Module):
-    """An FCOS head of one's own, which neither normalises nor knows of canvases."""
-
-    @nn.compact
-    def __call__(self, features):
-        outputs = {"cls_logits": CLASSES, "bbox_regression": 4, "bbox_ctrness": 1}
-        layers = {name: nn.Conv(width, (1, 1), name=name) for name, width in outputs.items()}
-        return {
-            name: jnp.concatenate(
-                [nn.relu(layer(x)).reshape(len(x), -1, outputs[name]) for x in features.values()], axis=1
-            )
-            for name, layer in layers.items()
-        }
+from tests.models.small import (
+    CLASSES,
+    WIDTH,
+    OwnPredictor,
+    OwnRPNHead,
+    Plain,
+    TwoConvHead,
+    WithBoth,
+    batch_of,
+    faster_rcnn,
+    fcos,
+    run,
+    variables_of,
+)
 
 
 def test_fcos_with_a_head_of_ones_own():
@@ -41,26 +39,12 @@ def test_fcos_with_a_head_of_ones_own():
     assert "conv_2" not in variables_of(deeper)["params"]["head"]["regression_head"]
 
 
-class OwnRPNHead(nn.Module):
-    @nn.compact
-    def __call__(self, features):
-        logits, deltas = nn.Conv(3, (1, 1), name="logits"), nn.Conv(12, (1, 1), name="deltas")
-        maps = features.values()
-        return [logits(x).reshape(len(x), -1) for x in maps], [deltas(x).reshape(len(x), -1, 4) for x in maps]
-
-
 class OwnBoxHead(nn.Module):
     """Averages the pooled map; like TwoMLPHead it needs to know neither the mode nor the valid slots."""
 
     @nn.compact
     def __call__(self, x):
         return jnp.mean(x, (1, 2))
-
-
-class OwnPredictor(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        return nn.Dense(CLASSES, name="logits")(x), nn.Dense(CLASSES * 4, name="deltas")(x)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,118 @@
+"""Pooling of boxes from a pyramid, after torchvision.ops.MultiScaleRoIAlign."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jax import lax
+from jaxtyping import Float
+
+from flaxdet.models.detector import feature_extents, per_image
+from flaxdet.nn.fpn import Features
+from flaxdet.nn.layers import Array
+from flaxdet.nn.options import check_counts, check_sizes
+from flaxdet.ops.roi_align import multiscale_roi_align
+from flaxdet.structures import ImageBatch
+
+
+@dataclass(frozen=True)
+class MultiScaleRoIAlign:
+    """Pools each box from the level that fits its size (torchvision.ops.MultiScaleRoIAlign).
+
+    Each level's scale is inferred as torchvision infers it, 2**round(log2(map height / image height)), but
+    for every image anew: torchvision keeps those of the first batch that it sees.
+
+    Attributes:
+        featmap_names: the levels to pool from. The default names those of torchvision ("0".."3") and of this
+            library ("p2".."p5").
+        output_size: (rows, columns) of a pooled map; one number for both.
+        sampling_ratio: samples a bin and side, at least 1.
+        canonical_scale: pixels of a box that is pooled from ``canonical_level``.
+        canonical_level: log2 of that level's stride.
+
+    Raises:
+        ValueError: for an option out of range.
+        TypeError: for an option of another kind.
+    """
+
+    featmap_names: tuple[str, ...] = ("0", "1", "2", "3", "p2", "p3", "p4", "p5")
+    output_size: int | tuple[int, int] = 7
+    sampling_ratio: int = 2
+    canonical_scale: int = 224
+    canonical_level: int = 4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.featmap_names, str) or not all(isinstance(name, str) for name in self.featmap_names):
+            raise TypeError(f"MultiScaleRoIAlign: featmap_names should be names of maps, got {self.featmap_names!r}")
+        size = self.output_size
+        if np.shape(size) == ():
+            size = (size, size)
+        object.__setattr__(self, "featmap_names", tuple(self.featmap_names))
+        object.__setattr__(self, "output_size", tuple(size))  # pyright: ignore[reportArgumentType]
+        check_sizes(self, "output_size", 2)
+        check_counts(self, 1, "sampling_ratio", "canonical_scale")
+        check_counts(self, 0, "canonical_level")
+
+    def __call__(
+        self,
+        features: Features,
+        boxes: Float[Array, "B R 4"],
+        batch: ImageBatch,
+        *,
+        strides: Mapping[str, int] | None = None,
+    ) -> Float[Array, "B R h w C"]:
+        """Pools boxes.
+
+        A level's scale is 1 / its stride, always. torchvision infers it from the height of the first image that a model
+        ever sees, and keeps it: the same after any ordinary photo, another one for good after a very elongated image.
+
+        Args:
+            features: {name: [B, h, w, C]}, finest first.
+            boxes: [B, R, 4] xyxy in the pixels of the resized images.
+            batch: the images (canvases are read).
+            strides: pixels from cell to cell of each level, by name. Of a level that is not named, the power of two
+                nearest to the pixels' longer side over the level's.
+
+        Returns:
+            [B, R, h, w, C] in the features' dtype.
+
+        Raises:
+            ValueError: if no feature map has one of ``featmap_names``.
+        """
+        levels = {name: x for name, x in features.items() if name in self.featmap_names}
+        if not levels:
+            raise ValueError(
+                f"none of featmap_names {list(self.featmap_names)} is among the backbone's feature maps "
+                f"{list(features)}"
+            )
+        extents = feature_extents(levels, batch)
+        strides, longest = strides or {}, max(batch.pixels.shape[1:3])
+        scales = tuple(
+            1 / strides[name] if name in strides else 2.0 ** round(math.log2(max(x.shape[1:3]) / longest))
+            for name, x in levels.items()
+        )
+
+        align = functools.partial(
+            multiscale_roi_align,
+            output_size=self.output_size,
+            sampling_ratio=self.sampling_ratio,
+            canonical_scale=self.canonical_scale,
+            canonical_level=self.canonical_level,
+        )
+
+        def pool(maps: tuple[Array, ...], boxes: Array, extents: Any) -> Array:
+            return align(maps, boxes, scales=scales, extents=extents)
+
+        pooled = per_image(pool)(tuple(levels.values()), boxes, None if extents is None else tuple(extents.values()))
+        # XLA:CPU would compute all samples again, cell by cell, where the gradient reads this transposed
+        return lax.optimization_barrier(pooled)
+
+
+def pooled_channels(out_channels: int, output_size: int | tuple[int, int]) -> int:
+    """Inputs of a dense layer on pooled maps: C * h * w."""
+    return out_channels * (output_size**2 if isinstance(output_size, int) else math.prod(output_size))

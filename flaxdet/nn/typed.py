@@ -1,0 +1,124 @@
+"""The base of modules with ``dtype`` and ``param_dtype``, and ``clone``, which carries such options to every part."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Dtype = Any
+
+# Options that a module shares with its parts.
+SHARED_OPTIONS = ("dtype", "param_dtype", "precision")
+
+
+def default_param_dtype(dtype: Dtype, param_dtype: Dtype | None) -> Dtype:
+    """The dtype that stores parameters: ``param_dtype``, or float64 if ``dtype`` is, else float32.
+
+    Raises:
+        ValueError: if float64 is asked for while jax runs without x64.
+    """
+    dtype = jnp.dtype(dtype)
+    stored = (
+        jnp.dtype(param_dtype)
+        if param_dtype is not None
+        else (dtype if dtype == jnp.float64 else jnp.dtype(jnp.float32))
+    )
+    for name, asked in (("dtype", dtype), ("param_dtype", stored)):
+        if not jnp.issubdtype(asked, jnp.floating):
+            raise ValueError(f"{name} should be a floating point dtype, got {asked}")
+        if asked == jnp.float64 and jax.dtypes.canonicalize_dtype(asked) != asked:
+            raise ValueError(
+                f"{name}=float64 needs jax's 64-bit mode: call inside `with jax.enable_x64(True):` "
+                "or set jax_enable_x64 (without it jax would compute in float32)"
+            )
+    return stored
+
+
+class TypedModule(nn.Module):
+    """Base of modules with ``dtype`` and ``param_dtype``; holds no fields of its own.
+
+    It resolves both at once, so that modules built alike are equal however their dtypes were spelled: equal
+    modules share what jit has compiled, and a file can tell a builder's model.
+    """
+
+    def __post_init__(self) -> None:
+        dtype: Dtype = self.dtype  # pyright: ignore[reportAttributeAccessIssue]
+        stored = default_param_dtype(dtype, self.param_dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        object.__setattr__(self, "dtype", jnp.dtype(dtype))
+        object.__setattr__(self, "param_dtype", stored)
+        super().__post_init__()
+
+    def clone(self, *, parent: Any = None, _deep_clone: Any = False, _reset_names: bool = False, **updates: Any) -> Any:
+        """A copy with other options, as Flax's ``clone``.
+
+        A new ``dtype``, ``param_dtype`` or ``precision`` also reaches the module's parts, and the parts of its parts,
+        where they have a field of that name. Parts that are given in the same call stay as they are given.
+
+        Args:
+            parent: of the copy; default none.
+            _deep_clone: for Flax: copies the parts too.
+            _reset_names: for Flax: clears the names of the parts.
+            **updates: fields to replace. ``param_dtype=None`` is float64 if ``dtype`` is, else float32; without a new
+                ``param_dtype`` the old one stays.
+
+        Returns:
+            A module of the same class.
+        """
+        shared = {name: updates[name] for name in SHARED_OPTIONS if name in updates}
+        if shared:
+            dtype = updates.get("dtype", self.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            if "param_dtype" in shared:  # a part of another library may not know None
+                shared["param_dtype"] = default_param_dtype(dtype, shared["param_dtype"])
+            updates = {**_parts_with(self, shared, {}), **updates}
+        return super().clone(parent=parent, _deep_clone=_deep_clone, _reset_names=_reset_names, **updates)
+
+
+def parts_of(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules among a module's fields and, below each, the modules among its own fields.
+
+    Args:
+        module: any Linen module.
+        path: of the module, which the parts' paths begin with.
+
+    Yields:
+        (path, part), such as ("backbone.body", the ResNet); of a field that holds several, each has the field's path.
+    """
+    for name, value in _fields(module).items():
+        for part in jax.tree.leaves(value):
+            if isinstance(part, nn.Module):
+                yield f"{path}{name}", part
+                yield from parts_of(part, f"{path}{name}.")
+
+
+def _fields(module: nn.Module) -> dict[str, Any]:
+    fields = (field.name for field in dataclasses.fields(module) if field.init)
+    return {name: getattr(module, name) for name in fields if name not in ("parent", "name")}
+
+
+def _parts_with(module: nn.Module, options: Mapping[str, Any], done: dict[int, nn.Module]) -> dict[str, Any]:
+    """The fields of a module that hold parts which the options change, with those parts changed.
+
+    ``done`` maps the ids of the parts met so far to what became of them: a part that stands in two fields shares its
+    parameters, and goes on to.
+    """
+
+    def changed(part: Any) -> Any:
+        if not isinstance(part, nn.Module):
+            return part
+        if id(part) not in done:
+            own = {name: value for name, value in options.items() if name in _fields(part)}
+            updates = {**_parts_with(part, options, done), **own}
+            done[id(part)] = nn.Module.clone(part, **updates) if updates else part
+        return done[id(part)]
+
+    fields = {name: (value, jax.tree.map(changed, value)) for name, value in _fields(module).items()}
+    return {name: new for name, (old, new) in fields.items() if _modules(old) != _modules(new)}
+
+
+def _modules(value: Any) -> list[int]:
+    return [id(part) for part in jax.tree.leaves(value) if isinstance(part, nn.Module)]
