@@ -22,9 +22,10 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from flaxdet.buckets import Size, assign, default_buckets, sort_buckets
+from flaxdet.buckets import Size, assign, model_buckets
 from flaxdet.compiling import compiler_options
 from flaxdet.convert.checkpoint import replacing, write_safetensors
+from flaxdet.files import check_categories
 from flaxdet.folding import fold_batch_norm
 from flaxdet.models.detector import Detector
 from flaxdet.predict import detect, unpad
@@ -66,34 +67,34 @@ def export(
         folder: where to; created if need be. Files of an earlier artifact are replaced, signature.json last.
         model: from a builder or ``flaxdet.load``.
         variables: its ``{"params": ..., "batch_stats": ...}``.
-        buckets: (rows, columns) after the resize, multiples of 32; default ``default_buckets(model.transform)``.
+        buckets: (rows, columns) after the resize, multiples of 32; default ``default_buckets(model.transform)``. A
+            model with ``fixed_size`` has one canvas, which may be of any size where it is the one bucket.
         batch_sizes: a program for each; default one program for any (its batch is symbolic).
         raw_size: side of the square arrays that images come in; larger photos must be made smaller before.
         platforms: that each program is lowered for, of "cpu", "cuda", "rocm" and "tpu".
         fold: fold BatchNorm into the convolutions.
-        categories: name of each label, for the signature.
+        categories: name of each label, label 0 first, for the signature.
         progress: shows a bar.
 
     Returns:
         The content of signature.json.
 
     Raises:
-        ValueError: for a bucket that is not a multiple of 32, sizes below 1, no platform or an unknown one, or a model
-            whose canvases are no multiples of 32.
+        ValueError: where canvases may be smaller than their bucket, for a bucket or a ``size_divisible`` that is no
+            multiple of 32; for sizes below 1, no platform or an unknown one, or a number of categories that isn't
+            num_classes.
         OSError: if the folder can't be written.
     """
     from tqdm import tqdm
 
     config, folder = model.transform, Path(folder)
-    shapes = sort_buckets(default_buckets(config) if buckets is None else buckets)
-    if any(side % 32 for bucket in shapes for side in bucket) or config.size_divisible % 32:
-        raise ValueError(
-            f"buckets and the model's size_divisible should be multiples of 32, got {shapes}, {config.size_divisible}"
-        )
+    shapes, masked = model_buckets(buckets, config)
+    platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
     if raw_size < 1 or not all(size >= 1 for size in batch_sizes or ()):
         raise ValueError(f"raw_size and batch_sizes should be at least 1, got {raw_size} and {batch_sizes}")
     if not platforms or not {*platforms} <= {*PLATFORMS, "rocm"}:
-        raise ValueError(f'platforms should be some of "cpu", "cuda", "rocm" and "tpu", got {tuple(platforms)}')
+        raise ValueError(f'platforms should be some of "cpu", "cuda", "rocm" and "tpu", got {platforms}')
+    check_categories(folder, model, categories)
     if fold:
         model, variables = fold_batch_norm(model, variables)  # pyright: ignore[reportArgumentType, reportAssignmentType]
     weights = flat_weights(variables)
@@ -103,7 +104,7 @@ def export(
     for bucket, batch in tqdm(
         [(bucket, batch) for bucket in shapes for batch in batches], desc="lowering", disable=not progress
     ):
-        exported = jax.export.export(jax.jit(_pipeline(model, bucket)), platforms=tuple(platforms))(
+        exported = jax.export.export(jax.jit(_pipeline(model, bucket, masked)), platforms=platforms)(
             abstract,
             jax.ShapeDtypeStruct((batch, raw_size, raw_size, 3), jnp.uint8),
             jax.ShapeDtypeStruct((batch, 2), jnp.int32),
@@ -148,7 +149,7 @@ def flat_weights(variables: Any) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(array) for name, array in flat.items()}
 
 
-def _pipeline(model: Detector, bucket: Size) -> Callable[..., dict[str, jax.Array]]:
+def _pipeline(model: Detector, bucket: Size, masked: bool) -> Callable[..., dict[str, jax.Array]]:
     config = model.transform
     resize = functools.partial(
         resize_image,
@@ -164,7 +165,7 @@ def _pipeline(model: Detector, bucket: Size) -> Callable[..., dict[str, jax.Arra
             pixels=jax.vmap(resize)(images, size, new_size),
             size=new_size,
             original_size=size,
-            canvas=-(-new_size // step) * step,
+            canvas=-(-new_size // step) * step if masked else None,
         )
         found = detect(model, traverse_util.unflatten_dict(weights, sep="."), batch)
         return {"boxes": found.boxes, "scores": found.scores, "labels": found.labels, "valid": found.valid}
@@ -260,16 +261,16 @@ def load_exported(folder: str | Path) -> ExportedDetector:
             raise ExportError(f"{path}: {error.strerror}; an artifact needs it beside {SIGNATURE}") from None
         if _hash(contents[part["file"]]) != part["sha256"]:
             raise ExportError(f"{path}: is not the file that {SIGNATURE} was written with (sha256 differs)")
-    if jax.default_backend() not in (signature["platforms"] + ["gpu"] * ("cuda" in signature["platforms"])):
+    platform = jax.export.default_export_platform()  # default_backend() calls both "cuda" and "rocm" "gpu"
+    if platform not in signature["platforms"]:
         raise ExportError(
-            f"{folder}: was exported for {', '.join(signature['platforms'])}, this process runs on "
-            f"{jax.default_backend()}"
+            f"{folder}: was exported for {', '.join(signature['platforms'])}, this process runs on {platform}"
         )
 
     @functools.cache
     def run(number: int) -> Callable[..., dict[str, jax.Array]]:
         exported = jax.export.deserialize(bytearray(contents[signature["programs"][number]["file"]]))
-        options = signature["compiler_options"].get(jax.default_backend()) or None
+        options = signature["compiler_options"].get(platform) or None
         return jax.jit(exported.call, compiler_options=options)
 
     weights = jax.device_put(safetensors.numpy.load(contents[signature["weights"]["file"]]))

@@ -20,6 +20,7 @@ from flaxdet.builders import BUILDERS, OWN_FIELDS, OWN_PARTS, Variables, make_mo
 from flaxdet.convert import checkpoint
 from flaxdet.convert.identify import identify
 from flaxdet.convert.state_dict import from_torchvision, to_torchvision
+from flaxdet.models.detector import Detector
 from flaxdet.models.faster_rcnn import FasterRCNN
 from flaxdet.models.fcos import FCOS
 from flaxdet.models.roi_heads import MultiScaleRoIAlign
@@ -127,20 +128,28 @@ def load_categories(path: str | Path) -> list[str] | None:
     return None if stored is None else stored["categories"]
 
 
-def check_categories(path: str | Path, model: FCOS | FasterRCNN, categories: Sequence[str] | None) -> None:
-    """Raises ValueError, naming the file to be written, unless ``categories`` name every label."""
-    if categories is not None and len(categories) != num_classes(model):
+def check_categories(path: str | Path, model: Detector, categories: Sequence[str] | None) -> None:
+    """Raises ValueError, naming the file to be written, unless ``categories`` name every label.
+
+    A number of labels that a model doesn't tell is not compared.
+    """
+    if isinstance(categories, str):
+        raise ValueError(f"{path}: categories should be a list with the name of every label, got one {categories!r}")
+    count = num_classes(model)
+    if categories is not None and count is not None and len(categories) != count:
         raise ValueError(
-            f"{path}: categories should name every label, background included: expected {num_classes(model)} names, "
+            f"{path}: categories should name every label, background included: expected {count} names, "
             f"got {len(categories)}"
         )
 
 
-def num_classes(model: FCOS | FasterRCNN) -> int:
-    """Number of labels that a model tells apart, the background counted, also where a predictor of one's own has it."""
-    if model.num_classes is not None:
-        return model.num_classes
-    return model.box_predictor.num_classes  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+def num_classes(model: Detector) -> int | None:
+    """Number of labels that a model tells apart, the background counted; ``None`` where it doesn't say.
+
+    A ``box_predictor`` of the user's own says it by its attribute ``num_classes``, if it has one.
+    """
+    own = getattr(model, "num_classes", None)
+    return getattr(getattr(model, "box_predictor", None), "num_classes", None) if own is None else own
 
 
 def read_stored(path: str | Path) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxdet.buckets import Size, assign, default_buckets, holds, sort_buckets
+from flaxdet.buckets import Size, assign, holds, model_buckets
 from flaxdet.data.ahead import read_ahead
 from flaxdet.data.images import read_image
 from flaxdet.folding import fold_batch_norm
@@ -60,7 +60,8 @@ class Predictor:
         model: from a builder or ``flaxdet.load``. A model with ``dtype=jnp.bfloat16`` computes in bfloat16.
         variables: its ``{"params": ..., "batch_stats": ...}``.
         buckets: (rows, columns) of the static shapes, in pixels after the resize, multiples of 32; default
-            ``default_buckets(model.transform)``, which hold every image.
+            ``default_buckets(model.transform)``, which hold every image. A model with ``fixed_size`` has one canvas,
+            which may be of any size where it is the one bucket.
         batch_size: B, images a call of the model. A batch that is not full is filled up with copies. On a CPU, without
             a mesh, the images of a batch take turns: as quick there, in the memory of one.
         raw_sizes: an image of 8-bit pixels is sent to the device in the smallest square array of these sides that
@@ -69,8 +70,8 @@ class Predictor:
         mesh: of ``flaxdet.train.make_mesh``; the batch is divided over its devices.
 
     Raises:
-        ValueError: for a bucket that is not a multiple of 32, a model whose canvases aren't
-            (``size_divisible``), a batch that the mesh's devices don't divide, or sizes below 1.
+        ValueError: where canvases may be smaller than their bucket, for a bucket or a ``size_divisible`` that is no
+            multiple of 32; for a batch that the mesh's devices don't divide, or sizes below 1.
     """
 
     def __init__(
@@ -84,16 +85,7 @@ class Predictor:
         fold: bool = True,
         mesh: Mesh | None = None,
     ):
-        config = model.transform
-        self.buckets = sort_buckets(default_buckets(config) if buckets is None else buckets)
-        for rows, columns in self.buckets:
-            if rows % 32 or columns % 32:
-                raise ValueError(f"bucket {rows}x{columns} (rows x columns) should have multiples of 32 as its sides")
-        if config.size_divisible % 32:
-            raise ValueError(
-                f"a model with size_divisible={config.size_divisible} has canvases that don't fit into buckets (32 "
-                "should divide it): use flaxdet.predict, which compiles for each canvas"
-            )
+        self.buckets, masked = model_buckets(buckets, model.transform)
         if batch_size < 1 or not all(size >= 1 for size in raw_sizes):
             raise ValueError(f"batch_size and raw_sizes should be at least 1, got {batch_size} and {tuple(raw_sizes)}")
         if mesh is not None and batch_size % mesh.shape[DATA_AXIS]:
@@ -105,8 +97,6 @@ class Predictor:
         folded: Any = fold_batch_norm(model, variables) if fold else (model, variables)  # pyright: ignore[reportArgumentType]
         self.model, variables = folded
         variables = jax.device_put(variables, None if mesh is None else replicated(mesh))
-        # where the resize makes every image as large as the one bucket, no masks are needed
-        masked = config.fixed_size is None or [canvas_size(resized_size((1, 1), config), config)] != self.buckets
         self._programs = Programs(self.model, variables, batch_size=batch_size, masked=masked, mesh=mesh)
 
     @property

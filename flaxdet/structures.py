@@ -13,17 +13,58 @@ where they appear; sizes and extents are (rows, columns).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
-from typing import Any
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import InitVar, dataclass, fields
+from typing import Any, TypeVar
 
 import jax
+import jax.export
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
+Class = TypeVar("Class", bound=type)
 
 
+def exportable(cls: Class) -> Class:
+    """Registers a pytree class with jax.export, so that functions which take or return it can be serialised.
+
+    The file holds the names of the fields. A field that the file lacks is ``None`` when it is read, so that fields may
+    be added to the class later, anywhere. Fields may not change places: jax tells their arrays apart by the order.
+
+    Args:
+        cls: a ``flax.struct.dataclass`` of arrays and pytrees, without static fields.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: when a file is read that has a field which the class lacks, unless it is ``None`` there, or that
+            has the fields in another order.
+    """
+    names = [field.name for field in fields(cls)]
+    title = f"flaxdet.{cls.__name__}"
+
+    def build(written: Any, children: Sequence[Any]) -> Any:
+        values = dict(zip(written, children, strict=True))
+        present = [name for name in written if values[name] is not None]
+        if present != [name for name in names if name in present]:
+            expected = f"expected the fields {', '.join(names)}, in this order"
+            raise ValueError(f"{title}: {expected}, got {', '.join(present)}")
+        return cls(**{name: values.get(name) for name in names})
+
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=title,
+        serialize_auxdata=lambda _: json.dumps(names).encode(),
+        deserialize_auxdata=json.loads,
+        from_children=build,  # pyright: ignore[reportArgumentType]  # parameters of other names
+    )
+    return cls
+
+
+@exportable
 @struct.dataclass
 class ImageBatch:
     """Normalised images, each on its own canvas inside one bucket. ``flaxdet.transform`` builds it.
@@ -47,6 +88,7 @@ class ImageBatch:
         del roi_reference_height
 
 
+@exportable
 @struct.dataclass
 class Targets:
     """Ground truth in the pixels of the resized image.
@@ -62,6 +104,7 @@ class Targets:
     valid: Bool[Array, "B G"]
 
 
+@exportable
 @struct.dataclass
 class Proposals:
     """Region proposals in the pixels of the resized image, best first; padding is zero and not valid.
@@ -77,6 +120,7 @@ class Proposals:
     valid: Bool[Array, "B R"]
 
 
+@exportable
 @struct.dataclass
 class Detections:
     """Detections in the pixels of the resized image, best first.
@@ -122,11 +166,12 @@ class TransformConfig:
     fixed_size: Sequence[int] | None = None
 
     def __post_init__(self):
-        min_size = self.min_size if isinstance(self.min_size, (list, tuple)) else (self.min_size,)
+        # numpy's integers and a range are welcome too
+        min_size = (self.min_size,) if not isinstance(self.min_size, Iterable) else self.min_size
         mean = (0.485, 0.456, 0.406) if self.image_mean is None else self.image_mean
         std = (0.229, 0.224, 0.225) if self.image_std is None else self.image_std
         normalised = {
-            "min_size": tuple(min_size),  # pyright: ignore[reportArgumentType]
+            "min_size": tuple(min_size),
             "image_mean": tuple(float(value) for value in mean),
             "image_std": tuple(float(value) for value in std),
             "fixed_size": None if self.fixed_size is None else tuple(self.fixed_size),

@@ -92,6 +92,20 @@ def test_one_file_for_all_platforms_and_batches(artifact):
         same({name: found[name][i][valid] for name in ("boxes", "scores", "labels")}, expected)
 
 
+def test_one_canvas_of_any_size(tmp_path):
+    """With ``fixed_size`` no canvas is smaller than its bucket, which need be no multiple of 32."""
+    model = tiny_model(FCOS_NAME, score_thresh=0.05, fixed_size=(50, 70), size_divisible=1)
+    variables, images = tiny_variables(model), [noise(64, 80), noise(30, 120)]
+    flaxdet.export(tmp_path, model, variables, raw_size=128, platforms="cpu", batch_sizes=(1,))
+    expected = flaxdet.predict(model, variables, images)
+    assert all(len(found["scores"]) > 3 for found in expected)
+    for detect in (flaxdet.load_exported(tmp_path), flaxdet.Predictor(model, variables, raw_sizes=(128,))):
+        for found, other in zip(detect(images), expected, strict=True):
+            same(found, other)
+    with pytest.raises(ValueError, match="size_divisible=1 gives canvases that don't fit into buckets"):
+        flaxdet.export(tmp_path, model, variables, buckets=[(96, 64)])
+
+
 def test_a_program_for_each_batch_size(tmp_path):
     model = tiny_model(FCOS_NAME, score_thresh=0.05)
     variables = tiny_variables(model)
@@ -183,6 +197,21 @@ def test_another_platform(copy):
         flaxdet.load_exported(copy)
 
 
+@pytest.mark.parametrize(("exported", "fits"), [("rocm", True), ("cuda", False)])
+def test_a_rocm_device(copy, monkeypatch, exported, fits):
+    """jax calls an AMD GPU "gpu" as a backend and "rocm" as a platform of exported functions."""
+    signature = json.loads((copy / "signature.json").read_text())
+    (copy / "signature.json").write_text(json.dumps({**signature, "platforms": [exported]}))
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        patch.setattr(jax.export, "default_export_platform", lambda: "rocm")
+        if fits:
+            assert flaxdet.load_exported(copy).signature["platforms"] == ["rocm"]
+        else:
+            with pytest.raises(ExportError, match="was exported for cuda, this process runs on rocm"):
+                flaxdet.load_exported(copy)
+
+
 def test_bad_images(artifact):
     detector = flaxdet.load_exported(artifact[0])
     with pytest.raises(TypeError, match="image 0: expected uint8, got float32"):
@@ -196,11 +225,13 @@ def test_bad_images(artifact):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"buckets": [(64, 97)]}, "should be multiples of 32"),
+        ({"buckets": [(64, 97)]}, r"bucket 64x97 \(rows x columns\) should have multiples of 32"),
         ({"raw_size": 0}, "should be at least 1, got 0"),
         ({"batch_sizes": (0,)}, "should be at least 1"),
         ({"platforms": ["cpu", "gpu"]}, r"should be some of .*, got \('cpu', 'gpu'\)"),
         ({"platforms": []}, r"should be some of .*, got \(\)"),
+        ({"categories": ["cat"]}, "expected 4 names, got 1"),
+        ({"categories": "abcd"}, "should be a list with the name of every label, got one 'abcd'"),
     ],
 )
 def test_bad_options(artifact, tmp_path, options, message):

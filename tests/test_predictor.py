@@ -191,7 +191,7 @@ def test_bad_options(fcos, options, message):
 
 
 def test_a_model_whose_canvases_fit_no_bucket(fcos):
-    with pytest.raises(ValueError, match="size_divisible=8 has canvases that don't fit"):
+    with pytest.raises(ValueError, match="size_divisible=8 gives canvases that don't fit into buckets"):
         flaxdet.Predictor(tiny_model(FCOS_NAME, size_divisible=8), fcos[1], buckets=BUCKETS)
 
 
