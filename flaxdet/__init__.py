@@ -8,7 +8,8 @@ from flaxdet.classes import match_classes, replace_classes
 from flaxdet.compiling import compiler_options
 from flaxdet.draw import draw_detections
 from flaxdet.evaluate import coco_results, evaluate
-from flaxdet.export import export, load_exported
+from flaxdet.export import export
+from flaxdet.exported import load_exported
 from flaxdet.files import load, load_categories, save
 from flaxdet.folding import fold_batch_norm
 from flaxdet.models import FCOS, FasterRCNN

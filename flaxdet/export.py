@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,27 +18,21 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
-from flaxdet.buckets import Size, assign, model_buckets
+from flaxdet.buckets import Size, model_buckets
 from flaxdet.compiling import compiler_options
 from flaxdet.convert.checkpoint import replacing, write_safetensors
 from flaxdet.files import check_categories
 from flaxdet.folding import fold_batch_norm
 from flaxdet.models.detector import Detector
-from flaxdet.predict import detect, unpad
+from flaxdet.predict import detect
 from flaxdet.resize import resize_image
-from flaxdet.structures import Detections, ImageBatch, TransformConfig
-from flaxdet.transform import canvas_size, check_images, resized_size
+from flaxdet.structures import ImageBatch
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
 SIGNATURE, WEIGHTS = "signature.json", "weights.safetensors"
-
-
-class ExportError(ValueError):
-    """A folder holds no artifact that this flaxdet can run; the message names it and what was expected."""
 
 
 def export(
@@ -116,7 +109,7 @@ def export(
         folder.mkdir(parents=True, exist_ok=True)  # not before there is something to write
         with replacing(folder / name) as file:
             file.write(content)
-        programs.append({"file": name, "bucket": list(bucket), "batch": fixed, "sha256": _hash(content)})
+        programs.append({"file": name, "bucket": list(bucket), "batch": fixed, "sha256": digest(content)})
     write_safetensors(folder / WEIGHTS, weights, {"format": str(FORMAT)})
     signature = {
         "format": FORMAT,
@@ -135,7 +128,7 @@ def export(
         },
         "compiler_options": {"cpu": compiler_options(model.box_dtype) or {}},
         "categories": None if categories is None else list(categories),
-        "weights": {"file": WEIGHTS, "sha256": _hash((folder / WEIGHTS).read_bytes())},
+        "weights": {"file": WEIGHTS, "sha256": digest((folder / WEIGHTS).read_bytes())},
         "programs": programs,
     }
     with replacing(folder / SIGNATURE) as file:
@@ -173,109 +166,6 @@ def _pipeline(model: Detector, bucket: Size, masked: bool) -> Callable[..., dict
     return pipeline
 
 
-@dataclass(frozen=True)
-class ExportedDetector:
-    """An artifact of ``export`` in use: what its README page does, with checks.
-
-    Attributes:
-        signature: the content of signature.json.
-        weights: arrays by dotted name.
-    """
-
-    signature: dict[str, Any]
-    weights: dict[str, Any]
-    _run: Callable[[int], Callable[..., dict[str, jax.Array]]]
-
-    def __call__(self, images: Sequence[Any]) -> list[dict[str, np.ndarray]]:
-        """Detects objects in images of any sizes up to the artifact's raw size.
-
-        Args:
-            images: arrays [H, W, 3] uint8, RGB.
-
-        Returns:
-            As ``flaxdet.predict``: for each image {"boxes": [N, 4] xyxy in its pixels, "scores": [N], "labels": [N]}.
-
-        Raises:
-            TypeError: for images that are not uint8.
-            ValueError: for something that is no image, is larger than the raw size, or fits no bucket, by its number.
-        """
-        signature, results = self.signature, []
-        raw, resize = signature["raw_size"], signature["resize"]
-        config = TransformConfig(
-            resize["min_size"],
-            resize["max_size"],
-            size_divisible=resize["size_divisible"],
-            fixed_size=resize["fixed_size"],
-        )
-        buckets = [tuple(program["bucket"]) for program in signature["programs"]]
-        for i, image in enumerate(check_images(images)):
-            size = (image.shape[0], image.shape[1])
-            if image.dtype != np.uint8:
-                raise TypeError(f"image {i}: expected uint8, got {image.dtype}")
-            if max(size) > raw:
-                raise ValueError(f"image {i}: expected at most {raw} pixels a side, got {size[0]}x{size[1]}")
-            new_size = resized_size(size, config, name=f"image {i}")
-            own = np.array([canvas_size(new_size, config)])
-            number = int(assign(own, buckets, names=[f"image {i}"])[0])
-            count = signature["programs"][number]["batch"] or 1
-            padded = np.zeros((count, raw, raw, 3), np.uint8)
-            padded[:, : size[0], : size[1]] = image
-            sizes = (np.tile(np.array([pair], np.int32), (count, 1)) for pair in (size, new_size))
-            found = self._run(number)(self.weights, padded, *sizes)
-            first = {name: values[:1] for name, values in found.items()}
-            results += unpad(Detections(**first, overflow=np.zeros(1, bool)))  # pyright: ignore[reportArgumentType]
-        return results
-
-
-def load_exported(folder: str | Path) -> ExportedDetector:
-    """Reads an artifact of ``export``.
-
-    Args:
-        folder: with signature.json.
-
-    Returns:
-        A function of images; each program is compiled when first needed.
-
-    Raises:
-        ExportError: if a file is missing or not the one that was exported, or the artifact's format is another's.
-    """
-    folder = Path(folder)
-    try:
-        signature = json.loads((folder / SIGNATURE).read_text())
-        version = signature["format"]
-    except FileNotFoundError:
-        raise ExportError(f"{folder}: expected a folder with {SIGNATURE}, which `flaxdet export` writes") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{folder / SIGNATURE}: expected the JSON that `flaxdet export` writes ({error})") from None
-    if version != FORMAT:
-        raise ExportError(
-            f"{folder / SIGNATURE}: the artifact has format {version}, this flaxdet runs format {FORMAT}: export it "
-            "again, or use the flaxdet that wrote it"
-        )
-    contents = {}
-    for part in (signature["weights"], *signature["programs"]):
-        path = folder / part["file"]
-        try:
-            contents[part["file"]] = path.read_bytes()
-        except OSError as error:
-            raise ExportError(f"{path}: {error.strerror}; an artifact needs it beside {SIGNATURE}") from None
-        if _hash(contents[part["file"]]) != part["sha256"]:
-            raise ExportError(f"{path}: is not the file that {SIGNATURE} was written with (sha256 differs)")
-    platform = jax.export.default_export_platform()  # default_backend() calls both "cuda" and "rocm" "gpu"
-    if platform not in signature["platforms"]:
-        raise ExportError(
-            f"{folder}: was exported for {', '.join(signature['platforms'])}, this process runs on {platform}"
-        )
-
-    @functools.cache
-    def run(number: int) -> Callable[..., dict[str, jax.Array]]:
-        exported = jax.export.deserialize(bytearray(contents[signature["programs"][number]["file"]]))
-        options = signature["compiler_options"].get(platform) or None
-        return jax.jit(exported.call, compiler_options=options)
-
-    weights = jax.device_put(safetensors.numpy.load(contents[signature["weights"]["file"]]))
-    return ExportedDetector(signature, weights, run)
-
-
-def _hash(content: bytes) -> str:
+def digest(content: bytes) -> str:
+    """The hash of a file's content, as signature.json has it."""
     return hashlib.sha256(content).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -18,7 +19,8 @@ import flaxdet
 from flaxdet.builders import make_model
 from flaxdet.cli.main import main
 from flaxdet.convert.state_dict import abstract_variables
-from flaxdet.export import ExportError
+from flaxdet.exported import ExportError, split_batch
+from flaxdet.xla.routes import routes_for
 from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables
 from tests.tolerances import NET_F32
@@ -106,6 +108,23 @@ def test_one_canvas_of_any_size(tmp_path):
         flaxdet.export(tmp_path, model, variables, buckets=[(96, 64)])
 
 
+@pytest.mark.parametrize(
+    ("count", "sizes", "on_cpu", "elsewhere"),
+    [
+        (8, (8, 1), [8], [8]),
+        (1, (8, 1), [1], [1]),
+        (3, (8, 1), [1, 1, 1], [8]),
+        (11, (1, 8), [8, 1, 1, 1], [8, 8]),
+        (5, (8, 4), [4, 4], [8]),
+        (3, (1,), [1, 1, 1], [1, 1, 1]),
+        (7, (2,), [2, 2, 2, 2], [2, 2, 2, 2]),
+    ],
+)
+def test_the_batches_of_several_images(count, sizes, on_cpu, elsewhere):
+    assert split_batch(count, sizes, fill=False) == on_cpu
+    assert split_batch(count, sizes, fill=True) == elsewhere
+
+
 def test_a_program_for_each_batch_size(tmp_path):
     model = tiny_model(FCOS_NAME, score_thresh=0.05)
     variables = tiny_variables(model)
@@ -113,8 +132,23 @@ def test_a_program_for_each_batch_size(tmp_path):
     signature = flaxdet.export(tmp_path, model, variables, **options)
     assert [program["batch"] for program in signature["programs"]] == [1, 2]
     assert len({program["file"] for program in signature["programs"]}) == 2
-    (found,) = flaxdet.load_exported(tmp_path)([noise(64, 80)])
-    same(found, flaxdet.predict(model, variables, [noise(64, 80)])[0])
+    detector, calls = flaxdet.load_exported(tmp_path), []
+
+    def counted(number):
+        return lambda weights, images, *sizes: (
+            calls.append((number, len(images))),
+            detector._run(number)(weights, images, *sizes),
+        )[1]
+
+    images = [noise(64, 80), noise(40, 60), noise(64, 80)[::-1]]
+    found = dataclasses.replace(detector, _run=counted)(images)
+    assert calls == [(1, 2), (0, 1)]  # two images by the program for two, the third by the other
+    for own, other in zip(found, flaxdet.predict(model, variables, images), strict=True):
+        same(own, other)
+    with routes_for("gpu"):
+        assert len(detector([])) == 0
+        dataclasses.replace(detector, _run=counted)(images[:1])
+    assert calls[2:] == [(0, 1)]
 
 
 def test_the_readmes_code_without_flaxdet(artifact, tmp_path):
