@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,6 +56,39 @@ def load(path: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variabl
         flaxdet.convert.StateDictError: if its keys, shapes or values don't fit.
         TypeError: for an unknown override.
     """
+    return make(read_model(path), **overrides)
+
+
+class ModelFile(NamedTuple):
+    """The content of a file with a detector.
+
+    Attributes:
+        path: the file, for messages.
+        builder: name of the model's builder.
+        options: for ``make_model``, as far as the file tells.
+        categories: name of each label, or ``None``.
+        state_dict: tensors by torchvision's key.
+    """
+
+    path: str
+    builder: str
+    options: dict[str, Any]
+    categories: list[str] | None
+    state_dict: dict[str, Any]
+
+
+def read_model(path: str | Path) -> ModelFile:
+    """Reads what ``load`` makes a model from; the tensors are read once.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        FileNotFoundError, flaxdet.convert.CheckpointError: as ``load``.
+    """
     if Path(path).is_dir():
         raise checkpoint.CheckpointFileError(
             f"{path}: is a folder; give the file in it, or use flaxdet.load_pretrained for what save_pretrained wrote"
@@ -73,8 +106,24 @@ def load(path: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variabl
             make_model(builder, **options)
         except (TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(f"{path}: the options in its metadata make no model: {error}") from error
-    model = make_model(builder, **{**options, **overrides})
-    return model, from_torchvision(model, state_dict, source=str(path))
+    return ModelFile(str(path), builder, options, None if stored is None else stored["categories"], state_dict)
+
+
+def make(file: ModelFile, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variables]:
+    """Makes the model of a file that ``read_model`` has read.
+
+    Args:
+        file: the content.
+        **overrides: as for ``load``.
+
+    Returns:
+        The model and its variables.
+
+    Raises:
+        flaxdet.convert.StateDictError, TypeError: as ``load``.
+    """
+    model = make_model(file.builder, **{**file.options, **overrides})
+    return model, from_torchvision(model, file.state_dict, source=file.path)
 
 
 def save(
@@ -129,10 +178,7 @@ def load_categories(path: str | Path) -> list[str] | None:
 
 
 def check_categories(path: str | Path, model: Detector, categories: Sequence[str] | None) -> None:
-    """Raises ValueError, naming the file to be written, unless ``categories`` name every label.
-
-    A number of labels that a model doesn't tell is not compared.
-    """
+    """Raises ValueError, naming the file to be written, unless ``categories`` name every label that the model tells."""
     if isinstance(categories, str):
         raise ValueError(f"{path}: categories should be a list with the name of every label, got one {categories!r}")
     count = num_classes(model)
@@ -144,10 +190,7 @@ def check_categories(path: str | Path, model: Detector, categories: Sequence[str
 
 
 def num_classes(model: Detector) -> int | None:
-    """Number of labels that a model tells apart, the background counted; ``None`` where it doesn't say.
-
-    A ``box_predictor`` of the user's own says it by its attribute ``num_classes``, if it has one.
-    """
+    """Number of labels that a model or its predictor tells, the background counted; ``None`` where neither does."""
     own = getattr(model, "num_classes", None)
     return getattr(getattr(model, "box_predictor", None), "num_classes", None) if own is None else own
 
