@@ -18,6 +18,7 @@ from flaxdet.predict import predict
 from flaxdet.predictor import Predictor
 from flaxdet.pretrained import load_pretrained, save_pretrained
 from flaxdet.structures import Detections, ImageBatch, Proposals, Targets, TransformConfig
+from flaxdet.variables import load_variables, save_variables
 from flaxdet.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights
 
 __all__ = [
@@ -48,12 +49,14 @@ __all__ = [
     "load_categories",
     "load_exported",
     "load_pretrained",
+    "load_variables",
     "match_classes",
     "ops",
     "predict",
     "replace_classes",
     "save",
     "save_pretrained",
+    "save_variables",
     "to_supervision",
     "train",
 ]

@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
 from flax import traverse_util
 
 from flaxdet.buckets import Size, model_buckets
@@ -29,6 +28,7 @@ from flaxdet.models.detector import Detector
 from flaxdet.predict import detect
 from flaxdet.resize import resize_image
 from flaxdet.structures import ImageBatch
+from flaxdet.variables import flat_arrays
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -90,7 +90,7 @@ def export(
     check_categories(folder, model, categories)
     if fold:
         model, variables = fold_batch_norm(model, variables)  # pyright: ignore[reportArgumentType, reportAssignmentType]
-    weights = flat_weights(variables)
+    weights = flat_arrays(variables, sep=".")
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     batches: list[Any] = list(batch_sizes) if batch_sizes else [jax.export.symbolic_shape("batch")[0]]
     programs = []
@@ -134,12 +134,6 @@ def export(
     with replacing(folder / SIGNATURE) as file:
         file.write((json.dumps(signature, indent=1) + "\n").encode())
     return signature
-
-
-def flat_weights(variables: Any) -> dict[str, np.ndarray]:
-    """Variables as one dict of numpy arrays by dotted names, the form in which a program takes them."""
-    flat = traverse_util.flatten_dict(jax.device_get(dict(variables)), sep=".")
-    return {name: np.ascontiguousarray(array) for name, array in flat.items()}
 
 
 def _pipeline(model: Detector, bucket: Size, masked: bool) -> Callable[..., dict[str, jax.Array]]:

@@ -1,4 +1,4 @@
-"""Models in files: ``load`` and ``save``.
+"""Models of the two builders in files: ``load`` and ``save``. ``variables.py`` stores those of any other model.
 
 Every file holds a state_dict with torchvision's keys and layouts. Our own .safetensors also describe the model:
 builder, options and names of the labels, as JSON in the metadata, with the number of this format and the flaxdet that
@@ -29,6 +29,7 @@ from flaxdet.ops import AnchorGenerator
 METADATA_KEY = "flaxdet"
 # Of the description. It grows when an older flaxdet would misread a file, not when one only learns to write more.
 FORMAT = 1
+_OWN_WRITER = "flaxdet.save_variables stores the variables of any model"
 # Small frozen dataclasses among the options, which the description can hold.
 _STORED_PARTS = {"AnchorGenerator": AnchorGenerator, "MultiScaleRoIAlign": MultiScaleRoIAlign}
 
@@ -51,8 +52,8 @@ def load(path: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variabl
 
     Raises:
         FileNotFoundError: if there is no such file.
-        flaxdet.convert.CheckpointError: if it is no checkpoint of either architecture, or one that a newer flaxdet
-            wrote in a format that this one doesn't know, or a folder (``load_pretrained`` reads those).
+        flaxdet.convert.CheckpointError: for a folder (see ``load_pretrained``), a file of another architecture, of
+            ``save_variables``, or of a newer flaxdet's format.
         flaxdet.convert.StateDictError: if its keys, shapes or values don't fit.
         TypeError: for an unknown override.
     """
@@ -94,6 +95,8 @@ def read_model(path: str | Path) -> ModelFile:
             f"{path}: is a folder; give the file in it, or use flaxdet.load_pretrained for what save_pretrained wrote"
         )
     stored = read_stored(path)
+    if stored is not None and stored["builder"] is None:
+        raise checkpoint.CheckpointError(f"{path}: holds variables alone, for flaxdet.load_variables(path, model)")
     state_dict = checkpoint.read(path)
     builder, options = identify(state_dict, source=str(path))
     if stored is not None:
@@ -120,7 +123,7 @@ def make(file: ModelFile, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variable
         The model and its variables.
 
     Raises:
-        flaxdet.convert.StateDictError, TypeError: as ``load``.
+        StateDictError, TypeError: as ``load``.
     """
     model = make_model(file.builder, **{**file.options, **overrides})
     return model, from_torchvision(model, file.state_dict, source=file.path)
@@ -135,19 +138,20 @@ def save(
 ) -> None:
     """Writes a model to a file that ``load`` and torchvision can read.
 
-    The tensors have torchvision's keys and layouts in both formats: ``.safetensors``, which also carries the
-    builder, its options and category names, or ``.pth``, which ``torch.load`` and
-    ``load_state_dict(strict=True)`` take.
+    The tensors have torchvision's keys and layouts in both formats. ``.safetensors`` also carries the builder, its
+    options and category names, and holds the models of the two builders. ``.pth``, which ``torch.load`` and
+    ``load_state_dict(strict=True)`` take, holds any model whose parts torchvision has; where no builder makes it,
+    ``flaxdet.convert.from_torchvision(model, path)`` reads it. ``flaxdet.save_variables`` stores any other model's.
 
     Args:
         path: the target, ending in .safetensors or .pth; replaced at once, or not at all.
-        model: a model of one of the two builders.
+        model: a model of one of the two builders, or with .pth of torchvision's parts.
         variables: its variables.
         categories: name of each label, label 0 first.
 
     Raises:
-        ValueError: for another ending, a number of categories that isn't num_classes, or, with .safetensors, a
-            model that neither builder makes.
+        ValueError: for another ending, a number of categories that isn't num_classes, or a model that the format
+            can't hold.
         OSError: if the file can't be written; nothing is left behind then.
     """
     path = Path(path)
@@ -256,10 +260,10 @@ def describe(model: FCOS | FasterRCNN, categories: Sequence[str] | None) -> dict
     """
     builder = next((name for name, kind in BUILDERS.items() if type(model) is kind), None)
     if builder is None:
-        raise ValueError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}")
+        raise ValueError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}; {_OWN_WRITER}")
     body = getattr(model.backbone, "body", None)
     options: dict[str, Any] = {
-        "num_classes": num_classes(model),
+        "num_classes": num_classes(model) or 1,  # a predictor of the user's own needn't say: no builder makes it
         **{name: bool(getattr(body, name, False)) for name in ("frozen_bn", "freeze_bn", "remat")},
         "trainable_backbone_layers": model.trainable_backbone_layers,
     }
@@ -272,8 +276,8 @@ def describe(model: FCOS | FasterRCNN, categories: Sequence[str] | None) -> dict
             options[field.name] = value
     if make_model(builder, **options, **dtypes) != model:
         raise ValueError(
-            f"a .safetensors file stores the options of {builder}, and this model has parts that the builder does "
-            "not make (another backbone, head or predictor); save it as .pth, or its variables on their own"
+            f"a .safetensors file of flaxdet.save stores the options of {builder}, and this model has parts that the "
+            f"builder does not make (another backbone, head or predictor); {_OWN_WRITER}"
         )
     return {
         "format": FORMAT,
@@ -292,6 +296,5 @@ def _store(value: Any) -> Any:
 
 def _unstore(value: Any) -> Any:
     if isinstance(value, dict):
-        fields = dict(value)
-        return _STORED_PARTS[fields.pop("type")](**fields)
+        return _STORED_PARTS[value["type"]](**{name: field for name, field in value.items() if name != "type"})
     return value
