@@ -110,13 +110,18 @@ class _Inference:
         shapes = jax.eval_shape(lambda: self._batch(*self._some())), jax.eval_shape(self._pooled)
         self.lowered = network.lower(self.programs.variables, *shapes)
 
-    def _raw(self) -> Any:
-        """8-bit images in the square arrays that the predictor sends, and their sizes before and after the resize."""
+    def _raw(self) -> list[Any]:
+        """8-bit images in the square arrays that the predictor sends, and their sizes before and after the resize.
+
+        For each call of the programs: all images in one, but on a CPU an image in each.
+        """
         (side,) = self.predictor.raw_sizes
         raw = jnp.zeros((len(self.images), side, side, 3), jnp.uint8)
         raw = raw.at[:, : SIZE[0], : SIZE[1]].set(jnp.stack([jnp.asarray(image) for image in self.images]))
         new_size = resized_size(SIZE, self.model.transform)
-        return raw, *(jnp.tile(jnp.asarray([size], jnp.int32), (len(raw), 1)) for size in (SIZE, new_size))
+        sizes = (jnp.tile(jnp.asarray([size], jnp.int32), (len(raw), 1)) for size in (SIZE, new_size))
+        calls = len(raw) // self.programs.batch_size
+        return list(zip(*(jnp.split(array, calls) for array in (raw, *sizes)), strict=True))
 
     def _some(self) -> Any:
         """Pixels of a batch after the resize, whatever they are, and their sizes."""
@@ -161,11 +166,14 @@ class _Inference:
         resize = self.programs.resize(self.bucket, *self.predictor.raw_sizes)
         detect = self.programs.detect(self.bucket)
         raw = functools.cache(self._raw)
-        sized = functools.cache(lambda: self._batch(None, *raw()[1:]))
+        sized = functools.cache(lambda: [self._batch(None, *call[1:]) for call in raw()])
         batch, pooled = functools.cache(lambda: self._batch(*self._some())), functools.cache(self._pooled)
         return {
             "pixels": lambda: self.predictor(self.images),
-            "device": lambda: detect(dataclasses.replace(sized(), pixels=resize(*raw()))),
+            "device": lambda: [
+                detect(dataclasses.replace(batch, pixels=resize(*call)))
+                for batch, call in zip(sized(), raw(), strict=True)
+            ],
             "network": lambda: self.network(self.programs.variables, batch(), pooled()),
         }
 

@@ -140,7 +140,8 @@ def rules(variables: Mapping[str, Any], *, pooled: tuple[int, int] = (7, 7)) -> 
     unnamed += [f"{module}/{leaf}" for module in named for leaf in leaves[module].keys() - _LEAVES.keys()]
     if unnamed:
         raise ValueError(
-            "only torchvision's architecture can be converted; it has no name for " + ", ".join(sorted(unnamed))
+            "only torchvision's architecture can be converted (flaxdet.save_variables stores any other's variables); "
+            "it has no name for " + ", ".join(sorted(unnamed))
         )
     keys = [row.key for row in rows]
     if len(set(keys)) != len(keys):

@@ -16,10 +16,9 @@ import numpy as np
 import torch
 
 from flaxdet.builders import NUM_COCO_CLASSES, make_model
-from flaxdet.convert import checkpoint, from_torchvision, reference
-from flaxdet.convert.identify import identify
+from flaxdet.convert import from_torchvision, reference
 from flaxdet.convert.stages import OF_PROPOSALS, PROPOSAL_IMAGE, Detection, Stages, run, run_reference
-from flaxdet.files import load_categories
+from flaxdet.files import ModelFile, read_model
 from flaxdet.models.detector import Detector
 from flaxdet.predict import jitted_detect, unpad
 from flaxdet.transform import transform
@@ -225,7 +224,7 @@ def _pair_proposals(ours: Stages, theirs: Stages) -> np.ndarray | None:
 
 def both_sides(
     name: str,
-    weights: str,
+    weights: str | ModelFile,
     *,
     dtype: Any = np.float32,
     seed: int = 0,
@@ -236,7 +235,8 @@ def both_sides(
 
     Args:
         name: the builder's.
-        weights: "random" (lively, see ``lively.make_lively``), the name of published weights, or a file.
+        weights: "random" (lively, see ``lively.make_lively``), the name of published weights, or a file: its name, or
+            what ``flaxdet.files.read_model`` has read.
         dtype: float32 or float64, of both sides.
         seed: of random weights.
         progress: bar while downloading.
@@ -248,18 +248,15 @@ def both_sides(
     categories = None
     num_classes, frozen = NUM_COCO_CLASSES, name == "fcos_resnet50_fpn"
     state_dict: dict[str, Any] | None = None
-    if weights != "random":
-        if name == "fcos_resnet50_fpn":
-            enum: Any = FCOS_ResNet50_FPN_Weights
-        else:
-            enum = FasterRCNN_ResNet50_FPN_V2_Weights
-        if weights.removeprefix(f"{enum.__name__}.") in enum.__members__:
-            member = enum.verify(weights)
-            state_dict, categories = member.get_state_dict(progress=progress), member.meta["categories"]
-        else:
-            state_dict, categories = checkpoint.read(weights), load_categories(weights)
-            _, found = identify(state_dict, source=weights)
-            num_classes, frozen = found["num_classes"], found["frozen_bn"]
+    source = weights.path if isinstance(weights, ModelFile) else weights
+    enum: Any = FCOS_ResNet50_FPN_Weights if name == "fcos_resnet50_fpn" else FasterRCNN_ResNet50_FPN_V2_Weights
+    if isinstance(weights, str) and weights.removeprefix(f"{enum.__name__}.") in enum.__members__:
+        member = enum.verify(weights)
+        state_dict, categories = member.get_state_dict(progress=progress), member.meta["categories"]
+    elif weights != "random":
+        file = read_model(weights) if isinstance(weights, str) else weights
+        state_dict, categories = file.state_dict, file.categories
+        num_classes, frozen = file.options["num_classes"], file.options["frozen_bn"]
     model = make_model(
         name,
         num_classes=num_classes,
@@ -275,7 +272,7 @@ def both_sides(
         make_lively(theirs, seed)
         variables = from_torchvision(model, theirs.state_dict())
     else:
-        variables = from_torchvision(model, state_dict, source=weights)  # its report of faults is the clearer one
+        variables = from_torchvision(model, state_dict, source=source)  # its report of faults is the clearer one
         theirs.load_state_dict({key: _tensor(value) for key, value in state_dict.items()})
     return model, variables, theirs.to(torch.float64 if dtype == np.float64 else torch.float32), categories
 

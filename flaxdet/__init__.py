@@ -8,7 +8,8 @@ from flaxdet.classes import match_classes, replace_classes
 from flaxdet.compiling import compiler_options
 from flaxdet.draw import draw_detections
 from flaxdet.evaluate import coco_results, evaluate
-from flaxdet.export import export, load_exported
+from flaxdet.export import export
+from flaxdet.exported import load_exported
 from flaxdet.files import load, load_categories, save
 from flaxdet.folding import fold_batch_norm
 from flaxdet.models import FCOS, FasterRCNN
@@ -17,6 +18,7 @@ from flaxdet.predict import predict
 from flaxdet.predictor import Predictor
 from flaxdet.pretrained import load_pretrained, save_pretrained
 from flaxdet.structures import Detections, ImageBatch, Proposals, Targets, TransformConfig
+from flaxdet.variables import load_variables, save_variables
 from flaxdet.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights
 
 __all__ = [
@@ -47,12 +49,14 @@ __all__ = [
     "load_categories",
     "load_exported",
     "load_pretrained",
+    "load_variables",
     "match_classes",
     "ops",
     "predict",
     "replace_classes",
     "save",
     "save_pretrained",
+    "save_variables",
     "to_supervision",
     "train",
 ]

@@ -158,6 +158,41 @@ def sort_buckets(buckets: Sequence[Size]) -> list[Size]:
     return sorted(set(result), key=_by_area)
 
 
+def model_buckets(buckets: Sequence[Size] | None, config: TransformConfig) -> tuple[list[Size], bool]:
+    """The buckets of a model's programs, checked, and whether the programs need masks.
+
+    A program needs no masks where the resize makes every image exactly as large as the one bucket. With masks, the
+    edge of a canvas must fall between cells of every feature map, so buckets and canvases are multiples of 32.
+
+    Args:
+        buckets: (rows, columns) in pixels after the resize; default ``default_buckets(config)``.
+        config: ``model.transform``.
+
+    Returns:
+        The buckets, the smallest first, and True if a canvas may be smaller than its bucket.
+
+    Raises:
+        ValueError: as ``sort_buckets``, or if the programs need masks and a side of a bucket, or ``size_divisible``, is
+            no multiple of 32.
+    """
+    shapes = default_buckets(config) if buckets is None else sort_buckets(buckets)
+    if config.fixed_size is not None and shapes == default_buckets(config):
+        return shapes, False
+    if config.size_divisible % 32:
+        raise ValueError(
+            f"size_divisible={config.size_divisible} gives canvases that don't fit into buckets: expected a multiple "
+            "of 32, or a model with fixed_size and its canvas as the one bucket; flaxdet.predict, which compiles for "
+            "each canvas, takes any"
+        )
+    for rows, columns in shapes:
+        if rows % 32 or columns % 32:
+            raise ValueError(
+                f"bucket {rows}x{columns} (rows x columns) should have multiples of 32 as its sides, since canvases "
+                "may be smaller"
+            )
+    return shapes, True
+
+
 def _by_area(bucket: Size) -> tuple[int, Size]:
     return bucket[0] * bucket[1], bucket
 

@@ -55,7 +55,7 @@ def replace_classes(
     # None where the model's predictor was given instead of a number
     named = None if model.num_classes is None else num_classes
     replaced = model.clone(num_classes=named, **{part: head})
-    old_classes = classes_of(model)
+    old_classes: Any = classes_of(model)  # a head or predictor of torchvision's knows it
     new_labels, old_labels = _labels(copy or {}, num_classes, old_classes)
     params = variables["params"]
     old_leaves = {

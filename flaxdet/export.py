@@ -11,34 +11,28 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.export
 import jax.numpy as jnp
-import numpy as np
-import safetensors.numpy
 from flax import traverse_util
 
-from flaxdet.buckets import Size, assign, default_buckets, sort_buckets
+from flaxdet.buckets import Size, model_buckets
 from flaxdet.compiling import compiler_options
 from flaxdet.convert.checkpoint import replacing, write_safetensors
+from flaxdet.files import check_categories
 from flaxdet.folding import fold_batch_norm
 from flaxdet.models.detector import Detector
-from flaxdet.predict import detect, unpad
+from flaxdet.predict import detect
 from flaxdet.resize import resize_image
-from flaxdet.structures import Detections, ImageBatch, TransformConfig
-from flaxdet.transform import canvas_size, check_images, resized_size
+from flaxdet.structures import ImageBatch
+from flaxdet.variables import flat_arrays
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
 SIGNATURE, WEIGHTS = "signature.json", "weights.safetensors"
-
-
-class ExportError(ValueError):
-    """A folder holds no artifact that this flaxdet can run; the message names it and what was expected."""
 
 
 def export(
@@ -66,44 +60,44 @@ def export(
         folder: where to; created if need be. Files of an earlier artifact are replaced, signature.json last.
         model: from a builder or ``flaxdet.load``.
         variables: its ``{"params": ..., "batch_stats": ...}``.
-        buckets: (rows, columns) after the resize, multiples of 32; default ``default_buckets(model.transform)``.
+        buckets: (rows, columns) after the resize, multiples of 32; default ``default_buckets(model.transform)``. A
+            model with ``fixed_size`` has one canvas, which may be of any size where it is the one bucket.
         batch_sizes: a program for each; default one program for any (its batch is symbolic).
         raw_size: side of the square arrays that images come in; larger photos must be made smaller before.
         platforms: that each program is lowered for, of "cpu", "cuda", "rocm" and "tpu".
         fold: fold BatchNorm into the convolutions.
-        categories: name of each label, for the signature.
+        categories: name of each label, label 0 first, for the signature.
         progress: shows a bar.
 
     Returns:
         The content of signature.json.
 
     Raises:
-        ValueError: for a bucket that is not a multiple of 32, sizes below 1, no platform or an unknown one, or a model
-            whose canvases are no multiples of 32.
+        ValueError: where canvases may be smaller than their bucket, for a bucket or a ``size_divisible`` that is no
+            multiple of 32; for sizes below 1, no platform or an unknown one, or a number of categories that isn't
+            num_classes.
         OSError: if the folder can't be written.
     """
     from tqdm import tqdm
 
     config, folder = model.transform, Path(folder)
-    shapes = sort_buckets(default_buckets(config) if buckets is None else buckets)
-    if any(side % 32 for bucket in shapes for side in bucket) or config.size_divisible % 32:
-        raise ValueError(
-            f"buckets and the model's size_divisible should be multiples of 32, got {shapes}, {config.size_divisible}"
-        )
+    shapes, masked = model_buckets(buckets, config)
+    platforms = (platforms,) if isinstance(platforms, str) else tuple(platforms)
     if raw_size < 1 or not all(size >= 1 for size in batch_sizes or ()):
         raise ValueError(f"raw_size and batch_sizes should be at least 1, got {raw_size} and {batch_sizes}")
     if not platforms or not {*platforms} <= {*PLATFORMS, "rocm"}:
-        raise ValueError(f'platforms should be some of "cpu", "cuda", "rocm" and "tpu", got {tuple(platforms)}')
+        raise ValueError(f'platforms should be some of "cpu", "cuda", "rocm" and "tpu", got {platforms}')
+    check_categories(folder, model, categories)
     if fold:
         model, variables = fold_batch_norm(model, variables)  # pyright: ignore[reportArgumentType, reportAssignmentType]
-    weights = flat_weights(variables)
+    weights = flat_arrays(variables, sep=".")
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     batches: list[Any] = list(batch_sizes) if batch_sizes else [jax.export.symbolic_shape("batch")[0]]
     programs = []
     for bucket, batch in tqdm(
         [(bucket, batch) for bucket in shapes for batch in batches], desc="lowering", disable=not progress
     ):
-        exported = jax.export.export(jax.jit(_pipeline(model, bucket)), platforms=tuple(platforms))(
+        exported = jax.export.export(jax.jit(_pipeline(model, bucket, masked)), platforms=platforms)(
             abstract,
             jax.ShapeDtypeStruct((batch, raw_size, raw_size, 3), jnp.uint8),
             jax.ShapeDtypeStruct((batch, 2), jnp.int32),
@@ -115,7 +109,7 @@ def export(
         folder.mkdir(parents=True, exist_ok=True)  # not before there is something to write
         with replacing(folder / name) as file:
             file.write(content)
-        programs.append({"file": name, "bucket": list(bucket), "batch": fixed, "sha256": _hash(content)})
+        programs.append({"file": name, "bucket": list(bucket), "batch": fixed, "sha256": digest(content)})
     write_safetensors(folder / WEIGHTS, weights, {"format": str(FORMAT)})
     signature = {
         "format": FORMAT,
@@ -134,7 +128,7 @@ def export(
         },
         "compiler_options": {"cpu": compiler_options(model.box_dtype) or {}},
         "categories": None if categories is None else list(categories),
-        "weights": {"file": WEIGHTS, "sha256": _hash((folder / WEIGHTS).read_bytes())},
+        "weights": {"file": WEIGHTS, "sha256": digest((folder / WEIGHTS).read_bytes())},
         "programs": programs,
     }
     with replacing(folder / SIGNATURE) as file:
@@ -142,13 +136,7 @@ def export(
     return signature
 
 
-def flat_weights(variables: Any) -> dict[str, np.ndarray]:
-    """Variables as one dict of numpy arrays by dotted names, the form in which a program takes them."""
-    flat = traverse_util.flatten_dict(jax.device_get(dict(variables)), sep=".")
-    return {name: np.ascontiguousarray(array) for name, array in flat.items()}
-
-
-def _pipeline(model: Detector, bucket: Size) -> Callable[..., dict[str, jax.Array]]:
+def _pipeline(model: Detector, bucket: Size, masked: bool) -> Callable[..., dict[str, jax.Array]]:
     config = model.transform
     resize = functools.partial(
         resize_image,
@@ -164,7 +152,7 @@ def _pipeline(model: Detector, bucket: Size) -> Callable[..., dict[str, jax.Arra
             pixels=jax.vmap(resize)(images, size, new_size),
             size=new_size,
             original_size=size,
-            canvas=-(-new_size // step) * step,
+            canvas=-(-new_size // step) * step if masked else None,
         )
         found = detect(model, traverse_util.unflatten_dict(weights, sep="."), batch)
         return {"boxes": found.boxes, "scores": found.scores, "labels": found.labels, "valid": found.valid}
@@ -172,109 +160,6 @@ def _pipeline(model: Detector, bucket: Size) -> Callable[..., dict[str, jax.Arra
     return pipeline
 
 
-@dataclass(frozen=True)
-class ExportedDetector:
-    """An artifact of ``export`` in use: what its README page does, with checks.
-
-    Attributes:
-        signature: the content of signature.json.
-        weights: arrays by dotted name.
-    """
-
-    signature: dict[str, Any]
-    weights: dict[str, Any]
-    _run: Callable[[int], Callable[..., dict[str, jax.Array]]]
-
-    def __call__(self, images: Sequence[Any]) -> list[dict[str, np.ndarray]]:
-        """Detects objects in images of any sizes up to the artifact's raw size.
-
-        Args:
-            images: arrays [H, W, 3] uint8, RGB.
-
-        Returns:
-            As ``flaxdet.predict``: for each image {"boxes": [N, 4] xyxy in its pixels, "scores": [N], "labels": [N]}.
-
-        Raises:
-            TypeError: for images that are not uint8.
-            ValueError: for something that is no image, is larger than the raw size, or fits no bucket, by its number.
-        """
-        signature, results = self.signature, []
-        raw, resize = signature["raw_size"], signature["resize"]
-        config = TransformConfig(
-            resize["min_size"],
-            resize["max_size"],
-            size_divisible=resize["size_divisible"],
-            fixed_size=resize["fixed_size"],
-        )
-        buckets = [tuple(program["bucket"]) for program in signature["programs"]]
-        for i, image in enumerate(check_images(images)):
-            size = (image.shape[0], image.shape[1])
-            if image.dtype != np.uint8:
-                raise TypeError(f"image {i}: expected uint8, got {image.dtype}")
-            if max(size) > raw:
-                raise ValueError(f"image {i}: expected at most {raw} pixels a side, got {size[0]}x{size[1]}")
-            new_size = resized_size(size, config, name=f"image {i}")
-            own = np.array([canvas_size(new_size, config)])
-            number = int(assign(own, buckets, names=[f"image {i}"])[0])
-            count = signature["programs"][number]["batch"] or 1
-            padded = np.zeros((count, raw, raw, 3), np.uint8)
-            padded[:, : size[0], : size[1]] = image
-            sizes = (np.tile(np.array([pair], np.int32), (count, 1)) for pair in (size, new_size))
-            found = self._run(number)(self.weights, padded, *sizes)
-            first = {name: values[:1] for name, values in found.items()}
-            results += unpad(Detections(**first, overflow=np.zeros(1, bool)))  # pyright: ignore[reportArgumentType]
-        return results
-
-
-def load_exported(folder: str | Path) -> ExportedDetector:
-    """Reads an artifact of ``export``.
-
-    Args:
-        folder: with signature.json.
-
-    Returns:
-        A function of images; each program is compiled when first needed.
-
-    Raises:
-        ExportError: if a file is missing or not the one that was exported, or the artifact's format is another's.
-    """
-    folder = Path(folder)
-    try:
-        signature = json.loads((folder / SIGNATURE).read_text())
-        version = signature["format"]
-    except FileNotFoundError:
-        raise ExportError(f"{folder}: expected a folder with {SIGNATURE}, which `flaxdet export` writes") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ExportError(f"{folder / SIGNATURE}: expected the JSON that `flaxdet export` writes ({error})") from None
-    if version != FORMAT:
-        raise ExportError(
-            f"{folder / SIGNATURE}: the artifact has format {version}, this flaxdet runs format {FORMAT}: export it "
-            "again, or use the flaxdet that wrote it"
-        )
-    contents = {}
-    for part in (signature["weights"], *signature["programs"]):
-        path = folder / part["file"]
-        try:
-            contents[part["file"]] = path.read_bytes()
-        except OSError as error:
-            raise ExportError(f"{path}: {error.strerror}; an artifact needs it beside {SIGNATURE}") from None
-        if _hash(contents[part["file"]]) != part["sha256"]:
-            raise ExportError(f"{path}: is not the file that {SIGNATURE} was written with (sha256 differs)")
-    if jax.default_backend() not in (signature["platforms"] + ["gpu"] * ("cuda" in signature["platforms"])):
-        raise ExportError(
-            f"{folder}: was exported for {', '.join(signature['platforms'])}, this process runs on "
-            f"{jax.default_backend()}"
-        )
-
-    @functools.cache
-    def run(number: int) -> Callable[..., dict[str, jax.Array]]:
-        exported = jax.export.deserialize(bytearray(contents[signature["programs"][number]["file"]]))
-        options = signature["compiler_options"].get(jax.default_backend()) or None
-        return jax.jit(exported.call, compiler_options=options)
-
-    weights = jax.device_put(safetensors.numpy.load(contents[signature["weights"]["file"]]))
-    return ExportedDetector(signature, weights, run)
-
-
-def _hash(content: bytes) -> str:
+def digest(content: bytes) -> str:
+    """The hash of a file's content, as signature.json has it."""
     return hashlib.sha256(content).hexdigest()

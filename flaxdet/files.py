@@ -1,4 +1,4 @@
-"""Models in files: ``load`` and ``save``.
+"""Models of the two builders in files: ``load`` and ``save``. ``variables.py`` stores those of any other model.
 
 Every file holds a state_dict with torchvision's keys and layouts. Our own .safetensors also describe the model:
 builder, options and names of the labels, as JSON in the metadata, with the number of this format and the flaxdet that
@@ -11,7 +11,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from flaxdet.builders import BUILDERS, OWN_FIELDS, OWN_PARTS, Variables, make_mo
 from flaxdet.convert import checkpoint
 from flaxdet.convert.identify import identify
 from flaxdet.convert.state_dict import from_torchvision, to_torchvision
+from flaxdet.models.detector import Detector
 from flaxdet.models.faster_rcnn import FasterRCNN
 from flaxdet.models.fcos import FCOS
 from flaxdet.models.roi_pool import MultiScaleRoIAlign
@@ -28,6 +29,7 @@ from flaxdet.ops import AnchorGenerator
 METADATA_KEY = "flaxdet"
 # Of the description. It grows when an older flaxdet would misread a file, not when one only learns to write more.
 FORMAT = 1
+_OWN_WRITER = "flaxdet.save_variables stores the variables of any model"
 # Small frozen dataclasses among the options, which the description can hold.
 _STORED_PARTS = {"AnchorGenerator": AnchorGenerator, "MultiScaleRoIAlign": MultiScaleRoIAlign}
 
@@ -50,16 +52,51 @@ def load(path: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variabl
 
     Raises:
         FileNotFoundError: if there is no such file.
-        flaxdet.convert.CheckpointError: if it is no checkpoint of either architecture, or one that a newer flaxdet
-            wrote in a format that this one doesn't know, or a folder (``load_pretrained`` reads those).
+        flaxdet.convert.CheckpointError: for a folder (see ``load_pretrained``), a file of another architecture, of
+            ``save_variables``, or of a newer flaxdet's format.
         flaxdet.convert.StateDictError: if its keys, shapes or values don't fit.
         TypeError: for an unknown override.
+    """
+    return make(read_model(path), **overrides)
+
+
+class ModelFile(NamedTuple):
+    """The content of a file with a detector.
+
+    Attributes:
+        path: the file, for messages.
+        builder: name of the model's builder.
+        options: for ``make_model``, as far as the file tells.
+        categories: name of each label, or ``None``.
+        state_dict: tensors by torchvision's key.
+    """
+
+    path: str
+    builder: str
+    options: dict[str, Any]
+    categories: list[str] | None
+    state_dict: dict[str, Any]
+
+
+def read_model(path: str | Path) -> ModelFile:
+    """Reads what ``load`` makes a model from; the tensors are read once.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        FileNotFoundError, flaxdet.convert.CheckpointError: as ``load``.
     """
     if Path(path).is_dir():
         raise checkpoint.CheckpointFileError(
             f"{path}: is a folder; give the file in it, or use flaxdet.load_pretrained for what save_pretrained wrote"
         )
     stored = read_stored(path)
+    if stored is not None and stored["builder"] is None:
+        raise checkpoint.CheckpointError(f"{path}: holds variables alone, for flaxdet.load_variables(path, model)")
     state_dict = checkpoint.read(path)
     builder, options = identify(state_dict, source=str(path))
     if stored is not None:
@@ -72,8 +109,24 @@ def load(path: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variabl
             make_model(builder, **options)
         except (TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(f"{path}: the options in its metadata make no model: {error}") from error
-    model = make_model(builder, **{**options, **overrides})
-    return model, from_torchvision(model, state_dict, source=str(path))
+    return ModelFile(str(path), builder, options, None if stored is None else stored["categories"], state_dict)
+
+
+def make(file: ModelFile, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variables]:
+    """Makes the model of a file that ``read_model`` has read.
+
+    Args:
+        file: the content.
+        **overrides: as for ``load``.
+
+    Returns:
+        The model and its variables.
+
+    Raises:
+        StateDictError, TypeError: as ``load``.
+    """
+    model = make_model(file.builder, **{**file.options, **overrides})
+    return model, from_torchvision(model, file.state_dict, source=file.path)
 
 
 def save(
@@ -85,19 +138,20 @@ def save(
 ) -> None:
     """Writes a model to a file that ``load`` and torchvision can read.
 
-    The tensors have torchvision's keys and layouts in both formats: ``.safetensors``, which also carries the
-    builder, its options and category names, or ``.pth``, which ``torch.load`` and
-    ``load_state_dict(strict=True)`` take.
+    The tensors have torchvision's keys and layouts in both formats. ``.safetensors`` also carries the builder, its
+    options and category names, and holds the models of the two builders. ``.pth``, which ``torch.load`` and
+    ``load_state_dict(strict=True)`` take, holds any model whose parts torchvision has; where no builder makes it,
+    ``flaxdet.convert.from_torchvision(model, path)`` reads it. ``flaxdet.save_variables`` stores any other model's.
 
     Args:
         path: the target, ending in .safetensors or .pth; replaced at once, or not at all.
-        model: a model of one of the two builders.
+        model: a model of one of the two builders, or with .pth of torchvision's parts.
         variables: its variables.
         categories: name of each label, label 0 first.
 
     Raises:
-        ValueError: for another ending, a number of categories that isn't num_classes, or, with .safetensors, a
-            model that neither builder makes.
+        ValueError: for another ending, a number of categories that isn't num_classes, or a model that the format
+            can't hold.
         OSError: if the file can't be written; nothing is left behind then.
     """
     path = Path(path)
@@ -127,20 +181,22 @@ def load_categories(path: str | Path) -> list[str] | None:
     return None if stored is None else stored["categories"]
 
 
-def check_categories(path: str | Path, model: FCOS | FasterRCNN, categories: Sequence[str] | None) -> None:
-    """Raises ValueError, naming the file to be written, unless ``categories`` name every label."""
-    if categories is not None and len(categories) != num_classes(model):
+def check_categories(path: str | Path, model: Detector, categories: Sequence[str] | None) -> None:
+    """Raises ValueError, naming the file to be written, unless ``categories`` name every label that the model tells."""
+    if isinstance(categories, str):
+        raise ValueError(f"{path}: categories should be a list with the name of every label, got one {categories!r}")
+    count = num_classes(model)
+    if categories is not None and count is not None and len(categories) != count:
         raise ValueError(
-            f"{path}: categories should name every label, background included: expected {num_classes(model)} names, "
+            f"{path}: categories should name every label, background included: expected {count} names, "
             f"got {len(categories)}"
         )
 
 
-def num_classes(model: FCOS | FasterRCNN) -> int:
-    """Number of labels that a model tells apart, the background counted, also where a predictor of one's own has it."""
-    if model.num_classes is not None:
-        return model.num_classes
-    return model.box_predictor.num_classes  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+def num_classes(model: Detector) -> int | None:
+    """Number of labels that a model or its predictor tells, the background counted; ``None`` where neither does."""
+    own = getattr(model, "num_classes", None)
+    return getattr(getattr(model, "box_predictor", None), "num_classes", None) if own is None else own
 
 
 def read_stored(path: str | Path) -> dict[str, Any] | None:
@@ -204,10 +260,10 @@ def describe(model: FCOS | FasterRCNN, categories: Sequence[str] | None) -> dict
     """
     builder = next((name for name, kind in BUILDERS.items() if type(model) is kind), None)
     if builder is None:
-        raise ValueError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}")
+        raise ValueError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}; {_OWN_WRITER}")
     body = getattr(model.backbone, "body", None)
     options: dict[str, Any] = {
-        "num_classes": num_classes(model),
+        "num_classes": num_classes(model) or 1,  # a predictor of the user's own needn't say: no builder makes it
         **{name: bool(getattr(body, name, False)) for name in ("frozen_bn", "freeze_bn", "remat")},
         "trainable_backbone_layers": model.trainable_backbone_layers,
     }
@@ -220,8 +276,8 @@ def describe(model: FCOS | FasterRCNN, categories: Sequence[str] | None) -> dict
             options[field.name] = value
     if make_model(builder, **options, **dtypes) != model:
         raise ValueError(
-            f"a .safetensors file stores the options of {builder}, and this model has parts that the builder does "
-            "not make (another backbone, head or predictor); save it as .pth, or its variables on their own"
+            f"a .safetensors file of flaxdet.save stores the options of {builder}, and this model has parts that the "
+            f"builder does not make (another backbone, head or predictor); {_OWN_WRITER}"
         )
     return {
         "format": FORMAT,
@@ -240,6 +296,5 @@ def _store(value: Any) -> Any:
 
 def _unstore(value: Any) -> Any:
     if isinstance(value, dict):
-        fields = dict(value)
-        return _STORED_PARTS[fields.pop("type")](**fields)
+        return _STORED_PARTS[value["type"]](**{name: field for name, field in value.items() if name != "type"})
     return value

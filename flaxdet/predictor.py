@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxdet.buckets import Size, assign, default_buckets, holds, sort_buckets
+from flaxdet.buckets import Size, assign, holds, model_buckets
 from flaxdet.data.ahead import read_ahead
 from flaxdet.data.images import read_image
 from flaxdet.folding import fold_batch_norm
@@ -24,12 +24,15 @@ from flaxdet.resize import resize_array
 from flaxdet.sharding import replicated
 from flaxdet.structures import Detections, ImageBatch
 from flaxdet.transform import canvas_size, check_image, check_images, resized_size
+from flaxdet.xla import routes
 
 Found = dict[str, np.ndarray]
 Source = np.ndarray | str | Path | Callable[[], np.ndarray]
 
 RAW_SIZES = (640, 1280, 2560)  # sides of the square arrays that images are sent to the device in
-_PATIENCE = 8  # batches that a stream reads on before it runs a bucket whose batch is not full
+# Batches that a stream reads on before it runs a bucket whose batch is not full; after twice as many it waits for the
+# result.
+_PATIENCE = 8
 
 
 class _Sample(NamedTuple):
@@ -60,17 +63,19 @@ class Predictor:
         model: from a builder or ``flaxdet.load``. A model with ``dtype=jnp.bfloat16`` computes in bfloat16.
         variables: its ``{"params": ..., "batch_stats": ...}``.
         buckets: (rows, columns) of the static shapes, in pixels after the resize, multiples of 32; default
-            ``default_buckets(model.transform)``, which hold every image.
+            ``default_buckets(model.transform)``, which hold every image. A model with ``fixed_size`` has one canvas,
+            which may be of any size where it is the one bucket.
         batch_size: B, images a call of the model. A batch that is not full is filled up with copies. On a CPU, without
-            a mesh, the images of a batch take turns: as quick there, in the memory of one.
+            a mesh, every call is of one image, whatever B: as quick there, in the memory of one, and nothing is spent
+            on filling up.
         raw_sizes: an image of 8-bit pixels is sent to the device in the smallest square array of these sides that
             holds it, and resized there. Larger ones, and floats, take the same resize on the host.
         fold: fold BatchNorm into the convolutions (``flaxdet.fold_batch_norm``).
         mesh: of ``flaxdet.train.make_mesh``; the batch is divided over its devices.
 
     Raises:
-        ValueError: for a bucket that is not a multiple of 32, a model whose canvases aren't
-            (``size_divisible``), a batch that the mesh's devices don't divide, or sizes below 1.
+        ValueError: where canvases may be smaller than their bucket, for a bucket or a ``size_divisible`` that is no
+            multiple of 32; for a batch that the mesh's devices don't divide, or sizes below 1.
     """
 
     def __init__(
@@ -84,16 +89,7 @@ class Predictor:
         fold: bool = True,
         mesh: Mesh | None = None,
     ):
-        config = model.transform
-        self.buckets = sort_buckets(default_buckets(config) if buckets is None else buckets)
-        for rows, columns in self.buckets:
-            if rows % 32 or columns % 32:
-                raise ValueError(f"bucket {rows}x{columns} (rows x columns) should have multiples of 32 as its sides")
-        if config.size_divisible % 32:
-            raise ValueError(
-                f"a model with size_divisible={config.size_divisible} has canvases that don't fit into buckets (32 "
-                "should divide it): use flaxdet.predict, which compiles for each canvas"
-            )
+        self.buckets, masked = model_buckets(buckets, model.transform)
         if batch_size < 1 or not all(size >= 1 for size in raw_sizes):
             raise ValueError(f"batch_size and raw_sizes should be at least 1, got {batch_size} and {tuple(raw_sizes)}")
         if mesh is not None and batch_size % mesh.shape[DATA_AXIS]:
@@ -101,13 +97,12 @@ class Predictor:
                 f"batch_size={batch_size} should be a multiple of the mesh's {mesh.shape[DATA_AXIS]} devices"
             )
         self.batch_size = batch_size
+        self._rows = 1 if mesh is None and routes.platform() == "cpu" else batch_size  # of a call
         self.raw_sizes = tuple(sorted({int(size) for size in raw_sizes}))
         folded: Any = fold_batch_norm(model, variables) if fold else (model, variables)  # pyright: ignore[reportArgumentType]
         self.model, variables = folded
         variables = jax.device_put(variables, None if mesh is None else replicated(mesh))
-        # where the resize makes every image as large as the one bucket, no masks are needed
-        masked = config.fixed_size is None or [canvas_size(resized_size((1, 1), config), config)] != self.buckets
-        self._programs = Programs(self.model, variables, batch_size=batch_size, masked=masked, mesh=mesh)
+        self._programs = Programs(self.model, variables, batch_size=self._rows, masked=masked, mesh=mesh)
 
     @property
     def compile_count(self) -> int:
@@ -157,8 +152,9 @@ class Predictor:
     def stream(self, images: Iterable[Source], *, workers: int = 2) -> Generator[Found | Exception]:
         """Detects objects in a long or endless sequence of images, reading ahead while the device computes.
 
-        A result comes when a few more images have been read, since batches are filled and the device is kept busy; for
-        single images that come one by one, call the predictor with a list of one.
+        A result comes when a few more images have been read, 16 batches at most, since batches are filled and the
+        device is kept busy. Images that can't be read count too. For single images that come one by one, call the
+        predictor with a list of one.
 
         Args:
             images: arrays [H, W, 3], uint8 or floats in [0, 1]; paths of image files; or functions without arguments
@@ -178,7 +174,7 @@ class Predictor:
             raise ValueError(f"workers should be at least 1, got {workers}")
         ahead = self.batch_size + workers
         with contextlib.closing(read_ahead(self._load, enumerate(images), ahead=ahead, workers=workers)) as samples:
-            yield from self._run(samples, patience=_PATIENCE * self.batch_size)
+            yield from self._run(samples, patience=_PATIENCE * self._rows)
 
     def _load(self, numbered: tuple[int, Source]) -> _Sample | tuple[int, Exception]:
         """One image of a stream, in a thread of its own: numpy alone."""
@@ -236,16 +232,21 @@ class Predictor:
                 settle()
 
         for sample in samples:
-            if not isinstance(sample, _Sample):
-                done[sample[0]] = sample[1]
-            else:
-                queue = waiting.setdefault(sample.bucket, [])
+            if isinstance(sample, _Sample):
+                number, queue = sample.number, waiting.setdefault(sample.bucket, [])
                 queue.append(sample)
-                oldest, queue_of_oldest = next(iter(waiting.items()))
-                if len(queue) == self.batch_size:
+                if len(queue) == self._rows:
                     start(sample.bucket)
-                elif patience is not None and sample.number - queue_of_oldest[0].number >= patience:
+            else:
+                number, error = sample
+                done[number] = error
+            if patience is not None:
+                oldest, queue = next(iter(waiting.items()), (None, []))
+                if oldest is not None and number - queue[0].number >= patience:
                     start(oldest)
+                # where few images follow, no next batch makes room for the results of the last
+                while running and number - min(row.number for row in running[0][0]) >= 2 * patience:
+                    settle()
             while given in done:
                 yield done.pop(given)
                 given += 1
@@ -259,7 +260,7 @@ class Predictor:
         """A batch of a bucket, taken out of the queues; empty places go to images that wait for smaller buckets."""
         batch = waiting.pop(bucket)
         for other in [other for other in waiting if holds(bucket, other)]:
-            places = self.batch_size - len(batch)
+            places = self._rows - len(batch)
             batch += waiting[other][:places]
             waiting[other] = waiting[other][places:]
             if not waiting[other]:
@@ -268,7 +269,7 @@ class Predictor:
 
     def _detect(self, batch: list[_Sample], bucket: Size) -> Detections:
         put = self._programs.put
-        rows = batch + batch[:1] * (self.batch_size - len(batch))
+        rows = batch + batch[:1] * (self._rows - len(batch))
         sizes = {
             name: np.array([getattr(row, name) for row in rows], np.int32) for name in ("size", "new_size", "canvas")
         }

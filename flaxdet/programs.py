@@ -19,7 +19,6 @@ from flaxdet.predict import detect
 from flaxdet.resize import resize_image
 from flaxdet.sharding import by_rows, on_mesh
 from flaxdet.structures import Detections, ImageBatch
-from flaxdet.xla import routes
 
 
 class Programs:
@@ -87,10 +86,7 @@ class Programs:
                 original_size=sizes,
                 canvas=sizes if self.masked else None,
             )
-            run: Callable[..., Any] = functools.partial(detect, self.model)
-            if self.batch_size > 1 and self.mesh is None and routes.platform() == "cpu":
-                run = functools.partial(_one_by_one, run)
-            self.detects[bucket] = self._compile(run, (self.variables, batch), bucket)
+            self.detects[bucket] = self._compile(functools.partial(detect, self.model), (self.variables, batch), bucket)
         return functools.partial(self.detects[bucket], self.variables)
 
     def put(self, array: np.ndarray) -> jax.Array:
@@ -116,9 +112,12 @@ class Programs:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
                 raise
+            remedy = "make the batch, or the model's min_size and max_size, smaller"
+            if self.batch_size == 1:
+                remedy = "make the model's min_size and max_size smaller"
             raise MemoryError(
-                f"out of memory in bucket {bucket[0]}x{bucket[1]} (rows x columns) with batch_size={self.batch_size}: "
-                "make the batch, or the model's min_size and max_size, smaller"
+                f"out of memory in bucket {bucket[0]}x{bucket[1]} (rows x columns) in batches of "
+                f"{self.batch_size}: {remedy}"
             ) from error
 
     def _compile(self, run: Callable[..., Any], shapes: tuple[Any, ...], bucket: Size) -> Callable[..., Any]:
@@ -131,13 +130,3 @@ class Programs:
     def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         sharding = None if self.mesh is None else by_rows(self.mesh)
         return jax.ShapeDtypeStruct((self.batch_size, *shape), dtype, sharding=sharding)
-
-
-def _one_by_one(run: Callable[..., Any], variables: Any, batch: ImageBatch) -> Detections:
-    """The images of a batch in turn: a CPU gains nothing from many at once, and one at a time takes less memory."""
-
-    def one(row: ImageBatch) -> Detections:
-        found = run(variables, jax.tree.map(lambda x: x[None], row))
-        return jax.tree.map(lambda x: x[0], found)
-
-    return jax.lax.map(one, batch)

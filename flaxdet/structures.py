@@ -13,18 +13,59 @@ where they appear; sizes and extents are (rows, columns).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
-from typing import Any
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import InitVar, dataclass, fields
+from typing import Any, TypeVar
 
 import jax
+import jax.export
 import numpy as np
 from flax import struct
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
+Class = TypeVar("Class", bound=type)
 
 
+def exportable(cls: Class) -> Class:
+    """Registers a pytree class with jax.export, so that functions which take or return it can be serialised.
+
+    The file holds the names of the fields. A field that the file lacks is ``None`` when it is read, so that fields may
+    be added to the class later, anywhere. Fields may not change places: jax tells their arrays apart by the order.
+
+    Args:
+        cls: a ``flax.struct.dataclass`` of arrays and pytrees, without static fields.
+
+    Returns:
+        The class.
+
+    Raises:
+        ValueError: when a file is read that has a field which the class lacks, unless it is ``None`` there, or that
+            has the fields in another order.
+    """
+    names = [field.name for field in fields(cls)]
+    title = f"flaxdet.{cls.__name__}"
+
+    def build(written: Any, children: Sequence[Any]) -> Any:
+        values = dict(zip(written, children, strict=True))
+        present = [name for name in written if values[name] is not None]
+        if present != [name for name in names if name in present]:
+            expected = f"expected the fields {', '.join(names)}, in this order"
+            raise ValueError(f"{title}: {expected}, got {', '.join(present)}")
+        return cls(**{name: values.get(name) for name in names})
+
+    jax.export.register_pytree_node_serialization(
+        cls,
+        serialized_name=title,
+        serialize_auxdata=lambda _: json.dumps(names).encode(),
+        deserialize_auxdata=json.loads,
+        from_children=build,  # pyright: ignore[reportArgumentType]  # parameters of other names
+    )
+    return cls
+
+
+@exportable
 @struct.dataclass
 class ImageBatch:
     """Normalised images, each on its own canvas inside one bucket. ``flaxdet.transform`` builds it.
@@ -48,6 +89,7 @@ class ImageBatch:
         del roi_reference_height
 
 
+@exportable
 @struct.dataclass
 class Targets:
     """Ground truth in the pixels of the resized image.
@@ -63,6 +105,7 @@ class Targets:
     valid: Bool[Array, "B G"]
 
 
+@exportable
 @struct.dataclass
 class Proposals:
     """Region proposals in the pixels of the resized image, best first; padding is zero and not valid.
@@ -78,6 +121,7 @@ class Proposals:
     valid: Bool[Array, "B R"]
 
 
+@exportable
 @struct.dataclass
 class Detections:
     """Detections in the pixels of the resized image, best first.
@@ -161,7 +205,7 @@ class TransformConfig:
 
 def _numbers(name: str, values: Any) -> tuple[Any, ...]:
     """One number or several as a tuple."""
-    several = isinstance(values, (Sequence, np.ndarray)) and not isinstance(values, str)
+    several = isinstance(values, Iterable) and not isinstance(values, str)
     found = tuple(values) if several else (values,)
     if not all(isinstance(value, (int, float, np.number)) for value in found):
         raise TypeError(f"{name} should be a number, or numbers, got {values!r}")

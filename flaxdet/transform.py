@@ -46,8 +46,7 @@ def check_image(image: Any, name: str) -> np.ndarray:
     except ValueError as error:  # nested lists of unequal lengths
         raise ValueError(f"{name}: expected an array [H, W, 3], got a {type(image).__name__} ({error})") from None
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
-        is_bfloat16 = array.dtype.name == "bfloat16"
-        if not is_bfloat16:
+        if not jnp.issubdtype(array.dtype, jnp.floating):  # bfloat16 and others that numpy lacks
             raise TypeError(f"{name}: expected uint8, or floats in [0, 1], got dtype {array.dtype}")
         array = array.astype(np.float32)
     if array.ndim != 3 or array.shape[-1] != 3:

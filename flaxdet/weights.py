@@ -11,6 +11,7 @@ import enum
 from pathlib import Path
 from typing import Any, Self
 
+import jax.numpy as jnp
 import numpy as np
 
 from flaxdet._categories import COCO_CATEGORIES, IMAGENET_CATEGORIES
@@ -52,9 +53,10 @@ class ObjectDetection:
         """
         if hasattr(image, "convert"):
             image = np.asarray(image.convert("RGB"))
-        if np.issubdtype(image.dtype, np.integer):
-            return image.astype(np.float32) / np.float32(np.iinfo(image.dtype).max)
-        if np.issubdtype(image.dtype, np.floating):
+        # by jnp, which knows bfloat16 and the other dtypes that numpy lacks
+        if jnp.issubdtype(image.dtype, jnp.integer):
+            return image.astype(np.float32) / np.float32(jnp.iinfo(image.dtype).max)
+        if jnp.issubdtype(image.dtype, jnp.floating):
             return image.astype(np.float32)
         raise TypeError(f"image: expected integers or floats, found {image.dtype}")
 

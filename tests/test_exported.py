@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -18,7 +19,8 @@ import flaxdet
 from flaxdet.builders import make_model
 from flaxdet.cli.main import main
 from flaxdet.convert.state_dict import abstract_variables
-from flaxdet.export import ExportError
+from flaxdet.exported import ExportError, split_batch
+from flaxdet.xla.routes import routes_for
 from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables
 from tests.tolerances import NET_F32
@@ -92,6 +94,37 @@ def test_one_file_for_all_platforms_and_batches(artifact):
         same({name: found[name][i][valid] for name in ("boxes", "scores", "labels")}, expected)
 
 
+def test_one_canvas_of_any_size(tmp_path):
+    """With ``fixed_size`` no canvas is smaller than its bucket, which need be no multiple of 32."""
+    model = tiny_model(FCOS_NAME, score_thresh=0.05, fixed_size=(50, 70), size_divisible=1)
+    variables, images = tiny_variables(model), [noise(64, 80), noise(30, 120)]
+    flaxdet.export(tmp_path, model, variables, raw_size=128, platforms="cpu", batch_sizes=(1,))
+    expected = flaxdet.predict(model, variables, images)
+    assert all(len(found["scores"]) > 3 for found in expected)
+    for detect in (flaxdet.load_exported(tmp_path), flaxdet.Predictor(model, variables, raw_sizes=(128,))):
+        for found, other in zip(detect(images), expected, strict=True):
+            same(found, other)
+    with pytest.raises(ValueError, match="size_divisible=1 gives canvases that don't fit into buckets"):
+        flaxdet.export(tmp_path, model, variables, buckets=[(96, 64)])
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes", "on_cpu", "elsewhere"),
+    [
+        (8, (8, 1), [8], [8]),
+        (1, (8, 1), [1], [1]),
+        (3, (8, 1), [1, 1, 1], [8]),
+        (11, (1, 8), [8, 1, 1, 1], [8, 8]),
+        (5, (8, 4), [4, 4], [8]),
+        (3, (1,), [1, 1, 1], [1, 1, 1]),
+        (7, (2,), [2, 2, 2, 2], [2, 2, 2, 2]),
+    ],
+)
+def test_the_batches_of_several_images(count, sizes, on_cpu, elsewhere):
+    assert split_batch(count, sizes, fill=False) == on_cpu
+    assert split_batch(count, sizes, fill=True) == elsewhere
+
+
 def test_a_program_for_each_batch_size(tmp_path):
     model = tiny_model(FCOS_NAME, score_thresh=0.05)
     variables = tiny_variables(model)
@@ -99,8 +132,23 @@ def test_a_program_for_each_batch_size(tmp_path):
     signature = flaxdet.export(tmp_path, model, variables, **options)
     assert [program["batch"] for program in signature["programs"]] == [1, 2]
     assert len({program["file"] for program in signature["programs"]}) == 2
-    (found,) = flaxdet.load_exported(tmp_path)([noise(64, 80)])
-    same(found, flaxdet.predict(model, variables, [noise(64, 80)])[0])
+    detector, calls = flaxdet.load_exported(tmp_path), []
+
+    def counted(number):
+        return lambda weights, images, *sizes: (
+            calls.append((number, len(images))),
+            detector._run(number)(weights, images, *sizes),
+        )[1]
+
+    images = [noise(64, 80), noise(40, 60), noise(64, 80)[::-1]]
+    found = dataclasses.replace(detector, _run=counted)(images)
+    assert calls == [(1, 2), (0, 1)]  # two images by the program for two, the third by the other
+    for own, other in zip(found, flaxdet.predict(model, variables, images), strict=True):
+        same(own, other)
+    with routes_for("gpu"):
+        assert len(detector([])) == 0
+        dataclasses.replace(detector, _run=counted)(images[:1])
+    assert calls[2:] == [(0, 1)]
 
 
 def test_the_readmes_code_without_flaxdet(artifact, tmp_path):
@@ -183,6 +231,21 @@ def test_another_platform(copy):
         flaxdet.load_exported(copy)
 
 
+@pytest.mark.parametrize(("exported", "fits"), [("rocm", True), ("cuda", False)])
+def test_a_rocm_device(copy, monkeypatch, exported, fits):
+    """jax calls an AMD GPU "gpu" as a backend and "rocm" as a platform of exported functions."""
+    signature = json.loads((copy / "signature.json").read_text())
+    (copy / "signature.json").write_text(json.dumps({**signature, "platforms": [exported]}))
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        patch.setattr(jax.export, "default_export_platform", lambda: "rocm")
+        if fits:
+            assert flaxdet.load_exported(copy).signature["platforms"] == ["rocm"]
+        else:
+            with pytest.raises(ExportError, match="was exported for cuda, this process runs on rocm"):
+                flaxdet.load_exported(copy)
+
+
 def test_bad_images(artifact):
     detector = flaxdet.load_exported(artifact[0])
     with pytest.raises(TypeError, match="image 0: expected uint8, got float32"):
@@ -196,11 +259,13 @@ def test_bad_images(artifact):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"buckets": [(64, 97)]}, "should be multiples of 32"),
+        ({"buckets": [(64, 97)]}, r"bucket 64x97 \(rows x columns\) should have multiples of 32"),
         ({"raw_size": 0}, "should be at least 1, got 0"),
         ({"batch_sizes": (0,)}, "should be at least 1"),
         ({"platforms": ["cpu", "gpu"]}, r"should be some of .*, got \('cpu', 'gpu'\)"),
         ({"platforms": []}, r"should be some of .*, got \(\)"),
+        ({"categories": ["cat"]}, "expected 4 names, got 1"),
+        ({"categories": "abcd"}, "should be a list with the name of every label, got one 'abcd'"),
     ],
 )
 def test_bad_options(artifact, tmp_path, options, message):

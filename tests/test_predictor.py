@@ -52,13 +52,17 @@ def fcos():
 
 @pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
 def test_the_answers_of_predict(name, x64):
-    """In float64: every image as it is alone, in batches of three, as a list, as floats, and as a stream."""
+    """In float64: every image as it is alone, in batches of three, as a list, as floats, and as a stream.
+
+    Without a mesh, a CPU has no batches.
+    """
     model = tiny_model(name, dtype=np.float64, **OPTIONS[name])
     variables = tiny_variables(model)
     images = noise(*SIZES)
     expected = flaxdet.predict(model, variables, images)
     assert sum(len(own["scores"]) for own in expected) > 3 * len(images)
-    predictor = flaxdet.Predictor(model, variables, buckets=BUCKETS, batch_size=3, raw_sizes=(70, 100))
+    mesh = make_mesh(jax.devices()[:1])
+    predictor = flaxdet.Predictor(model, variables, buckets=BUCKETS, batch_size=3, raw_sizes=(70, 100), mesh=mesh)
     same(predictor(images), expected)
     same(predictor([image / np.float64(255) for image in images]), expected)
     same(list(predictor.stream(image for image in images)), expected)
@@ -92,28 +96,22 @@ def test_one_size_for_all_traces_no_masks(fcos):
     same(predictor(images), flaxdet.predict(model, fcos[1], images), 1e-4)
 
 
-def test_a_mesh_divides_the_batch(x64):
-    """In float64: the images of a mesh run together, and elsewhere on a CPU in turn, so that sums differ in order."""
-    model = tiny_model(FCOS_NAME, dtype=np.float64, **OPTIONS[FCOS_NAME])
-    variables, images = tiny_variables(model), noise(*SIZES[:3])
-    mesh = make_mesh(jax.devices()[:1])
-    predictor = flaxdet.Predictor(model, variables, buckets=BUCKETS[1:], batch_size=2, mesh=mesh)
-    same(predictor(images), flaxdet.predict(model, variables, images))
-
-
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="elsewhere the images of a batch run together")
-def test_on_a_cpu_the_images_of_a_batch_take_turns(fcos):
-    """So a neighbour changes no bit, and a batch needs the memory of one image."""
-    one, four = (flaxdet.Predictor(*fcos, buckets=BUCKETS[1:], batch_size=size) for size in (1, 4))
+def test_on_a_cpu_a_batch_costs_what_its_images_cost(fcos):
+    """One image a call, whatever the batch: nothing fills it up, and a neighbour changes no bit."""
+    predictor = flaxdet.Predictor(*fcos, buckets=BUCKETS[1:], batch_size=4)
+    predictor.warmup()
+    calls = []
+    for bucket, program in predictor._programs.detects.items():
+        predictor._programs.detects[bucket] = lambda variables, batch, program=program: (
+            calls.append(batch.pixels.shape),
+            program(variables, batch),
+        )[1]
     images = noise(*SIZES[:4])
-    same(four(images[:1] + images[3:]), [four(images)[0], four(images)[3]], 0)
-    one(images[:1])
-    temporary = [
-        program.memory_analysis().temp_size_in_bytes
-        for predictor in (one, four)
-        for program in predictor._programs.detects.values()
-    ]
-    assert temporary[1] < 1.1 * temporary[0]
+    found = predictor(images)
+    same(predictor(images[:1] + images[3:]), [found[0], found[3]], 0)
+    assert calls == [(1, 96, 96, 3)] * 6
+    assert predictor.model_compile_count == 1
 
 
 def test_bfloat16(fcos):
@@ -163,13 +161,34 @@ def test_an_endless_stream_reads_few_and_gives_a_rare_shape_its_turn(fcos):
             taken += 1
             yield noise((80, 64) if i == 1 else (64, 80), seed=i)[0]  # image 1 is alone in its bucket
 
-    predictor = flaxdet.Predictor(*fcos, buckets=BUCKETS, batch_size=2)
+    predictor = flaxdet.Predictor(*fcos, buckets=BUCKETS, batch_size=2, mesh=make_mesh(jax.devices()[:1]))
     stream = predictor.stream(frames())
     found = list(itertools.islice(stream, 5))
     same(found[1:2], predictor(noise((80, 64), seed=1)), 0)
     assert taken < 40
     stream.close()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("flaxdet-read")]
+
+
+@pytest.mark.parametrize("mesh", [None, make_mesh(jax.devices()[:1])], ids=["alone", "batches"])
+def test_one_photo_before_many_unreadable_paths(fcos, tmp_path, mesh):
+    """The photo and the errors come while the paths are read, although no batch ever fills."""
+    taken = 0
+
+    def sources():
+        nonlocal taken
+        yield noise((64, 80))[0]
+        for i in range(300):
+            taken += 1
+            yield tmp_path / f"{i}.png"
+
+    predictor = flaxdet.Predictor(*fcos, buckets=BUCKETS[:1], batch_size=2, mesh=mesh)
+    stream = predictor.stream(sources())
+    photo, *errors = itertools.islice(stream, 10)
+    stream.close()
+    same([photo], predictor(noise((64, 80))), 0)
+    assert [str(error).partition(":")[0] for error in errors] == [str(tmp_path / f"{i}.png") for i in range(9)]
+    assert taken < 40
 
 
 # Bad input
@@ -191,7 +210,7 @@ def test_bad_options(fcos, options, message):
 
 
 def test_a_model_whose_canvases_fit_no_bucket(fcos):
-    with pytest.raises(ValueError, match="size_divisible=8 has canvases that don't fit"):
+    with pytest.raises(ValueError, match="size_divisible=8 gives canvases that don't fit into buckets"):
         flaxdet.Predictor(tiny_model(FCOS_NAME, size_divisible=8), fcos[1], buckets=BUCKETS)
 
 
@@ -216,7 +235,7 @@ def test_out_of_memory_says_where(fcos, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12 bytes.")
 
     monkeypatch.setattr(predictor, "_detect", exhausted)
-    with pytest.raises(MemoryError, match=r"bucket 64x96 \(rows x columns\) with batch_size=4: make the batch"):
+    with pytest.raises(MemoryError, match=r"bucket 64x96 \(rows x columns\) in batches of 1: make the model's"):
         predictor(noise((64, 80)))
     other = jax.errors.JaxRuntimeError("INTERNAL: something else")
     monkeypatch.setattr(predictor, "_detect", lambda *_: (_ for _ in ()).throw(other))

@@ -19,6 +19,8 @@ FUNCTIONS = {
     "load": "path **overrides",
     "save": "path model variables * categories",
     "load_pretrained": "folder **overrides",
+    "load_variables": "path model * allow_nonfinite",
+    "save_variables": "path model variables * categories",
     "save_pretrained": "folder model variables * categories",
     "coco_results": "detections image_ids category_ids",
     "to_supervision": "found categories",

@@ -107,6 +107,12 @@ def test_detection_preset_is_torchvisions():
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected)
         np.testing.assert_allclose(ours(jnp.asarray(image)), expected, rtol=OP_F32)  # x * (1 / 255)
+    image = jnp.asarray(rng.random((4, 5, 3), dtype=np.float32), jnp.bfloat16)
+    tensor = torch.from_numpy(np.asarray(image, np.float32)).bfloat16()
+    for given in (image, np.asarray(image)):
+        found = ours(given)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, theirs(tensor.permute(2, 0, 1)).permute(1, 2, 0).numpy())
     picture = PIL.Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8))
     np.testing.assert_array_equal(ours(picture), theirs(picture).permute(1, 2, 0).numpy())
 

@@ -110,28 +110,29 @@ def load_model(
         OSError: if the file can't be read.
     """
     import flaxdet
-    from flaxdet.convert import checkpoint
-    from flaxdet.convert.identify import identify
+    from flaxdet import files
 
     options = {name: value for name, value in options.items() if value is not None}
     threshold = options.pop("threshold", None)
-    member, file = None, weights
+    member, file = None, None
     if is_file_name(weights):
-        builder, _ = identify(checkpoint.read(weights), source=weights)
+        file = files.read_model(weights)
+        builder = file.builder
         if model not in (None, builder):
             raise ValueError(f"{weights}: expected weights of {model}, found {builder}")
     else:
         builder, member = published(weights, model)
         if "frozen_bn" in options:  # which the builders decide by themselves
-            file = str(member.get_path(progress=progress))
+            file = files.read_model(member.get_path(progress=progress))
     if threshold is not None:
         options[SCORE_OPTION[builder]] = threshold
-    if member is not None and file == weights:
+    if file is None:
         made, variables = getattr(flaxdet, builder)(weights=member, progress=progress, **options)
     else:
-        made, variables = flaxdet.load(file, **options)
-    names = flaxdet.load_categories(file) if member is None else list(member.meta["categories"])
-    return made, variables, names
+        made, variables = files.make(file, **options)
+    if member is not None:
+        return made, variables, list(member.meta["categories"])
+    return made, variables, None if file is None else file.categories
 
 
 def load_with_names(command: Any, given: list[str] | None) -> tuple[Any, Any, list[str] | None]:

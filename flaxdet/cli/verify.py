@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -18,6 +18,9 @@ from flaxdet.cli.options import (
     make_folder,
     published,
 )
+
+if TYPE_CHECKING:
+    from flaxdet.files import ModelFile
 
 _DRAWN = 30  # detections in a picture: a hundred random boxes hide the photo and each other
 
@@ -74,7 +77,7 @@ class Verify:
 
         check_sizes(self.min_size, self.max_size)
         reference.torchvision()  # a missing extra shows before anything is computed
-        names = self._names()
+        names, weights = self._weights()
         paths = self.image or (_sample_photo(),)
         images = {path: read_image(path) for path in paths}
         make_folder(self.out)
@@ -82,28 +85,29 @@ class Verify:
         same = True
         with jax.enable_x64(True) if self.float64 else contextlib.nullcontext():
             for name in names:
-                same &= self._verify(name, images)
+                same &= self._verify(name, weights, images)
         return 0 if same else 1
 
-    def _names(self) -> list[str]:
-        """The models to verify: those asked for, or the one that the weights belong to."""
-        from flaxdet.convert import checkpoint
-        from flaxdet.convert.identify import identify
+    def _weights(self) -> tuple[list[str], str | ModelFile]:
+        """The models to verify, those asked for or the one that the weights belong to, and a file's content."""
+        from flaxdet.files import read_model
 
         names = list(SCORE_OPTION) if self.model == "both" else [self.model]
+        weights: str | ModelFile = self.weights
         if self.weights == "random":
-            return names
+            return names, weights
         if is_file_name(self.weights):
-            found, _ = identify(checkpoint.read(self.weights), source=self.weights)
+            weights = read_model(self.weights)
+            found = weights.builder
         elif "." in self.weights:
             found, _ = published(self.weights)
         else:
-            return [published(self.weights, name)[0] for name in names]
+            return [published(self.weights, name)[0] for name in names], weights
         if found not in names:
             raise ValueError(f"{self.weights}: expected weights of {names[0]}, found {found}")
-        return [found]
+        return [found], weights
 
-    def _verify(self, name: str, images: dict[Path, Any]) -> bool:
+    def _verify(self, name: str, weights: str | ModelFile, images: dict[Path, Any]) -> bool:
         import numpy as np
         from PIL import Image
 
@@ -112,7 +116,7 @@ class Verify:
 
         model, variables, theirs, categories = verify.both_sides(
             name,
-            self.weights,
+            weights,
             dtype=np.float64 if self.float64 else np.float32,
             seed=self.seed,
             progress=self.progress,

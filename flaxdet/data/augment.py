@@ -106,7 +106,7 @@ def fixed_size_crop(
 
 
 def check_jitter(
-    jitter: tuple[float, float] | None, crop: int | Size | None, min_size: Sequence[int] | None
+    jitter: tuple[float, float] | None, crop: int | Size | None, min_size: int | Sequence[int] | None
 ) -> tuple[tuple[float, float] | None, Size | None]:
     """Makes sure of the options of large-scale jitter.
 

@@ -37,7 +37,7 @@ def train_batches(
     steps: int,
     seed: int = 0,
     flip: float = 0.5,
-    min_size: Sequence[int] | None = None,
+    min_size: int | Sequence[int] | None = None,
     jitter: tuple[float, float] | None = None,
     crop: int | Size | None = None,
     buckets: Sequence[Size] | None = None,
@@ -60,7 +60,8 @@ def train_batches(
         steps: batches of the run.
         seed: not negative.
         flip: probability of a horizontal flip.
-        min_size: one is chosen at random for each image; default ``config.min_size``.
+        min_size: pixels of the shorter side. Several: one is chosen at random for each image. Default
+            ``config.min_size``.
         jitter: large-scale jitter, torchvision's is (.1, 2.): the range of the scale. ``min_size`` and the size
             options of ``config`` then mean nothing; every image fills ``crop``.
         crop: pixels of a side, or (rows, columns), of the jittered image; default 1024.
@@ -85,9 +86,7 @@ def train_batches(
         raise ValueError(f"flip should be a probability, got {flip!r}")
     if steps < 0 or seed < 0:
         raise ValueError(f"steps and seed should not be negative, got {steps} and {seed}")
-    choices: Any = tuple(config.min_size if min_size is None else min_size)  # pyright: ignore[reportArgumentType]
-    if not choices or min(choices) <= 0:
-        raise ValueError(f"min_size should be one or more positive numbers, got {min_size!r}")
+    choices: Any = (config if min_size is None else replace(config, min_size=min_size)).min_size
     scales, cut = check_jitter(jitter, crop, min_size)
     # large-scale jitter makes every image a square that is resized no more
     geometry = config if cut is None else replace(config, fixed_size=cut[::-1])

@@ -11,11 +11,13 @@ import optax
 from flax import struct
 from jaxtyping import Int, UInt32
 
+from flaxdet.structures import exportable
 from flaxdet.train.mask import Params, Tree, split, trainable_mask
 
 Trainable = Mapping[str, Any] | Callable[[Params], Mapping[str, Any]]
 
 
+@exportable
 @struct.dataclass
 class TrainState:
     """Everything that a step reads and writes; arrays only, so that any checkpointer can store it.

@@ -18,6 +18,7 @@ from flaxdet import builders
 from flaxdet.builders import initial_variables
 from flaxdet.cli import options
 from flaxdet.cli.main import main
+from flaxdet.convert import checkpoint
 from tests.tiny import build_small_models
 
 NAMES = ["__background__", "Platelets", "RBC", "white cell"]
@@ -95,6 +96,19 @@ def weights(tmp_path_factory) -> Path:
 def small_builders(monkeypatch):
     """Commands build and read small models."""
     build_small_models(monkeypatch)
+
+
+@pytest.fixture
+def reads(monkeypatch) -> list[str]:
+    """The checkpoint files that a command reads whole, in order."""
+    files, read = [], checkpoint.read
+
+    def noted(path, **options):
+        files.append(str(path))
+        return read(path, **options)
+
+    monkeypatch.setattr(checkpoint, "read", noted)
+    return files
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ def assert_same_bits(found: dict, expected: dict):
         assert found[key].tobytes() == value.tobytes(), key
 
 
-def test_there_and_back_bit_for_bit(run, weights, pth, tmp_path):
+def test_there_and_back_bit_for_bit(run, weights, pth, reads, tmp_path):
     middle, back = tmp_path / "middle.safetensors", tmp_path / "back.pth"
     names = tmp_path / "names.txt"
     names.write_text("\n".join(NAMES))
@@ -46,6 +46,7 @@ def test_there_and_back_bit_for_bit(run, weights, pth, tmp_path):
     assert (found.status, found.err) == (0, "")
     assert found.out == f"FCOS, 4 classes, 32,122,185 parameters -> {middle}\n"
     assert run("convert", middle, back).status == 0
+    assert reads == [str(pth), str(middle)]  # each once
     first = read(pth)
     assert len(first) == 372
     assert_same_bits(read(back), first)
@@ -146,10 +147,13 @@ def test_published_weights_with_batch_norm_overruled(monkeypatch, tmp_path):
     enum = flaxdet.FCOS_ResNet50_FPN_Weights
     given = []
     monkeypatch.setattr(enum, "get_path", lambda self, progress: file)
-    monkeypatch.setattr(flaxdet, "load", lambda path, **kept: given.append((path, kept)) or ("model", "variables"))
+    monkeypatch.setattr(flaxdet.files, "read_model", lambda path: path)
+    monkeypatch.setattr(
+        flaxdet.files, "make", lambda path, **kept: given.append((path, kept)) or ("model", "variables")
+    )
     found = options.load_model(None, "COCO_V1", frozen_bn=False, min_size=None)
     assert found == ("model", "variables", enum.COCO_V1.meta["categories"])
-    assert given == [(str(file), {"frozen_bn": False})]
+    assert given == [(file, {"frozen_bn": False})]
 
 
 def test_published_weights_go_to_the_builder(monkeypatch):

@@ -127,7 +127,7 @@ def test_a_wrong_weight_gives_another_verdict(run, photo, tmp_path, monkeypatch,
 
 
 @pytest.mark.xdist_group("verify_file")
-def test_a_file_of_weights_in_float64(run, shared, tmp_path):
+def test_a_file_of_weights_in_float64(run, shared, reads, tmp_path):
     """A trained checkpoint on photos of its own kind; with both models asked for, the file says which it is."""
     import jax
 
@@ -135,6 +135,7 @@ def test_a_file_of_weights_in_float64(run, shared, tmp_path):
     weights = shared / "checkpoints" / f"{FCOS}_bccd.pth"
     found = run("verify", "--weights", weights, "--float64", "--image", *photos, "--out", tmp_path, *SMALL)
     assert (found.status, found.err) == (0, "")
+    assert reads == [str(weights)]
     reports = [line for line in found.out.splitlines() if " on " in line and not line.startswith(" ")]
     assert reports == [f"{FCOS} on {path.name} (480x640)" for path in photos]
     for path in photos:

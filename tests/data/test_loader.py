@@ -116,6 +116,9 @@ def test_multi_scale(data):
     assert min(counts) > 25
     by_config = train_batches(data, TransformConfig(min_size=sizes, max_size=96), batch_size=4, steps=40, flip=0)
     check_same(train_batches(data, CONFIG, batch_size=4, steps=40, flip=0, min_size=sizes), by_config)
+    one = TransformConfig(min_size=32, max_size=96)
+    by_config = train_batches(data, one, batch_size=4, steps=2)
+    check_same(train_batches(data, CONFIG, batch_size=4, steps=2, min_size=32), by_config)
 
 
 def test_large_scale_jitter(tmp_path):

@@ -1,8 +1,9 @@
-"""Writes what users may hold of an earlier flaxdet: models, a training checkpoint, an exported artifact.
+"""Writes what users may hold of an earlier flaxdet: models, a training checkpoint, exported functions.
 
     python tests/saved/make.py FOLDER
 
-Run once, by the flaxdet whose files are to be kept (tests/saved/0.1.0 is of commit 40b060f); ``test_saved.py`` reads
+Run once, by the flaxdet whose files are to be kept (tests/saved/0.1.0 is of commit 40b060f,
+pytrees.stablehlo in it of a later one); ``test_saved.py`` reads
 them with the flaxdet of today. The models are whole ResNet-50 detectors of few classes; their weights are those of
 ``content``, which compress to some kilobytes, and which the test makes again by the same rule.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
 import numpy as np
 
 NAMES = ["__background__", "red", "green", "blue"]
@@ -44,6 +46,30 @@ def content(abstract: Any) -> Any:
         return array
 
     return jax.tree.unflatten(structure, [fill(i, leaf) for i, leaf in enumerate(leaves)])
+
+
+def pytrees() -> list[Any]:
+    """One of each class that jax.export writes."""
+    import flaxdet
+    from flaxdet.train.state import TrainState
+
+    boxes, scores, labels = np.ones((1, 2, 4), np.float32), np.ones((1, 2), np.float32), np.ones((1, 2), np.int32)
+    pixels, sizes, valid = np.ones((1, 4, 4, 3), np.float32), np.full((1, 2), 4, np.int32), np.ones((1, 2), bool)
+    step, key, params = np.int32(3), np.ones(2, np.uint32), {"kernel": np.ones(2, np.float32)}
+    trees: list[Any] = [
+        flaxdet.ImageBatch(pixels, sizes, sizes, None),  # pyright: ignore[reportArgumentType]
+        flaxdet.ImageBatch(pixels, sizes, sizes, sizes),  # pyright: ignore[reportArgumentType]
+        flaxdet.Targets(boxes, labels, valid),  # pyright: ignore[reportArgumentType]
+        flaxdet.Proposals(boxes, scores, valid),  # pyright: ignore[reportArgumentType]
+        flaxdet.Detections(boxes, scores, labels, valid, np.zeros(1, bool)),  # pyright: ignore[reportArgumentType]
+        TrainState(step, params, {}, {"trace": params}, key),  # pyright: ignore[reportArgumentType]
+    ]
+    return trees
+
+
+def serialise(tree: Any) -> bytearray:
+    """A function that gives back its argument, as jax.export writes it."""
+    return jax.export.export(jax.jit(lambda x: x))(tree).serialize()
 
 
 def compress(source: Path, target: Path) -> None:
@@ -73,6 +99,7 @@ def main() -> None:
     from flaxdet.train import Checkpoints, create_state, sgd
     from tests.tiny import FCOS_NAME, tiny_model, tiny_variables
 
+    jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")  # no path of this machine in a file
     out = Path(sys.argv[1])
     out.mkdir(parents=True)
     for kind, (builder, options) in MODELS.items():
@@ -101,6 +128,7 @@ def main() -> None:
             checkpoints.save(state, {"epoch": 1, "next": 2}, metrics={"AP": 0.25}, wait=True)
         archive(folder / "checkpoints", out / "checkpoints.tar.xz")
 
+        (out / "pytrees.stablehlo").write_bytes(serialise(pytrees()))
         flaxdet.export(folder / "exported", model, variables, buckets=[(64, 96)], raw_size=128, categories=NAMES)
         archive(folder / "exported", out / "exported.tar.xz")
         image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)

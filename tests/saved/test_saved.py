@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import lzma
 import shutil
@@ -10,6 +11,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import jax
+import jax.export
 import numpy as np
 import pytest
 
@@ -17,7 +19,7 @@ import flaxdet
 from flaxdet.builders import make_model
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.train import Checkpoints, create_state, sgd
-from tests.saved.make import GEOMETRY, MODELS, NAMES, STEP, content
+from tests.saved.make import GEOMETRY, MODELS, NAMES, STEP, content, pytrees
 from tests.tiny import FCOS_NAME, tiny_model, tiny_variables
 from tests.tolerances import NET_F32
 
@@ -82,17 +84,34 @@ def test_training_checkpoint(version, tmp_path):
     np.testing.assert_array_equal(state.key, jax.random.key_data(jax.random.key(3)))
 
 
+@contextlib.contextmanager
+def within_jaxs_window(written):
+    """Skips the test where jax refuses what is too old for it."""
+    try:
+        yield
+    except ValueError as error:
+        if date.fromisoformat(written["written"]) + WINDOW > date.today():
+            raise
+        pytest.skip(f"jax {written['jax']} exported it on {written['written']}, {jax.__version__} refuses it: {error}")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_exported_pytrees(version):
+    """As arguments and results of a function that a user exported."""
+    written = json.loads((HERE / version / "exported.json").read_text())
+    with within_jaxs_window(written):
+        exported = jax.export.deserialize(bytearray((HERE / version / "pytrees.stablehlo").read_bytes()))
+    assert exported.in_tree == jax.tree.structure(((pytrees(),), {}))
+    assert exported.out_tree == jax.tree.structure(pytrees())
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_exported_artifact(version, tmp_path):
     written = json.loads((HERE / version / "exported.json").read_text())
     folder = unpack(HERE / version / "exported.tar.xz", tmp_path)
     image = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
-    try:
+    with within_jaxs_window(written):
         (found,) = flaxdet.load_exported(folder)([image])
-    except ValueError as error:
-        if date.fromisoformat(written["written"]) + WINDOW > date.today():
-            raise
-        pytest.skip(f"jax {written['jax']} exported it on {written['written']}, {jax.__version__} refuses it: {error}")
     assert len(written["scores"]) > 10
     np.testing.assert_array_equal(found["labels"], written["labels"])
     np.testing.assert_allclose(found["boxes"], written["boxes"], rtol=0, atol=NET_F32)
