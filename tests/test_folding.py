@@ -7,23 +7,25 @@ import numpy as np
 import pytest
 
 import flaxdet
-from flaxdet.convert import verify
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.nn import ResNet
 from tests.drawn import drawn
-from tests.parity import sides
-from tests.tiny import FCOS_NAME, small_model, tiny_model, tiny_variables
+from tests.tiny import FCOS_NAME, V2_NAME, small_model, tiny_model, tiny_variables
 from tests.tolerances import INVARIANCE_F64
 
 CASES = [
-    pytest.param(sides.FCOS_NAME, {}, marks=pytest.mark.xdist_group("folding_fcos")),
-    pytest.param(sides.V2_NAME, {"rpn_post_nms_top_n_test": 60}, marks=pytest.mark.xdist_group("folding_v2")),
+    pytest.param(FCOS_NAME, {}, marks=pytest.mark.xdist_group("folding_fcos")),
+    pytest.param(V2_NAME, {"rpn_post_nms_top_n_test": 60}, marks=pytest.mark.xdist_group("folding_v2")),
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_the_same_detections(name, options, x64):
     """Two photos, each on its own canvas, and in one batch of a ``Predictor``, which folds, in a larger bucket."""
+    pytest.importorskip("torch")
+    from flaxdet.convert import verify
+    from tests.parity import sides
+
     model, variables, _ = sides.both(name, 18, dtype="float64", min_size=96, max_size=160, **options)
     before = jax.tree.map(lambda leaf: leaf, variables)
     folded, fewer = flaxdet.fold_batch_norm(model, variables)
@@ -38,9 +40,7 @@ def test_the_same_detections(name, options, x64):
             assert verify.match_detections(own, other, INVARIANCE_F64, INVARIANCE_F64).same
 
 
-@pytest.mark.parametrize(
-    ("name", "frozen"), [(sides.FCOS_NAME, False), (sides.FCOS_NAME, True), (sides.V2_NAME, False)]
-)
+@pytest.mark.parametrize(("name", "frozen"), [(FCOS_NAME, False), (FCOS_NAME, True), (V2_NAME, False)])
 def test_every_batch_norm_of_the_builders_goes(name, frozen):
     """By names and shapes, so that none of the ResNet-50 is computed."""
     from flaxdet.builders import make_model

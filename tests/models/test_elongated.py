@@ -8,15 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
-from flaxdet.convert import reference, verify
 from flaxdet.models.roi_pool import MultiScaleRoIAlign
 from flaxdet.nn import BackboneWithFPN
 from flaxdet.structures import ImageBatch
 from flaxdet.train import shard_batch
 from flaxdet.train.step import batch_inputs
-from tests.parity import sides
 from tests.tiny import V2_NAME, tiny_model
 from tests.tolerances import BOXES_F64, SCORES_F64
 
@@ -38,6 +35,10 @@ def undeclared(backbone: BackboneWithFPN) -> BackboneWithFPN:
 @pytest.mark.parametrize("heights", [FEW, pytest.param(MANY, marks=pytest.mark.ci)])
 @pytest.mark.parametrize("declared", [True, False])
 def test_detections_of_strips(declared, heights, x64):
+    pytest.importorskip("torch")
+    from flaxdet.convert import verify
+    from tests.parity import sides
+
     options: dict[str, Any] = {"size_divisible": 1, "rpn_post_nms_top_n_test": 60, "fixed_size": None}
     options |= {"min_size": 10_000, "max_size": COLUMNS, "box_score_thresh": 0.02}  # the longer side decides
     model, variables, theirs = sides.both(sides.V2_NAME, 18, dtype="float64", **options)
@@ -60,6 +61,9 @@ def test_detections_of_strips(declared, heights, x64):
 
 def test_a_torchvision_that_saw_a_strip_first_is_another(x64):
     """What the comparison guards against: the same model pools from elsewhere."""
+    torch = pytest.importorskip("torch")
+    from flaxdet.convert import reference
+
     pool = reference.torchvision().ops.MultiScaleRoIAlign(["0", "1"], 2, 2)
     maps = {"0": torch.arange(5.0 * 80).reshape(1, 1, 5, 80), "1": torch.arange(3.0 * 40).reshape(1, 1, 3, 40)}
     pool(maps, [torch.tensor([[0.0, 0.0, 9.0, 9.0]])], [(17, 320)])
