@@ -21,6 +21,7 @@ class CheckedStep:
     looks at every batch before it goes to the device.
 
     Attributes:
+        jitted: the step without the look.
         target_labels: labels that the model's boxes may have; None for a model of one's own that doesn't tell, whose
             batches are not looked at.
     """
@@ -34,7 +35,7 @@ class CheckedStep:
             model: the detector.
         """
         self.target_labels: range | None = getattr(model, "target_labels", None)
-        self._jitted, self._looked = jitted, False
+        self.jitted, self._looked = jitted, False
         self._parameters = inspect.signature(function)
         functools.update_wrapper(self, function)
 
@@ -52,7 +53,7 @@ class CheckedStep:
             args = self._parameters.bind(*args, **kwargs).args  # jit takes no names beside shardings
         if not self._looked and self.target_labels is not None and len(args) == 2:
             self._looked = look_at_labels(args[1], self.target_labels)
-        return self._jitted(*args)
+        return self.jitted(*args)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
         """As ``lower`` of ``jax.jit``.
@@ -60,7 +61,7 @@ class CheckedStep:
         Args:
             *args: state or variables, and the batch; arrays or ``jax.ShapeDtypeStruct``.
         """
-        return self._jitted.lower(*args)
+        return self.jitted.lower(*args)
 
 
 def look_at_labels(batch: Mapping[str, Any], allowed: range) -> bool:
