@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flaxdet.compiling import JitBySize, compiler_options
+from flaxdet.compiling import JitBySize
 from flaxdet.nn.layers import at_least_float32
 from flaxdet.sharding import BATCH_KEYS, by_rows, on_mesh, replicated
 from flaxdet.structures import ImageBatch, Targets
@@ -126,10 +126,10 @@ def make_loss_step(
         metrics = {**losses, "loss": _weighted_sum(losses, loss_weights)}
         return {name: value.astype(model.box_dtype) for name, value in metrics.items()}
 
-    options: dict[str, Any] = {"compiler_options": compiler_options(model.box_dtype)}
+    options: dict[str, Any] = {}
     if mesh is not None:
-        options |= {"in_shardings": (replicated(mesh), by_rows(mesh)), "out_shardings": replicated(mesh)}
-    return CheckedStep(loss_step, jax.jit(on_mesh(loss_step, mesh), **options), model)
+        options = {"in_shardings": (replicated(mesh), by_rows(mesh)), "out_shardings": replicated(mesh)}
+    return CheckedStep(loss_step, JitBySize(on_mesh(loss_step, mesh), model.box_dtype, **options), model)
 
 
 def loss_and_gradients(

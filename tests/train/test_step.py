@@ -252,3 +252,13 @@ def test_parameters_are_updated_in_place():
     text = program.lower(state, random_batch(2)).compile().as_text()
     assert len(re.findall(r"%state_params\S* = \S+ parameter", text)) == len(jax.tree.leaves(state.params))
     assert not re.findall(r"copy\(%state_params\S*", text)
+
+
+def test_losses_inside_a_users_own_jit():
+    """jax takes options of the compiler at the outermost jit alone; the arrays are closed over."""
+    variables, batch = toy_variables(), shard_batch(random_batch(2, size=8), None)
+    loss_step = make_loss_step(Toy())
+    found = jax.jit(lambda: loss_step(variables, batch))()
+    images, targets = batch_inputs(Toy(), batch)
+    expected = Toy().apply(variables, images, targets, train=False, rngs={"sampling": jax.random.key(0)})
+    assert_trees_close(found, {**expected, "loss": expected["fit"] + expected["noise"]})
