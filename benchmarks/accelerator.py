@@ -16,10 +16,10 @@ Two passes of stages (accelerator_plan.py). The first has one bfloat16 case a mo
 7. with 4 and 6: peak memory of both sides, and the kernels of one call by name and time
 
 The second first tries again what was killed in the first, and then has the rest, most telling first, until the time is
-up: other batch sizes, AMP without channels_last, torch.compile, 320x448, float32 and TF32. On an H100 with 16 cores the
-first pass took 20 s for 1, 45 s for 2, 58 s for 3, 70 s for 4 and some 75 s for 5, which 240 seconds reach in part. A
-training step takes XLA more than 60 s to compile and tune, and torch 27 s to try out its kernels, for each model and
-contender: 500 seconds reach some of 6.
+up: other batch sizes, AMP without channels_last, torch.compile, 320x448, float32 and TF32. On an H100 with 16 cores
+stages of the first pass took more than 17 s for 1, 30 to 45 s for 2, 58 s for 3, 70 s for 4 and more than 65 s for 5:
+240 seconds are thought to reach some of 5. For 6, XLA had not compiled the steps of both models after 112 s, beside
+inference, and torch takes 27 s a model and contender to try out its kernels: 500 seconds may reach flaxdet's steps.
 
 Each stage is a process with its own limit; limits sum to --seconds, and what a stage leaves goes to those after it. A
 stage that fails, or is killed at its limit, says why in the report, and what it had found until then counts. Programs

@@ -7,6 +7,7 @@ transfer, the resize and the normalisation count on both sides. Both read their 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,6 @@ def load_flaxdet(weights: str | Path, *, dtype: str, **options: Any) -> tuple[An
     options = options if "max_size" in options else geometry(**options)
     if weights not in MODELS:
         return flaxdet.load(weights, **flaxdet_dtype(dtype), **options)
-    import functools
-
     import jax
     import jax.numpy as jnp
 

@@ -122,7 +122,8 @@ def fit(
     pending: collections.deque[tuple[int, Any, Metrics]] = collections.deque()
     window = _Window(schedule)
     target_labels: range | None = getattr(train_step, "target_labels", None)
-    if target_labels is not None and hasattr(batches, "check_labels"):
+    whole = hasattr(batches, "check_labels")  # its data set can be looked at before the first step
+    if target_labels is not None and whole:
         batches.check_labels(target_labels)  # pyright: ignore[reportAttributeAccessIssue]
     advice = "; labels outside the model's classes give NaN too" if target_labels is None else ""
 
@@ -156,7 +157,7 @@ def fit(
                 batch = next(batches)  # pyright: ignore[reportArgumentType]
             except StopIteration:
                 raise ValueError(f"the batches ended after step {step - 1}, expected {steps}") from None
-            if target_labels is not None:
+            if target_labels is not None and not whole:
                 look_at_labels(batch, target_labels)
             images = batch.get("image_id")
             state, metrics = train_step(state, shard_batch(batch, mesh))
