@@ -14,12 +14,12 @@ from accelerator_common import Notes, sizes, weights_file
 from contenders import allow_tf32, flaxdet_dtype, geometry, load_flaxdet, torch_context, torch_device
 from photos import photos, training_examples
 
-from flaxdet.builders import make_model
 from flaxdet.convert import from_torchvision, reference, to_torchvision
 from flaxdet.convert.verify import both_sides, compare, match_detections
-from flaxdet.predict import jitted_detect, unpad
+from flaxdet.images.transform import transform, transform_targets
+from flaxdet.inference.predict import jitted_detect, unpad
 from flaxdet.train import loss_and_gradients
-from flaxdet.transform import transform, transform_targets
+from flaxdet.zoo.builders import make_model
 
 # bfloat16 has 8 bits: what still counts as the same detection, pixels of a coordinate and difference of a score.
 WIDE = (8.0, 0.1)

@@ -18,9 +18,9 @@ from contenders import flaxdet_training, load_flaxdet, make_predictor
 from photos import photos, training_examples
 
 import flaxdet
+from flaxdet.images.transform import resized_size
 from flaxdet.models.detector import call_part, feature_extents
 from flaxdet.structures import ImageBatch
-from flaxdet.transform import resized_size
 
 Run = Callable[[], Any]
 RATE = 1e-6  # of the steps: weights, and with them proposals, are to stay

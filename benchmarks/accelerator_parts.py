@@ -22,11 +22,11 @@ from part_common import jitted, tensors
 from photos import photos
 
 from flaxdet.convert import reference
+from flaxdet.images.resize import resize_image
+from flaxdet.images.transform import canvas_size, resized_size
 from flaxdet.models.fcos_head import FCOSHead
 from flaxdet.nn import BatchNorm
-from flaxdet.resize import resize_image
 from flaxdet.structures import TransformConfig
-from flaxdet.transform import canvas_size, resized_size
 
 Run = Callable[[], Any]
 

@@ -24,11 +24,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import flaxdet
-from flaxdet.builders import initial_variables, make_model
-from flaxdet.predict import detect
+from flaxdet.images.transform import transform, transform_targets
+from flaxdet.inference.predict import detect
 from flaxdet.train import create_state, make_train_step, sgd, shard_batch
-from flaxdet.transform import transform, transform_targets
 from flaxdet.xla.routes import routes_for
+from flaxdet.zoo.builders import initial_variables, make_model
 
 CLASSES = 91
 MAX_BOXES = 100  # of an image's targets: 93 in COCO

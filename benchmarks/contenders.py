@@ -55,7 +55,7 @@ def load_flaxdet(weights: str | Path, *, dtype: str, **options: Any) -> tuple[An
     import jax
     import jax.numpy as jnp
 
-    from flaxdet.builders import initial_variables, make_model
+    from flaxdet.zoo.builders import initial_variables, make_model
 
     model = make_model(str(weights), num_classes=91, **flaxdet_dtype(dtype), **options)
     shapes = jax.eval_shape(functools.partial(initial_variables, model), jax.random.key(0))
@@ -65,7 +65,7 @@ def load_flaxdet(weights: str | Path, *, dtype: str, **options: Any) -> tuple[An
 def make_predictor(weights: str | Path, size: tuple[int, int], *, dtype: str, min_size: int, batch: int) -> Any:
     """flaxdet's ``Predictor`` for photos of one size."""
     import flaxdet
-    from flaxdet.transform import canvas_size, resized_size
+    from flaxdet.images.transform import canvas_size, resized_size
 
     model, variables = load_flaxdet(weights, dtype=dtype, min_size=min_size)
     bucket = canvas_size(resized_size(size, model.transform), model.transform)
@@ -169,8 +169,8 @@ def flaxdet_training(
     """flaxdet's train step, the state that it starts from, and its batch: ``state, metrics = step(state, batch)``."""
     import jax
 
+    from flaxdet.images.transform import transform, transform_targets
     from flaxdet.train import create_state, make_train_step, sgd, shard_batch
-    from flaxdet.transform import transform, transform_targets
 
     tx = sgd(rate, **SGD)
     batch = transform(images, model.transform)

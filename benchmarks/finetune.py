@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from flaxdet.cli.main import main as command
 from flaxdet.cli.train import Train
-from flaxdet.coco_metrics import evaluate_results
 from flaxdet.convert import reference, to_torchvision
-from flaxdet.evaluate import coco_results, evaluate
-from flaxdet.files import load
+from flaxdet.evaluation.coco_metrics import evaluate_results
+from flaxdet.evaluation.evaluate import coco_results, evaluate
+from flaxdet.files.models import load
 from flaxdet.train import trainable_mask
 
 BUILDERS = {"FCOS": "fcos_resnet50_fpn", "FasterRCNN": "fasterrcnn_resnet50_fpn_v2"}

@@ -39,8 +39,8 @@ from common import (
 from contenders import CONTENDERS, DTYPES, MODELS, Contender, load_torch, make_predictor, torch_contender
 from PIL import Image
 
-from flaxdet.predict import detect
-from flaxdet.transform import transform
+from flaxdet.images.transform import transform
+from flaxdet.inference.predict import detect
 
 SIZE = (480, 640)
 

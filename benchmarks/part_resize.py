@@ -13,9 +13,9 @@ from common import measure_short, photo, show, wait
 from contenders import geometry
 from part_common import jitted, ready, tensors, with_ratio
 
-from flaxdet.resize import resize_image
+from flaxdet.images.resize import resize_image
+from flaxdet.images.transform import transform
 from flaxdet.structures import TransformConfig
-from flaxdet.transform import transform
 
 
 def resize_benchmark(options: Any) -> dict[str, Any]:

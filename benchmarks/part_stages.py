@@ -13,8 +13,8 @@ from contenders import load_flaxdet, load_torch
 from part_common import Run, jitted, ready, tensors, with_ratio
 
 import flaxdet
+from flaxdet.images.transform import transform
 from flaxdet.models.detector import call_part, level_shapes
-from flaxdet.transform import transform
 
 
 def our_stages(weights: Path, options: Any) -> dict[str, Run]:

@@ -1,6 +1,13 @@
 """torchvision checkpoints in and out: files, names, layouts. No torch is needed, nor imported."""
 
-from flaxdet.convert.checkpoint import (
+from flaxdet.convert.identify import identify
+from flaxdet.convert.state_dict import (
+    StateDictError,
+    backbone_from_torchvision,
+    from_torchvision,
+    to_torchvision,
+)
+from flaxdet.files.checkpoint import (
     CheckpointError,
     CheckpointFileError,
     CheckpointNotFoundError,
@@ -8,13 +15,6 @@ from flaxdet.convert.checkpoint import (
     read_metadata,
     write_pth,
     write_safetensors,
-)
-from flaxdet.convert.identify import identify
-from flaxdet.convert.state_dict import (
-    StateDictError,
-    backbone_from_torchvision,
-    from_torchvision,
-    to_torchvision,
 )
 
 __all__ = [

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flaxdet.convert.checkpoint import CheckpointError
 from flaxdet.convert.rules import COUNTER, canonical_keys
+from flaxdet.files.checkpoint import CheckpointError
 
 FCOS = "fcos_resnet50_fpn"
 FASTER_RCNN_V2 = "fasterrcnn_resnet50_fpn_v2"

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from flax import traverse_util
 
 from flaxdet.convert import layouts
-from flaxdet.convert.checkpoint import PREFIXES
+from flaxdet.files.checkpoint import PREFIXES
 
 Path = tuple[str, ...]
 

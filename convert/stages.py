@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 from flaxdet.convert import reference
+from flaxdet.images.transform import to_original
+from flaxdet.inference.predict import unpad
 from flaxdet.models.detector import Detector
-from flaxdet.predict import unpad
 from flaxdet.structures import Detections, ImageBatch, Proposals
-from flaxdet.transform import to_original
 
 Detection = dict[str, np.ndarray]
 Stages = dict[str, np.ndarray]

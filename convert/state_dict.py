@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from flaxdet.convert import checkpoint
 from flaxdet.convert.identify import describe
 from flaxdet.convert.rules import COLLECTIONS, COUNTER, Rule, canonical_keys, leaves_of, rules
+from flaxdet.files import checkpoint
 from flaxdet.models.detector import example_batch
 
 Variables = dict[str, Any]

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from flaxdet.builders import NUM_COCO_CLASSES, make_model
 from flaxdet.convert import from_torchvision, reference
 from flaxdet.convert.stages import OF_PROPOSALS, PROPOSAL_IMAGE, Detection, Stages, run, run_reference
-from flaxdet.files import ModelFile, read_model
+from flaxdet.files.models import ModelFile, read_model
+from flaxdet.images.transform import transform
+from flaxdet.inference.predict import jitted_detect, unpad
 from flaxdet.models.detector import Detector
-from flaxdet.predict import jitted_detect, unpad
-from flaxdet.transform import transform
-from flaxdet.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights
+from flaxdet.zoo.builders import NUM_COCO_CLASSES, make_model
+from flaxdet.zoo.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights
 
 # What counts as the same answer: largest difference of a box (pixels) and of a score. torchvision in float32 differs
 # from itself in float64 by up to .022 px and 1.3e-4; in float64 only the order of sums is left.
@@ -236,7 +236,7 @@ def both_sides(
     Args:
         name: the builder's.
         weights: "random" (lively, see ``lively.make_lively``), the name of published weights, or a file: its name, or
-            what ``flaxdet.files.read_model`` has read.
+            what ``flaxdet.files.models.read_model`` has read.
         dtype: float32 or float64, of both sides.
         seed: of random weights.
         progress: bar while downloading.

@@ -2,24 +2,25 @@
 
 from flaxdet import convert, data, ops, train
 from flaxdet._version import __version__
-from flaxdet.bridges import to_supervision
-from flaxdet.builders import fasterrcnn_resnet50_fpn_v2, fcos_resnet50_fpn
-from flaxdet.classes import match_classes, replace_classes
-from flaxdet.compiling import compiler_options
-from flaxdet.draw import draw_detections
-from flaxdet.evaluate import coco_results, evaluate
-from flaxdet.export import export
-from flaxdet.exported import load_exported
-from flaxdet.files import load, load_categories, save
-from flaxdet.folding import fold_batch_norm
+from flaxdet.evaluation.evaluate import coco_results, evaluate
+from flaxdet.files.hub import load_pretrained, save_pretrained
+from flaxdet.files.models import load, load_categories, save
+from flaxdet.files.variables import load_variables, save_variables
+from flaxdet.images.transform import to_original, transform, transform_targets
+from flaxdet.inference.export import export
+from flaxdet.inference.exported import load_exported
+from flaxdet.inference.predict import predict
+from flaxdet.inference.predictor import Predictor
 from flaxdet.models import FCOS, FasterRCNN
+from flaxdet.models.classes import match_classes, replace_classes
+from flaxdet.models.folding import fold_batch_norm
 from flaxdet.ops import AnchorGenerator
-from flaxdet.predict import predict
-from flaxdet.predictor import Predictor
-from flaxdet.pretrained import load_pretrained, save_pretrained
+from flaxdet.results.bridges import to_supervision
+from flaxdet.results.draw import draw_detections
 from flaxdet.structures import Detections, ImageBatch, Proposals, Targets, TransformConfig
-from flaxdet.variables import load_variables, save_variables
-from flaxdet.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights
+from flaxdet.xla.compiling import compiler_options
+from flaxdet.zoo.builders import fasterrcnn_resnet50_fpn_v2, fcos_resnet50_fpn
+from flaxdet.zoo.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights
 
 __all__ = [
     "FCOS",
@@ -57,6 +58,9 @@ __all__ = [
     "save",
     "save_pretrained",
     "save_variables",
+    "to_original",
     "to_supervision",
     "train",
+    "transform",
+    "transform_targets",
 ]

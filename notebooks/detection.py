@@ -27,9 +27,9 @@ from matplotlib import cbook
 from PIL import Image, ImageDraw
 
 import flaxdet
+from flaxdet import to_original, transform, transform_targets
+from flaxdet.inference.predict import unpad
 from flaxdet.nn import BatchNorm, FeaturePyramidNetwork, LastLevelP6P7
-from flaxdet.predict import unpad
-from flaxdet.transform import to_original, transform, transform_targets
 
 # %% [markdown]
 # The photo comes with matplotlib: Grace Hopper, 512 pixels wide and 600 high. Images are arrays [H, W, 3], uint8, RGB.

@@ -28,10 +28,10 @@ import optax
 from PIL import Image
 
 import flaxdet
+from flaxdet import transform
 from flaxdet.data import read_coco, train_batches
 from flaxdet.nn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelP6P7, ResNet
 from flaxdet.train import create_state, make_train_step
-from flaxdet.transform import transform
 
 folder = Path(tempfile.mkdtemp())
 SIDE = 96  # of the images, in pixels

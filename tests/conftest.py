@@ -85,3 +85,22 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("needs the data folder ../shared, which is not part of the repository")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def drawn_models():
+    """(model, variables) by (builder, classes, frozen), drawn once."""
+    from flaxdet.convert.state_dict import abstract_variables
+    from flaxdet.zoo import builders
+    from tests.drawn import drawn
+
+    made: dict = {}
+
+    def get(name: str, num_classes: int = 91, frozen: bool = False):
+        key = (name, num_classes, frozen)
+        if key not in made:
+            model = builders.make_model(name, num_classes=num_classes, frozen_bn=frozen)
+            made[key] = model, drawn(abstract_variables(model))
+        return made[key]
+
+    return get

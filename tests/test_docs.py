@@ -24,11 +24,11 @@ import pytest
 from PIL import Image
 
 import flaxdet
-from flaxdet import builders
 from flaxdet.cli.main import COMMANDS, _parse, main
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.data import train_batches
 from flaxdet.train import fit
+from flaxdet.zoo import builders
 from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, V2_NAME, build_small_models, write_coco
 

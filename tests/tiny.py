@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flaxdet import builders, files
-from flaxdet.builders import initial_variables
+from flaxdet.files import models as files
 from flaxdet.models import FCOS, FasterRCNN, RPNHead, TwoMLPHead
 from flaxdet.nn import BackboneWithFPN, BatchNorm
 from flaxdet.nn.layers import TypedModule, conv, level_extent, mask_beyond
 from flaxdet.ops import AnchorGenerator
+from flaxdet.zoo import builders
+from flaxdet.zoo.builders import initial_variables
 
 FCOS_NAME, V2_NAME = "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"
 CATEGORIES = {2: "red", 5: "green", 9: "blue"}  # ids with gaps, as real files have them

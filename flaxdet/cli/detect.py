@@ -90,10 +90,10 @@ class Detect:
         from PIL import Image
         from tqdm import tqdm
 
-        from flaxdet.convert.checkpoint import replacing
-        from flaxdet.data.images import ImageError, read_image
-        from flaxdet.draw import draw_detections
-        from flaxdet.predictor import Predictor
+        from flaxdet.files.checkpoint import replacing
+        from flaxdet.images.decode import ImageError, read_image
+        from flaxdet.inference.predictor import Predictor
+        from flaxdet.results.draw import draw_detections
 
         given = given_names(self.categories)
         make_folder(self.out)
@@ -151,7 +151,7 @@ class Detect:
 
     def _find(self) -> tuple[list[Path], list[dict[str, str]]]:
         """The image files, sorted, and the arguments that match none."""
-        from flaxdet.data.images import ImageError, find_images
+        from flaxdet.images.decode import ImageError, find_images
 
         found: dict[Path, Path] = {}
         failed: list[dict[str, str]] = []

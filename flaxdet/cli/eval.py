@@ -78,10 +78,10 @@ class Eval:
         for name, value in (("--batch-size", self.batch_size), ("--workers", self.workers)):
             if value < 1:
                 raise ValueError(f"{name} should be at least 1, got {value}")
-        from flaxdet.coco_metrics import read_annotations, require_pycocotools
-        from flaxdet.convert.checkpoint import replacing
         from flaxdet.data.coco import read_coco
-        from flaxdet.evaluate import coco_results, detect_dataset, evaluate_results
+        from flaxdet.evaluation.coco_metrics import read_annotations, require_pycocotools
+        from flaxdet.evaluation.evaluate import coco_results, detect_dataset, evaluate_results
+        from flaxdet.files.checkpoint import replacing
 
         require_pycocotools()
         given = given_names(self.categories)

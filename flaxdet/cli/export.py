@@ -75,7 +75,7 @@ class Export:
         buckets = [_bucket(text) for text in self.buckets]
         given = given_names(self.categories)
         make_folder(self.out)
-        from flaxdet.export import export
+        from flaxdet.inference.export import export
 
         model, variables, names = load_with_names(self, given)
         signature = export(

@@ -15,14 +15,14 @@ from typing import Any
 
 import tyro
 
-from flaxdet._download import cache_dir
 from flaxdet.cli.convert import Convert
 from flaxdet.cli.detect import Detect
 from flaxdet.cli.eval import Eval
 from flaxdet.cli.export import Export
 from flaxdet.cli.train import Train
 from flaxdet.cli.verify import Verify
-from flaxdet.compiling import keep_compiled
+from flaxdet.files.download import cache_dir
+from flaxdet.xla.compiling import keep_compiled
 
 COMMANDS = {"detect": Detect, "train": Train, "eval": Eval, "convert": Convert, "export": Export, "verify": Verify}
 DESCRIPTION = (

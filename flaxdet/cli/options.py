@@ -110,7 +110,7 @@ def load_model(
         OSError: if the file can't be read.
     """
     import flaxdet
-    from flaxdet import files
+    from flaxdet.files import models as files
 
     options = {name: value for name, value in options.items() if value is not None}
     threshold = options.pop("threshold", None)

@@ -71,8 +71,8 @@ class Train(TrainOptions):
         import jax
 
         import flaxdet
-        from flaxdet.classes import match_classes, replace_classes
         from flaxdet.data import read_coco
+        from flaxdet.models.classes import match_classes, replace_classes
 
         options: dict[str, Any] = {
             "min_size": self.min_size,
@@ -233,8 +233,8 @@ class _Report:
 
     def evaluate(self, variables: Mapping[str, Any], step: int) -> dict[str, float]:
         """COCO's figures on the validation images; draws the pictures anew."""
-        from flaxdet.compiling import give_memory_back
-        from flaxdet.evaluate import evaluate
+        from flaxdet.evaluation.evaluate import evaluate
+        from flaxdet.xla.compiling import give_memory_back
 
         assert self.val is not None
         give_memory_back()  # the step's temporaries, on CPUs
@@ -267,8 +267,8 @@ class _Report:
 
     def draw(self, variables: Mapping[str, Any], latest: dict[str, float]) -> None:
         """curves.png, of the log and the figures that are not in it yet, and predictions.png."""
-        from flaxdet.evaluate import on_one_device
-        from flaxdet.predict import predict
+        from flaxdet.evaluation.evaluate import on_one_device
+        from flaxdet.inference.predict import predict
         from flaxdet.train.logs import read_log
         from flaxdet.train.pictures import draw_curves, draw_predictions
 
@@ -313,7 +313,7 @@ def _say(text: str) -> None:
 
 
 def _write_json(path: Any, content: Any) -> None:
-    from flaxdet.convert.checkpoint import replacing
+    from flaxdet.files.checkpoint import replacing
 
     with replacing(path) as file:
         file.write(json.dumps(content, indent=1).encode())

@@ -20,7 +20,7 @@ from flaxdet.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from flaxdet.files import ModelFile
+    from flaxdet.files.models import ModelFile
 
 _DRAWN = 30  # detections in a picture: a hundred random boxes hide the photo and each other
 
@@ -73,7 +73,7 @@ class Verify:
         import jax
 
         from flaxdet.convert import reference
-        from flaxdet.data.images import read_image
+        from flaxdet.images.decode import read_image
 
         check_sizes(self.min_size, self.max_size)
         reference.torchvision()  # a missing extra shows before anything is computed
@@ -90,7 +90,7 @@ class Verify:
 
     def _weights(self) -> tuple[list[str], str | ModelFile]:
         """The models to verify, those asked for or the one that the weights belong to, and a file's content."""
-        from flaxdet.files import read_model
+        from flaxdet.files.models import read_model
 
         names = list(SCORE_OPTION) if self.model == "both" else [self.model]
         weights: str | ModelFile = self.weights
@@ -111,8 +111,9 @@ class Verify:
         import numpy as np
         from PIL import Image
 
-        from flaxdet.convert import checkpoint, verify
-        from flaxdet.draw import draw_detections, side_by_side
+        from flaxdet.convert import verify
+        from flaxdet.files import checkpoint
+        from flaxdet.results.draw import draw_detections, side_by_side
 
         model, variables, theirs, categories = verify.both_sides(
             name,

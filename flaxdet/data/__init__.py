@@ -1,9 +1,9 @@
 """Reading what models are fed with: image files, COCO data sets, and batches for training and evaluation."""
 
-from flaxdet.buckets import choose_buckets
 from flaxdet.data.coco import CocoDataset, Record, read_coco
-from flaxdet.data.images import ImageError, find_images, read_image
 from flaxdet.data.loader import Batches, eval_batches, train_batches
+from flaxdet.images.buckets import choose_buckets
+from flaxdet.images.decode import ImageError, find_images, read_image
 
 __all__ = [
     "Batches",

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
-from flaxdet.buckets import Size
+from flaxdet.images.buckets import Size
 
 Pixels = UInt8[np.ndarray, "H W 3"]
 Boxes = Float[np.ndarray, "N 4"]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from flaxdet.buckets import Size, Sizes, assign, holds
+from flaxdet.images.buckets import Size, Sizes, assign, holds
 
 
 class Batch(NamedTuple):

@@ -21,7 +21,7 @@ from flaxdet.data.coco_json import (
     load_json,
     short,
 )
-from flaxdet.data.images import ImageError, read_image
+from flaxdet.images.decode import ImageError, read_image
 
 _MOST_PIXELS = 1e9  # of a coordinate: beyond it float32 arithmetic means nothing
 

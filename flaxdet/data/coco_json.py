@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from flaxdet.data.images import read_image
+from flaxdet.images.decode import read_image
 
 BACKGROUND = "__background__"
 NO_CATEGORY = "N/A"  # torchvision's name for a label that no category has

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from flaxdet.buckets import Size, assign, canvases, choose_buckets, sort_buckets
 from flaxdet.data.augment import check_jitter
 from flaxdet.data.batches import EvalPlan, TrainPlan
 from flaxdet.data.samples import BatchSource, BucketCanvas, Dataset, Options, check_dataset_labels
 from flaxdet.data.streams import import_grain, open_stream
+from flaxdet.images.buckets import Size, assign, canvases, choose_buckets, sort_buckets
 from flaxdet.structures import TransformConfig
 
 _SLOT_STEP = 8  # slots for boxes are a multiple of it

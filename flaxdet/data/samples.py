@@ -11,14 +11,14 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from flaxdet.buckets import Size
 from flaxdet.data.augment import choose_min_size, fixed_size_crop, horizontal_flip, scale_jitter
 from flaxdet.data.batches import Batch, EvalPlan, TrainPlan
 from flaxdet.data.coco import Record
+from flaxdet.images.buckets import Size
+from flaxdet.images.resize import resize_array
+from flaxdet.images.transform import canvas_size, resized_size
 from flaxdet.models.labels import check_labels
-from flaxdet.resize import resize_array
 from flaxdet.structures import TransformConfig
-from flaxdet.transform import canvas_size, resized_size
 
 BucketCanvas = Literal["image", "bucket"]
 

@@ -7,11 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.core import Scope
-from jax.sharding import PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from flaxdet.models.backbones import named_maps, warn_of_other_maps, warn_of_other_options
@@ -19,10 +17,9 @@ from flaxdet.nn.fpn import BackboneWithFPN, Features
 from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, level_extent
 from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import Detections, ImageBatch, TransformConfig
+from flaxdet.xla.mesh import per_image
 
 Extents = dict[str, Int[Array, "B 2"]] | None
-
-DATA_AXIS = "data"  # the axis of a mesh over which images are divided
 
 
 def freeze_lists(value: Any) -> Any:
@@ -177,31 +174,6 @@ class Detector(TypedModule):
 def _unnamed(part: Any) -> Any:
     """A part as it was before its model was bound, which names it."""
     return nn.Module.clone(part, name=None) if isinstance(part, nn.Module) else part
-
-
-def per_image(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``jax.vmap`` that stays on each image's own device where the batch is divided over a mesh's axis "data".
-
-    XLA divides most of a program by images by itself, but not this: it gathers the scores of all images on every device
-    for a top-k, and its NMS loops wait for the slowest image of all devices at every turn.
-
-    Args:
-        function: of one image's arrays; it closes over no traced ones.
-
-    Returns:
-        The function of all images' arrays [B, ...].
-    """
-    mapped = jax.vmap(function)
-
-    def call(*args: Any) -> Any:
-        mesh = jax.sharding.get_abstract_mesh()  # empty unless a train step on a mesh, or the user, has set one
-        rows = jax.tree.leaves(args)[0].shape[0]
-        if DATA_AXIS not in mesh.auto_axes or rows % mesh.shape[DATA_AXIS]:
-            return mapped(*args)
-        spec = PartitionSpec(DATA_AXIS)
-        return jax.shard_map(mapped, in_specs=spec, out_specs=spec, axis_names={DATA_AXIS}, check_vma=False)(*args)
-
-    return call
 
 
 def level_shapes(features: Features) -> tuple[tuple[int, int], ...]:

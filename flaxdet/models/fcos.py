@@ -22,7 +22,6 @@ from flaxdet.models.detector import (
     feature_extents,
     gather_detections,
     level_shapes,
-    per_image,
     whole_extents,
 )
 from flaxdet.models.fcos_head import GROUPS, FCOSHead, HeadOutputs, check_groups
@@ -34,6 +33,7 @@ from flaxdet.nn.typed import SHARED_OPTIONS
 from flaxdet.ops import AnchorGenerator, BoxLinearCoder, clip_boxes_to_image
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Detections, ImageBatch, Targets
+from flaxdet.xla.mesh import per_image
 
 
 def default_anchor_generator() -> AnchorGenerator:

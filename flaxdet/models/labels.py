@@ -16,6 +16,12 @@ from flaxdet.structures import Targets
 _UNKNOWN = np.iinfo(np.int32).max  # `stop` of the labels of a model that doesn't tell its number of classes
 
 
+def num_classes(model: Any) -> int | None:
+    """Number of labels that a model or its predictor tells, the background counted; ``None`` where neither does."""
+    own = getattr(model, "num_classes", None)
+    return getattr(getattr(model, "box_predictor", None), "num_classes", None) if own is None else own
+
+
 def label_range(num_classes: int | None, *, background: bool) -> range:
     """The labels that a ground-truth box may have.
 

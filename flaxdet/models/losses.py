@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from flaxdet.models.detector import per_image
 from flaxdet.nn.layers import Array
 from flaxdet.ops.coders import BoxCoder, BoxLinearCoder
 from flaxdet.ops.iou import box_iou
@@ -27,6 +26,7 @@ from flaxdet.ops.losses import (
 from flaxdet.ops.matching import BELOW_LOW_THRESHOLD, fcos_match, match
 from flaxdet.ops.sampling import balanced_sample
 from flaxdet.structures import Proposals, Targets
+from flaxdet.xla.mesh import per_image
 
 SMOOTH_L1_BETA = 1 / 9
 IGNORED = -1  # label of an anchor or proposal that takes no part in a loss

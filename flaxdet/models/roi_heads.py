@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
-from flaxdet.models.detector import freeze_lists, gather_detections, per_image
+from flaxdet.models.detector import freeze_lists, gather_detections
 from flaxdet.nn.layers import (
     Array,
     Dtype,
@@ -25,6 +25,7 @@ from flaxdet.nn.options import check_counts, check_sizes
 from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Detections, Proposals
+from flaxdet.xla.mesh import per_image
 
 MIN_SIZE = 1e-2  # pixels; smaller detections are dropped
 

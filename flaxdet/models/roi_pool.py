@@ -12,12 +12,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Float
 
-from flaxdet.models.detector import feature_extents, per_image
+from flaxdet.models.detector import feature_extents
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array
 from flaxdet.nn.options import check_counts, check_sizes
 from flaxdet.ops.roi_align import multiscale_roi_align
 from flaxdet.structures import ImageBatch
+from flaxdet.xla.mesh import per_image
 
 
 @dataclass(frozen=True)

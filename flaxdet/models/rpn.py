@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float, Int
 
-from flaxdet.models.detector import Extents, per_image
+from flaxdet.models.detector import Extents
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, mask_beyond, normal_001
 from flaxdet.nn.options import check_counts
 from flaxdet.ops import AnchorGenerator, BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Proposals
+from flaxdet.xla.mesh import per_image
 
 MIN_SIZE = 1e-3  # pixels; smaller proposals are dropped
 

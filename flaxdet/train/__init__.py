@@ -1,6 +1,5 @@
 """Training with optax, on one device or many."""
 
-from flaxdet.sharding import make_mesh, replicate, shard_batch
 from flaxdet.train.checkpoints import Checkpoints
 from flaxdet.train.loop import InterruptedTrainingError, NonFiniteLossError, evaluation_variables, fit
 from flaxdet.train.mask import decay_mask, merge, norm_mask, split, trainable_mask
@@ -12,8 +11,10 @@ from flaxdet.train.recipes import (
     warmup_cosine_schedule,
     warmup_multistep_schedule,
 )
+from flaxdet.train.sharding import replicate, shard_batch
 from flaxdet.train.state import TrainState, create_state, split_trainable
 from flaxdet.train.step import batch_inputs, loss_and_gradients, make_loss_step, make_train_step
+from flaxdet.xla.mesh import make_mesh
 
 __all__ = [
     "Checkpoints",

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flaxdet.convert.checkpoint import CheckpointError, CheckpointFileError, one_line, replacing
+from flaxdet.files.checkpoint import CheckpointError, CheckpointFileError, one_line, replacing
 
 _OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")  # how tensorstore words what the system answered
 _LONGEST = 500  # characters of an error that is somebody else's

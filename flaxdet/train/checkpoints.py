@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 
 import jax
 
-from flaxdet.convert.checkpoint import CheckpointError
+from flaxdet.files.checkpoint import CheckpointError
 from flaxdet.train import _files, _stored
 
 State = TypeVar("State")

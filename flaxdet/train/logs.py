@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from flaxdet.convert.checkpoint import replacing
+from flaxdet.files.checkpoint import replacing
 from flaxdet.train import _files
 
 _FCOS_LOSSES = {"classification", "bbox_regression", "bbox_ctrness"}  # torchvision's names, unlike v2's without "loss"

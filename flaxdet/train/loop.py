@@ -19,8 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from flaxdet.sharding import shard_batch
 from flaxdet.train.first_batch import look_at_labels
+from flaxdet.train.sharding import shard_batch
 from flaxdet.train.state import TrainState
 
 if TYPE_CHECKING:

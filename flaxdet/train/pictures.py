@@ -11,8 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from flaxdet.convert.checkpoint import replacing
-from flaxdet.draw import draw_detections, side_by_side
+from flaxdet.files.checkpoint import replacing
+from flaxdet.results.draw import draw_detections, side_by_side
 from flaxdet.train.logs import is_loss, read_log
 
 Rows = Sequence[Mapping[str, float]]

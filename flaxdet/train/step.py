@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from flaxdet.compiling import JitBySize
 from flaxdet.nn.layers import at_least_float32
-from flaxdet.sharding import BATCH_KEYS, by_rows, on_mesh, replicated
 from flaxdet.structures import ImageBatch, Targets
 from flaxdet.train.extra_args import with_value
 from flaxdet.train.first_batch import CheckedStep
 from flaxdet.train.mask import Params, Tree, merge
+from flaxdet.train.sharding import BATCH_KEYS
 from flaxdet.train.state import Trainable, TrainState, split_trainable
 from flaxdet.xla import routes
+from flaxdet.xla.compiling import JitBySize
+from flaxdet.xla.mesh import by_rows, on_mesh, replicated
 
 Batch = Mapping[str, Any]
 Metrics = dict[str, jax.Array]

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 import flaxdet
-from flaxdet import builders
-from flaxdet.builders import initial_variables
 from flaxdet.cli import options
 from flaxdet.cli.main import main
-from flaxdet.convert import checkpoint
+from flaxdet.files import checkpoint
+from flaxdet.zoo import builders
+from flaxdet.zoo.builders import initial_variables
 from tests.tiny import build_small_models
 
 NAMES = ["__background__", "Platelets", "RBC", "white cell"]

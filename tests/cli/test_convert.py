@@ -11,6 +11,7 @@ import pytest
 import flaxdet
 from flaxdet.cli import options
 from flaxdet.convert import read
+from flaxdet.files import models
 from tests.cli.conftest import NAMES, files
 
 pytestmark = pytest.mark.xdist_group("convert")
@@ -147,10 +148,8 @@ def test_published_weights_with_batch_norm_overruled(monkeypatch, tmp_path):
     enum = flaxdet.FCOS_ResNet50_FPN_Weights
     given = []
     monkeypatch.setattr(enum, "get_path", lambda self, progress: file)
-    monkeypatch.setattr(flaxdet.files, "read_model", lambda path: path)
-    monkeypatch.setattr(
-        flaxdet.files, "make", lambda path, **kept: given.append((path, kept)) or ("model", "variables")
-    )
+    monkeypatch.setattr(models, "read_model", lambda path: path)
+    monkeypatch.setattr(models, "make", lambda path, **kept: given.append((path, kept)) or ("model", "variables"))
     found = options.load_model(None, "COCO_V1", frozen_bn=False, min_size=None)
     assert found == ("model", "variables", enum.COCO_V1.meta["categories"])
     assert given == [(file, {"frozen_bn": False})]

@@ -12,7 +12,7 @@ import safetensors.numpy
 from PIL import Image
 
 import flaxdet
-from flaxdet.convert import checkpoint
+from flaxdet.files import checkpoint
 from tests.cli.conftest import files, results
 
 pytestmark = pytest.mark.xdist_group("detect")

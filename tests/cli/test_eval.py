@@ -15,7 +15,7 @@ from tests.cli.conftest import NAMES, files
 
 pytest.importorskip("pycocotools")
 
-from flaxdet.evaluate import coco_results, evaluate_results
+from flaxdet.evaluation.evaluate import coco_results, evaluate_results
 
 pytestmark = [pytest.mark.xdist_group("eval"), pytest.mark.usefixtures("quick")]
 

@@ -7,11 +7,11 @@ import itertools
 import numpy as np
 import pytest
 
-from flaxdet.buckets import assign, canvases, sort_buckets
 from flaxdet.data import choose_buckets
 from flaxdet.data.batches import EvalPlan, TrainPlan
+from flaxdet.images.buckets import assign, canvases, sort_buckets
+from flaxdet.images.transform import canvas_size, resized_size
 from flaxdet.structures import TransformConfig
-from flaxdet.transform import canvas_size, resized_size
 
 CONFIG = TransformConfig(min_size=64, max_size=128)
 WASTE = {

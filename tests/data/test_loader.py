@@ -6,8 +6,8 @@ import numpy as np
 from PIL import Image
 
 from flaxdet.data import eval_batches, read_coco, train_batches
+from flaxdet.images.transform import transform, transform_targets
 from flaxdet.structures import TransformConfig
-from flaxdet.transform import transform, transform_targets
 from tests.data.loaders import CONFIG, check_same, same
 from tests.tiny import write_coco
 from tests.tolerances import BOXES_MIRRORED, PIXELS_MIRRORED, PIXELS_NUMPY

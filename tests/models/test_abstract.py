@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdet import builders
 from flaxdet.models.detector import example_batch
 from flaxdet.nn import resnet
 from flaxdet.structures import Detections
+from flaxdet.zoo import builders
 from tests.models.small import CLASSES, DETECTORS, Plain, WithBoth, batch_of, fcos, part, variables_of
 from tests.parity.sides import FCOS_NAME, V2_NAME, flax_detector
 from tests.tolerances import NET_F32

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from flaxdet import builders
 from flaxdet.models import FCOS, FasterRCNN, FastRCNNPredictor, FCOSHead, RPNHead, TwoMLPHead
 from flaxdet.models.detector import example_batch
 from flaxdet.nn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelP6P7, ResNet
 from flaxdet.ops import AnchorGenerator
+from flaxdet.zoo import builders
 from tests.models.small import CLASSES, DETECTORS, WIDTH, OwnPredictor, Plain, TwoConvHead, batch_of, faster_rcnn, fcos
 from tests.parity.sides import FCOS_NAME, V2_NAME
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdet import builders
 from flaxdet.convert import reference, to_torchvision
 from flaxdet.models import FCOS, FasterRCNN, FastRCNNConvFCHead, RPNHead
+from flaxdet.zoo import builders
 from tests.parity import sides
 
 torch = pytest.importorskip("torch")

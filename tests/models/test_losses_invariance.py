@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flaxdet.convert.state_dict import abstract_variables
+from flaxdet.images.transform import transform, transform_targets
 from flaxdet.models import FastRCNNConvFCHead
-from flaxdet.transform import transform, transform_targets
 from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model
 from tests.tolerances import INVARIANCE_F64

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import flaxdet
-from flaxdet import builders
 from flaxdet.convert.state_dict import abstract_variables
+from flaxdet.zoo import builders
 from tests.drawn import drawn
 from tests.parity.sides import FCOS_NAME, V2_NAME
 

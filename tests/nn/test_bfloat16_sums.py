@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from flaxdet.images.transform import transform, transform_targets
 from flaxdet.nn import BatchNorm, FrozenBatchNorm
 from flaxdet.nn.layers import Conv, Dense
 from flaxdet.nn.norm import GroupNorm
 from flaxdet.train import create_state, make_train_step, sgd, shard_batch
-from flaxdet.transform import transform, transform_targets
 from tests.parity import sides
 from tests.tiny import FCOS_NAME, V2_NAME
 from tests.tolerances import SUM_BF16

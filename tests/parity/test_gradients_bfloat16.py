@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from flaxdet.convert import reference, to_torchvision
+from flaxdet.images.transform import transform, transform_targets
 from flaxdet.models import FasterRCNN
 from flaxdet.structures import Proposals
-from flaxdet.transform import transform, transform_targets
 from tests.parity import sides
 from tests.parity.test_losses import EXHAUSTIVE, SMALL
 from tests.tolerances import GRADIENT_BF16_LARGEST, GRADIENT_BF16_MEDIAN

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from flaxdet.convert import stages, verify
-from flaxdet.predict import jitted_detect, unpad
-from flaxdet.transform import transform
+from flaxdet.images.transform import transform
+from flaxdet.inference.predict import jitted_detect, unpad
 from tests.parity import sides
 from tests.tolerances import (
     BOXES_BF16,

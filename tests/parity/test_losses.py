@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from flaxdet.convert import reference, stages, to_torchvision
+from flaxdet.images.transform import transform, transform_targets
 from flaxdet.models.detector import level_shapes
 from flaxdet.structures import Proposals
-from flaxdet.transform import transform, transform_targets
 from tests.parity import sides
 from tests.tolerances import BATCH_STATS_F64, GRADIENT_F64, GRADIENT_FLOOR_F64, LOSS_F64
 

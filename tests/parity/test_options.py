@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from flaxdet.convert import stages, verify
+from flaxdet.images.transform import to_original, transform
+from flaxdet.inference.predict import unpad
 from flaxdet.models.detector import level_shapes
-from flaxdet.predict import unpad
 from flaxdet.structures import Detections, Proposals
-from flaxdet.transform import to_original, transform
 from tests.parity import sides
 from tests.tolerances import BOXES_F64, PIXELS_F64, SCORES_F64
 

@@ -25,7 +25,7 @@ def test_bit_for_bit_and_the_same_answer(kind, tmp_path):
     theirs = make_lively(reference.build(name, frozen=frozen, num_classes=7, **SMALL), seed=3)
     state_dict = theirs.state_dict()
     options = dict(SMALL, rpn_post_nms_top_n_test=60) if name == sides.V2_NAME else SMALL
-    model = flaxdet.builders.make_model(name, num_classes=7, frozen_bn=frozen, **options)
+    model = flaxdet.zoo.builders.make_model(name, num_classes=7, frozen_bn=frozen, **options)
     variables = from_torchvision(model, state_dict)
 
     flaxdet.save(tmp_path / "model.pth", model, variables)

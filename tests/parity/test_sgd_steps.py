@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from flaxdet.convert import reference, stages, to_torchvision, verify
-from flaxdet.predict import predict
+from flaxdet.images.transform import transform, transform_targets
+from flaxdet.inference.predict import predict
 from flaxdet.train import (
     create_state,
     evaluation_variables,
@@ -25,7 +26,6 @@ from flaxdet.train import (
     shard_batch,
     warmup_multistep_schedule,
 )
-from flaxdet.transform import transform, transform_targets
 from tests.parity import sides
 from tests.parity.test_losses import EXHAUSTIVE
 from tests.tolerances import BOXES_F64, SCORES_F64, TEN_STEPS_F64

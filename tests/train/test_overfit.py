@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from flaxdet.data import read_coco, train_batches
-from flaxdet.evaluate import evaluate
+from flaxdet.evaluation.evaluate import evaluate
 from flaxdet.train import create_state, evaluation_variables, fit, make_train_step
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables, write_coco
 

@@ -1,0 +1,1 @@
+"""COCO's figures of a model on a data set."""

@@ -1,0 +1,1 @@
+"""Files: downloads, checkpoints, models, and folders for the Hugging Face Hub."""

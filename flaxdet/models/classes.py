@@ -1,0 +1,171 @@
+"""Other classes for trained weights: new class layers, and rows carried over by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flaxdet.models.faster_rcnn import FasterRCNN
+from flaxdet.models.fcos import FCOS
+from flaxdet.models.fcos_head import FCOSHead
+from flaxdet.models.labels import num_classes as classes_of
+from flaxdet.models.roi_heads import FastRCNNPredictor
+
+Variables = dict[str, Any]
+Path = tuple[str, ...]
+
+
+def replace_classes(
+    model: FCOS | FasterRCNN,
+    variables: Mapping[str, Any],
+    num_classes: int,
+    *,
+    copy: Mapping[int, int] | None = None,
+    key: jax.Array | None = None,
+) -> tuple[FCOS | FasterRCNN, Variables]:
+    """Keeps the body of trained weights and makes new class layers.
+
+    These layers are FCOS's ``classification_head/cls_logits``, and Faster R-CNN's ``box_predictor/cls_score`` and
+    ``bbox_pred``, which holds four numbers a class. They are initialised as in torchvision's detectors. All else, the
+    model's options included, stays as it is, bit for bit.
+
+    Args:
+        model: an FCOS or Faster R-CNN with torchvision's own head or predictor.
+        variables: {"params": ..., "batch_stats": ...} of the model; they are not changed.
+        num_classes: of the new layers, the background included; at least 2.
+        copy: {new label: old label}, the rows to carry over; ``match_classes`` makes it from names.
+        key: of the initialisation; default ``jax.random.key(0)``.
+
+    Returns:
+        The model for ``num_classes`` classes, and its variables, which share all other arrays with those given.
+
+    Raises:
+        TypeError: if the model is no detector, or has a head or predictor of another kind.
+        ValueError: for fewer than two classes, a label out of range, or variables that don't fit the model.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes counts the background, so it should be at least 2, got {num_classes}")
+    part, layers = _class_layers(model)
+    head: Any = getattr(model, part).clone(num_classes=num_classes)
+    # None where the model's predictor was given instead of a number
+    named = None if model.num_classes is None else num_classes
+    replaced = model.clone(num_classes=named, **{part: head})
+    old_classes: Any = classes_of(model)  # a head or predictor of torchvision's knows it
+    new_labels, old_labels = _labels(copy or {}, num_classes, old_classes)
+    params = variables["params"]
+    old_leaves = {
+        (part, *layer, leaf): _leaf(params, (part, *layer, leaf), old_classes * width)
+        for layer, width in layers.items()
+        for leaf in ("kernel", "bias")
+    }
+    # A dense layer takes any number of inputs, and the variables know it.
+    inputs = next(iter(old_leaves.values())).shape[-2]
+
+    def initial(key: jax.Array) -> list[Any]:
+        x = jnp.zeros((1, 1, 1, inputs), jnp.float32)
+        fresh = {part: head.init(key, {"level": x} if isinstance(head, FCOSHead) else x[0, 0])["params"]}
+        return [_at(fresh, path) for path in old_leaves]  # alone: jit drops what the other layers would draw
+
+    fresh = jax.jit(initial)(jax.random.key(0) if key is None else key)
+    for (path, old), new in zip(old_leaves.items(), fresh, strict=True):
+        width = layers[path[1:-1]]
+        params = _put(params, path, _with_rows(new.astype(old.dtype), old, new_labels, old_labels, width))
+    return replaced, {**variables, "params": params}
+
+
+def match_classes(old: Sequence[str], new: Sequence[str], names: Sequence[str] | None = None) -> dict[int, int]:
+    """Which rows ``replace_classes`` can carry over, by the names of the labels.
+
+    Args:
+        old: names of the labels of the trained weights, label 0 ("__background__") first.
+        new: names of the labels to come.
+        names: those to carry over; default all that are in both, the background among them. A name that labels
+            share ("N/A" in torchvision's list for COCO) tells none of them, so by default it is left out.
+
+    Returns:
+        {new label: old label}.
+
+    Raises:
+        ValueError: for a name asked for that ``old`` or ``new`` lacks, or has twice.
+    """
+    if names is None:
+        names = [name for name in new if list(old).count(name) == 1 == list(new).count(name)]
+    return {_label(new, name, "new classes"): _label(old, name, "classes of the weights") for name in names}
+
+
+def _label(labels: Sequence[str], name: str, kind: str) -> int:
+    found = [label for label, other in enumerate(labels) if other == name]
+    if len(found) > 1:
+        raise ValueError(f"{name!r} should name one of the {kind}, and names labels {found}")
+    if not found:
+        near = difflib.get_close_matches(name.lower(), [other.lower() for other in labels], n=1, cutoff=0.5)
+        hint = next((f"; did you mean {other!r}?" for other in labels if [other.lower()] == near), "")
+        raise ValueError(f"{name!r} is none of the {len(labels)} {kind}{hint}")
+    return found[0]
+
+
+def _class_layers(model: Any) -> tuple[str, dict[Path, int]]:
+    """The field of the model that holds the class layers, and their paths in it, with the numbers that a class has."""
+    if isinstance(model, FCOS):
+        field, kind = "head", FCOSHead
+        layers: dict[Path, int] = {("classification_head", "cls_logits"): 1}
+    elif isinstance(model, FasterRCNN):
+        field, kind = "box_predictor", FastRCNNPredictor
+        layers = {("cls_score",): 1, ("bbox_pred",): 4}
+    else:
+        raise TypeError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}")
+    part = getattr(model, field)
+    if not isinstance(part, kind):
+        raise TypeError(
+            f"replace_classes knows the class layers of {kind.__name__}, and the {field} of this "
+            f"{type(model).__name__} is {type(part).__name__}: build the model for the new classes, and put the other "
+            "variables in by hand"
+        )
+    return field, layers
+
+
+def _leaf(params: Any, path: Path, width: int) -> Any:
+    leaf = _at(params, path)
+    if leaf is None or leaf.shape[-1:] != (width,):
+        raise ValueError(
+            f"the variables do not fit the model: expected params/{'/'.join(path)} of shape [..., {width}], "
+            f"found {'nothing' if leaf is None else list(leaf.shape)}"
+        )
+    return leaf
+
+
+def _labels(copy: Mapping[int, int], new_classes: int, old_classes: int) -> tuple[np.ndarray, np.ndarray]:
+    for new, old in copy.items():
+        for label, kind, count in ((new, "new", new_classes), (old, "old", old_classes)):
+            if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or not 0 <= label < count:
+                raise ValueError(
+                    f"copy should map new labels to old ones: expected {kind} labels from 0 to {count - 1}, "
+                    f"got {label!r}"
+                )
+    return np.asarray(list(copy.keys()), np.int32), np.asarray(list(copy.values()), np.int32)
+
+
+def _with_rows(layer: Any, old: Any, new_labels: np.ndarray, old_labels: np.ndarray, width: int) -> Any:
+    """``layer`` [..., classes * width] with these classes from ``old``."""
+    if not len(new_labels):
+        return layer
+
+    def by_class(leaf: Any) -> Any:
+        return jnp.asarray(leaf).reshape(*leaf.shape[:-1], -1, width)
+
+    return by_class(layer).at[..., new_labels, :].set(by_class(old)[..., old_labels, :]).reshape(layer.shape)
+
+
+def _at(tree: Any, path: Path) -> Any:
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _put(tree: Any, path: Path, value: Any) -> Any:
+    return {**tree, path[0]: _put(tree[path[0]], path[1:], value)} if path else value

@@ -1,0 +1,1 @@
+"""What is done with detections: pictures, and rows of other libraries."""

@@ -1,0 +1,247 @@
+"""The published weights: where they are, what they know, and how good they are.
+
+Members and metadata are torchvision's. The files come from torchvision's server on first use (`flaxdet` ships
+none) and are read without torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from pathlib import Path
+from typing import Any, Self
+
+import jax.numpy as jnp
+import numpy as np
+
+from flaxdet.files.download import DownloadError, cache_dir, fetch
+from flaxdet.zoo.categories import COCO_CATEGORIES, IMAGENET_CATEGORIES
+
+__all__ = [
+    "DownloadError",
+    "FCOS_ResNet50_FPN_Weights",
+    "FasterRCNN_ResNet50_FPN_V2_Weights",
+    "ImageClassification",
+    "ObjectDetection",
+    "ResNet50_Weights",
+    "Weights",
+    "WeightsEnum",
+    "cache_dir",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectDetection:
+    """What a detector expects before its own resize: an image as floats in [0, 1].
+
+    Reproduces torchvision.transforms._presets.ObjectDetection, for images [H, W, 3]. ``flaxdet.predict`` does
+    this by itself.
+    """
+
+    def __call__(self, image: Any) -> Any:
+        """Converts one image.
+
+        Args:
+            image: a PIL image (any mode; converted to RGB), or an array [..., H, W, 3] of numpy or JAX:
+                integers over their type's whole range, or floats, which are left in the range they have.
+
+        Returns:
+            float32 of the same shape, in [0, 1]; an array of numpy for PIL images.
+
+        Raises:
+            TypeError: if the array's dtype is neither integer nor floating.
+        """
+        if hasattr(image, "convert"):
+            image = np.asarray(image.convert("RGB"))
+        # by jnp, which knows bfloat16 and the other dtypes that numpy lacks
+        if jnp.issubdtype(image.dtype, jnp.integer):
+            return image.astype(np.float32) / np.float32(jnp.iinfo(image.dtype).max)
+        if jnp.issubdtype(image.dtype, jnp.floating):
+            return image.astype(np.float32)
+        raise TypeError(f"image: expected integers or floats, found {image.dtype}")
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageClassification:
+    """How images were prepared for the ImageNet figures of a backbone: a record, not a function.
+
+    The fields are those of torchvision's preset: resize the shorter side to ``resize_size``, crop the middle
+    ``crop_size``, scale to [0, 1], subtract ``mean`` and divide by ``std``. Detectors prepare images in their
+    own way (``flaxdet.TransformConfig``), so nothing in flaxdet applies this.
+    """
+
+    crop_size: int
+    resize_size: int = 256
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+    antialias: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """One published file: its URL, the preset of its images, and its metadata."""
+
+    url: str
+    preset: ObjectDetection | ImageClassification
+    meta: dict[str, Any]
+
+
+class WeightsEnum(enum.Enum):
+    """Weights of one architecture; values are `Weights`."""
+
+    @classmethod
+    def verify(cls, obj: Self | str | None) -> Self | None:
+        """Finds the member that is meant.
+
+        Args:
+            obj: a member, its name with or without the enum's ("COCO_V1",
+                "FCOS_ResNet50_FPN_Weights.COCO_V1", "DEFAULT"), or None.
+
+        Returns:
+            The member; None for None.
+
+        Raises:
+            ValueError: if there is no member of this name.
+            TypeError: if `obj` is of another type, another architecture's weights among them.
+        """
+        if obj is None or isinstance(obj, cls):
+            return obj
+        if not isinstance(obj, str):
+            raise TypeError(f"weights: expected {cls.__name__}, its name or None, found {type(obj).__name__}")
+        try:
+            return cls[obj.removeprefix(f"{cls.__name__}.")]
+        except KeyError:
+            names = ", ".join(cls.__members__)
+            raise ValueError(f"weights: {cls.__name__} has no {obj!r}; expected one of {names}") from None
+
+    @property
+    def url(self) -> str:
+        """Where torchvision publishes the file."""
+        return self.value.url
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """torchvision's metadata: categories, num_params, min_size, recipe, figures under ``_metrics``."""
+        return self.value.meta
+
+    def transforms(self, **overrides: Any) -> Any:
+        """What was done to the images that the weights were trained for.
+
+        Args:
+            **overrides: fields to change.
+
+        Returns:
+            An `ObjectDetection` or `ImageClassification`.
+        """
+        return dataclasses.replace(self.value.preset, **overrides)
+
+    def get_path(self, progress: bool = True) -> Path:
+        """The local file, downloaded on first use.
+
+        Args:
+            progress: show a progress bar on stderr while downloading.
+
+        Returns:
+            Its path in the cache.
+
+        Raises:
+            DownloadError: if it can't be downloaded; the message says where to put the file instead.
+        """
+        return fetch(self.url, progress=progress)
+
+    def get_state_dict(self, progress: bool = True) -> dict[str, Any]:
+        """torchvision's state_dict, downloaded on first use; torch is not needed.
+
+        Args:
+            progress: show a progress bar on stderr while downloading.
+
+        Returns:
+            numpy arrays by torchvision's key.
+
+        Raises:
+            DownloadError: if it can't be downloaded.
+        """
+        from flaxdet.files import checkpoint
+
+        return checkpoint.read(self.get_path(progress))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.{self.name}"
+
+
+_REFERENCES = "https://github.com/pytorch/vision/tree/main/references"
+
+
+class FCOS_ResNet50_FPN_Weights(WeightsEnum):  # noqa: N801  (torchvision's name)
+    """Weights for ``flaxdet.fcos_resnet50_fpn``."""
+
+    COCO_V1 = Weights(
+        url="https://download.pytorch.org/models/fcos_resnet50_fpn_coco-99b0c9b7.pth",
+        preset=ObjectDetection(),
+        meta={
+            "num_params": 32_269_600,
+            "categories": list(COCO_CATEGORIES),
+            "min_size": (1, 1),
+            "recipe": f"{_REFERENCES}/detection#fcos-resnet-50-fpn",
+            "_metrics": {"COCO-val2017": {"box_map": 39.2}},
+            "_ops": 128.207,
+            "_file_size": 123.608,
+            "_docs": "Trained on COCO by a recipe close to the paper's.",
+        },
+    )
+    DEFAULT = COCO_V1
+
+
+class FasterRCNN_ResNet50_FPN_V2_Weights(WeightsEnum):  # noqa: N801
+    """Weights for ``flaxdet.fasterrcnn_resnet50_fpn_v2``."""
+
+    COCO_V1 = Weights(
+        url="https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth",
+        preset=ObjectDetection(),
+        meta={
+            "categories": list(COCO_CATEGORIES),
+            "min_size": (1, 1),
+            "num_params": 43_712_278,
+            "recipe": "https://github.com/pytorch/vision/pull/5763",
+            "_metrics": {"COCO-val2017": {"box_map": 46.7}},
+            "_ops": 280.371,
+            "_file_size": 167.104,
+            "_docs": "Trained on COCO for long, with large-scale jitter, which the accuracy owes much to.",
+        },
+    )
+    DEFAULT = COCO_V1
+
+
+class ResNet50_Weights(WeightsEnum):  # noqa: N801
+    """ImageNet weights for the backbone of either detector."""
+
+    IMAGENET1K_V1 = Weights(
+        url="https://download.pytorch.org/models/resnet50-0676ba61.pth",
+        preset=ImageClassification(crop_size=224),
+        meta={
+            "min_size": (1, 1),
+            "categories": list(IMAGENET_CATEGORIES),
+            "num_params": 25_557_032,
+            "recipe": f"{_REFERENCES}/classification#resnet",
+            "_metrics": {"ImageNet-1K": {"acc@1": 76.130, "acc@5": 92.862}},
+            "_ops": 4.089,
+            "_file_size": 97.781,
+            "_docs": "Trained by a plain recipe, and about as accurate as the paper says.",
+        },
+    )
+    IMAGENET1K_V2 = Weights(
+        url="https://download.pytorch.org/models/resnet50-11ad3fa6.pth",
+        preset=ImageClassification(crop_size=224, resize_size=232),
+        meta={
+            "min_size": (1, 1),
+            "categories": list(IMAGENET_CATEGORIES),
+            "num_params": 25_557_032,
+            "recipe": "https://github.com/pytorch/vision/issues/3995#issuecomment-1013906621",
+            "_metrics": {"ImageNet-1K": {"acc@1": 80.858, "acc@5": 95.434}},
+            "_ops": 4.089,
+            "_file_size": 97.79,
+            "_docs": "Trained by torchvision's newer recipe, and more accurate than the paper's.",
+        },
+    )
+    DEFAULT = IMAGENET1K_V2

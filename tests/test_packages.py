@@ -1,0 +1,94 @@
+"""Wheel, sdist and editable installation hold flaxdet.convert, whatever git made of the symlink flaxdet/convert."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("flaxdet", "convert", "pyproject.toml", "README.md", "LICENSE")
+
+# as a checkout has it with symlinks, on Windows without them, and in a zip that left it out
+LINKS = ("link", "text file", "nothing")
+
+
+@pytest.fixture(params=LINKS)
+def checkout(request, tmp_path) -> Path:
+    """What an installation reads of a checkout."""
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, tmp_path / part)
+    link = tmp_path / "flaxdet" / "convert"
+    link.unlink()
+    if request.param == "link":
+        link.symlink_to(Path("..") / "convert")
+    elif request.param == "text file":
+        link.write_text("../convert")
+    return tmp_path
+
+
+def build(folder: Path, hook: str) -> Path:
+    """Runs a hook of setuptools (PEP 517, PEP 660) in a checkout, as pip does, without pip's environment."""
+    code = f"import setuptools.build_meta as backend; print(backend.{hook}({str(folder / 'dist')!r}))"
+    (folder / "dist").mkdir(exist_ok=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return folder / "dist" / result.stdout.splitlines()[-1]
+
+
+def modules_of(names: list[str]) -> set[str]:
+    return {name for name in names if name.startswith("flaxdet/") and name.endswith(".py")}
+
+
+def expected() -> set[str]:
+    own = {f"flaxdet/{path.relative_to(ROOT / 'flaxdet')}" for path in (ROOT / "flaxdet").rglob("*.py")}
+    return own | {f"flaxdet/convert/{path.name}" for path in (ROOT / "convert").glob("*.py")}
+
+
+def test_wheel_and_sdist_hold_every_module(checkout):
+    with zipfile.ZipFile(build(checkout, "build_wheel")) as wheel:
+        assert modules_of(wheel.namelist()) == expected()
+    sdist = build(checkout, "build_sdist")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(checkout / "unpacked", filter="data")
+    (unpacked,) = (checkout / "unpacked").iterdir()
+    with zipfile.ZipFile(build(unpacked, "build_wheel")) as wheel:
+        assert modules_of(wheel.namelist()) == expected()
+
+
+def test_editable_installation_imports_the_converter(checkout, tmp_path):
+    with zipfile.ZipFile(build(checkout, "build_editable")) as wheel:
+        wheel.extractall(tmp_path / "site")
+    # without site, which would find the installation that runs this test; its other packages by their plain path
+    code = (
+        "import site, sys; sys.path.append(sys.argv[2]); site.addsitedir(sys.argv[1]); "
+        "import flaxdet.convert.rules; print(flaxdet.__file__, flaxdet.convert.__file__)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(tmp_path / "site"), sysconfig.get_path("purelib")],
+        cwd=tmp_path / "site",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert all(Path(path).is_relative_to(checkout) for path in result.stdout.split())
+
+
+def test_every_folder_is_a_package_that_is_installed():
+    """pyproject.toml names the packages, so that an installation does not depend on the symlink."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "flaxdet").rglob("__init__.py")}
+    assert set(listed) == {".".join(folder.parts) for folder in folders} | {"flaxdet.convert"}
+    assert listed == sorted(listed)
