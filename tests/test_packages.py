@@ -72,7 +72,7 @@ def test_editable_installation_imports_the_converter(checkout, tmp_path):
         wheel.extractall(tmp_path / "site")
     # without site, which would find the installation that runs this test; its other packages by their plain path
     code = (
-        "import site, sys; sys.path.append(sys.argv[2]); site.addsitedir(sys.argv[1]); "
+        "import site, sys; site.addsitedir(sys.argv[1]); sys.path.append(sys.argv[2]); "
         "import flaxdet.convert.rules; print(flaxdet.__file__, flaxdet.convert.__file__)"
     )
     result = subprocess.run(
