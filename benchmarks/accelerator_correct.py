@@ -18,8 +18,8 @@ from flaxdet.convert import from_torchvision, reference, to_torchvision
 from flaxdet.convert.verify import both_sides, compare, match_detections
 from flaxdet.images.transform import transform, transform_targets
 from flaxdet.inference.predict import jitted_detect, unpad
+from flaxdet.registry import make_model
 from flaxdet.train import loss_and_gradients
-from flaxdet.zoo.builders import make_model
 
 # bfloat16 has 8 bits: what still counts as the same detection, pixels of a coordinate and difference of a score.
 WIDE = (8.0, 0.1)

@@ -26,9 +26,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import flaxdet
 from flaxdet.images.transform import transform, transform_targets
 from flaxdet.inference.predict import detect
+from flaxdet.models.initial import initial_variables
+from flaxdet.registry import make_model
 from flaxdet.train import create_state, make_train_step, sgd, shard_batch
 from flaxdet.xla.routes import routes_for
-from flaxdet.zoo.builders import initial_variables, make_model
 
 CLASSES = 91
 MAX_BOXES = 100  # of an image's targets: 93 in COCO

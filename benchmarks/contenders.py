@@ -55,7 +55,8 @@ def load_flaxdet(weights: str | Path, *, dtype: str, **options: Any) -> tuple[An
     import jax
     import jax.numpy as jnp
 
-    from flaxdet.zoo.builders import initial_variables, make_model
+    from flaxdet.models.initial import initial_variables
+    from flaxdet.registry import make_model
 
     model = make_model(str(weights), num_classes=91, **flaxdet_dtype(dtype), **options)
     shapes = jax.eval_shape(functools.partial(initial_variables, model), jax.random.key(0))

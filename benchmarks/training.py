@@ -34,7 +34,7 @@ from contenders import (
 from photos import training_examples
 
 from flaxdet.convert import from_torchvision, reference
-from flaxdet.zoo.builders import make_model
+from flaxdet.registry import make_model
 
 LEARNING_RATE = 1e-4
 

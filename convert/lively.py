@@ -3,31 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from flaxdet.convert.reference import torchvision
+from flaxdet.convert.reference import comparison_of
 
 Calibration = tuple[float, float]  # (mean, standard deviation) that every channel of a prediction gets
 
-_CENTERNESS = (0.0, 1.0)
-_FCOS_DISTANCES = (2.6, 0.7)  # in anchor sizes: boxes of about five strides, which overlap their neighbours'
-_RPN_DELTAS = (0.0, 0.2)  # boxes move and grow by about a fifth of an anchor
-_ROI_DELTAS = (0.0, 0.4)  # divided by the coder's weights 10, 10, 5, 5
-_CLASS_SPREAD = 1.0  # of FCOS's class logits
-_OBJECTNESS = (0.0, 1.5)
-_ROI_CLASSES = (0.0, 0.55)  # low, so that a softmax does not saturate, where scores would tie at 1
-_FCOS_CANDIDATES = 300  # above the score threshold before NMS, on the calibration picture
-_ROI_CANDIDATES = 0.3  # the same for each proposal
-
 
 @torch.no_grad()
-def make_lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives an FCOS or Faster R-CNN of torchvision seeded weights under which every tensor matters.
+def make_lively(model: Any, seed: int = 0) -> Any:
+    """Gives a detector of torchvision seeded weights under which every tensor matters.
 
     Freshly initialised detectors prove little: their BatchNorms are identities, their biases zero, every
     score is about 0.01 and NMS has nothing to do, so that two swapped tensors give the same answer. Here,
@@ -55,13 +44,9 @@ def make_lively(model: nn.Module, seed: int = 0) -> nn.Module:
         The model, in evaluation mode.
 
     Raises:
-        TypeError: if the model is neither an FCOS nor a Faster R-CNN.
+        TypeError: if the model is of no registered kind.
     """
-    torchvision()
-    from torchvision.models.detection import FCOS, FasterRCNN
-
-    if not isinstance(model, FCOS | FasterRCNN):
-        raise TypeError(f"expected torchvision's FCOS or FasterRCNN, found {type(model).__name__}")
+    comparison = comparison_of(model)
     model.eval()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -70,11 +55,7 @@ def make_lively(model: nn.Module, seed: int = 0) -> nn.Module:
         mean, std = (torch.tensor(v)[:, None, None] for v in (model.transform.image_mean, model.transform.image_std))
         picture = ((picture - mean) / std)[None].to(next(model.parameters()).dtype)
         with _calibrating_stages(model):
-            features = model.backbone(picture)
-            if isinstance(model, FCOS):
-                _calibrate_fcos(model, list(features.values()))
-            else:
-                _calibrate_faster_rcnn(model, features)
+            comparison.calibrate(model, model.backbone(picture))
     return model
 
 
@@ -177,7 +158,7 @@ def _noise(like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like).uniform_(-1, 1)
 
 
-def _set_channels(layer: Any, inputs: list[torch.Tensor], target: Calibration) -> torch.Tensor:
+def set_channels(layer: Any, inputs: list[torch.Tensor], target: Calibration) -> torch.Tensor:
     """Scales a prediction layer so that each channel has about the target's mean and spread over `inputs`.
 
     Returns:
@@ -194,45 +175,3 @@ def _set_channels(layer: Any, inputs: list[torch.Tensor], target: Calibration) -
     layer.weight.mul_(factor.reshape(-1, *[1] * (layer.weight.dim() - 1)))
     layer.bias.copy_(layer.bias * factor + shift)
     return output * factor + shift
-
-
-def _calibrate_fcos(model: Any, features: list[torch.Tensor]) -> None:
-    classification, regression = model.head.classification_head, model.head.regression_head
-    towers = [regression.conv(level) for level in features]
-    _set_channels(regression.bbox_reg, towers, _FCOS_DISTANCES)
-    centerness = _set_channels(regression.bbox_ctrness, towers, _CENTERNESS)
-    towers = [classification.conv(level) for level in features]
-    logits = _set_channels(classification.cls_logits, towers, (0.0, _CLASS_SPREAD))
-    # sqrt(sigmoid(logit + shift) * sigmoid(centerness)) > threshold, solved for the shift of each candidate
-    needed = (model.score_thresh**2 * (1 + torch.exp(-centerness))).clamp(1e-6, 1 - 1e-6)
-    shifts = (torch.logit(needed) - logits).flatten()
-    count = min(_FCOS_CANDIDATES, shifts.numel() // 4)
-    classification.cls_logits.bias.add_(shifts.kthvalue(count).values)
-
-
-def _calibrate_faster_rcnn(model: Any, features: dict[str, torch.Tensor]) -> None:
-    levels = list(features.values())
-    hidden = [model.rpn.head.conv(level) for level in levels]
-    _set_channels(model.rpn.head.cls_logits, hidden, _OBJECTNESS)
-    _set_channels(model.rpn.head.bbox_pred, hidden, _RPN_DELTAS)
-
-    # Boxes of all sizes over the picture stand for proposals: no cut-off takes part in the calibration.
-    size = torch.exp(torch.empty(400, 2, dtype=levels[0].dtype).uniform_(math.log(16), math.log(220)))
-    corner = torch.rand_like(size) * (torch.tensor([320.0, 256.0]) - size).clamp(min=0)
-    boxes = torch.cat([corner, corner + size], dim=1)
-    pooled = model.roi_heads.box_roi_pool(features, [boxes], [(256, 320)])
-    hidden = [model.roi_heads.box_head(pooled)]
-    predictor = model.roi_heads.box_predictor
-    _set_channels(predictor.bbox_pred, hidden, _ROI_DELTAS)
-    logits = _set_channels(predictor.cls_score, hidden, _ROI_CLASSES)
-    # The background's bias decides how many pass: bisection, as a softmax has no closed form.
-    low, high, shift = -20.0, 40.0, 0.0
-    for _ in range(40):
-        shift = (low + high) / 2
-        moved = torch.cat([logits[:, :1] + shift, logits[:, 1:]], dim=1).softmax(1)[:, 1:]
-        low, high = (
-            (shift, high)
-            if (moved > model.roi_heads.score_thresh).sum() > _ROI_CANDIDATES * len(logits)
-            else (low, shift)
-        )
-    predictor.cls_score.bias[0] += shift

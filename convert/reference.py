@@ -10,11 +10,14 @@ declares the three operators that detection needs and implements them in plain t
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from flaxdet import registry
 
 if TYPE_CHECKING:
     import torch
@@ -140,37 +143,66 @@ def see_ordinary_photo(model: torch.nn.Module) -> None:
         pool.scales, pool.map_levels = scales
 
 
-def build(name: str, *, frozen: bool = False, **kwargs: Any) -> torch.nn.Module:
+def build(
+    name: str,
+    *,
+    frozen: bool = False,
+    norm_eps: float = registry.FROZEN_EPS,
+    small: bool = False,
+    trainable_backbone_layers: int | None = None,
+    num_classes: int | None = None,
+    **options: Any,
+) -> torch.nn.Module:
     """Builds a detector of torchvision by its builder's name, without pretrained weights, for evaluation.
 
     Args:
-        name: "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2" or any other of
-            ``torchvision.models.detection``.
-        frozen: build FCOS on FrozenBatchNorm2d, as torchvision does with any pretrained weights.
-        **kwargs: torchvision's own.
+        name: of a builder here, or of any other in ``torchvision.models.detection``.
+        frozen: builds the body on FrozenBatchNorm2d, as torchvision does with any pretrained weights where the
+            detector's body is frozen then.
+        norm_eps: of FrozenBatchNorm2d, which torchvision sets by ``overwrite_eps`` with some of its own weights.
+        small: builds the small form of a detector that has a builder here, see ``registry.make_model``.
+        trainable_backbone_layers: torchvision's.
+        num_classes: torchvision's; default 91.
+        **options: torchvision's own.
 
     Raises:
-        ValueError: if torchvision has no such builder, or `frozen` is asked of another model than FCOS.
+        ValueError: if torchvision has no such builder, or `frozen` is asked of a detector that is never frozen.
     """
     torchvision()
-    from torchvision.models import detection, list_models, resnet50
-    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
-    from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+    from torch.nn import BatchNorm2d
+    from torchvision import models
     from torchvision.ops.misc import FrozenBatchNorm2d
 
-    if not frozen:
-        if name not in (known := list_models(module=detection)):
-            raise ValueError(f"torchvision has no detector named {name!r}; it has {', '.join(known)}")
-        builder: Any = getattr(detection, name)
-        return builder(weights=None, weights_backbone=None, **kwargs).eval()
-    if name != "fcos_resnet50_fpn":
-        raise ValueError(f"frozen=True is for fcos_resnet50_fpn, found {name!r}")
-    classes = kwargs.pop("num_classes", None)
-    layers = kwargs.pop("trainable_backbone_layers", None)
-    backbone = _resnet_fpn_extractor(
-        resnet50(weights=None, norm_layer=FrozenBatchNorm2d),
-        3 if layers is None else layers,
-        returned_layers=[2, 3, 4],
-        extra_blocks=LastLevelP6P7(256, 256),
-    )
-    return detection.FCOS(backbone, 91 if classes is None else classes, **kwargs).eval()
+    known = registry.names(private=True)
+    if frozen and not (name in known and registry.get(name).freezable):
+        freezable = ", ".join(each.name for each in registry.architectures() if each.freezable)
+        raise ValueError(f"frozen=True is for {freezable}, found {name!r}")
+    if not frozen and not small and not (name in known and registry.get(name).private):
+        if name not in (builders := models.list_models(module=models.detection)):
+            raise ValueError(f"torchvision has no detector named {name!r}; it has {', '.join(builders)}")
+        builder: Any = getattr(models.detection, name)
+        given = {"num_classes": num_classes, "trainable_backbone_layers": trainable_backbone_layers}
+        given = {option: value for option, value in given.items() if value is not None}
+        return builder(weights=None, weights_backbone=None, **given, **options).eval()
+    norm = functools.partial(FrozenBatchNorm2d, eps=norm_eps) if frozen else BatchNorm2d
+    layers = (3 if frozen else 5) if trainable_backbone_layers is None else trainable_backbone_layers
+    classes = registry.NUM_COCO_CLASSES if num_classes is None else num_classes
+    return registry.get(name).in_torch(norm, layers, classes, small=small, **options).eval()
+
+
+def comparison_of(model: Any) -> ModuleType:
+    """The module of the zoo that knows how to record and calibrate a detector of torchvision.
+
+    Args:
+        model: torchvision's.
+
+    Raises:
+        TypeError: if the model is of no registered kind.
+    """
+    kinds = {each.comparison: each for each in registry.architectures(private=True)}
+    comparisons = [architecture.load_comparison() for architecture in kinds.values()]
+    for comparison in comparisons:
+        if isinstance(model, comparison.kind()):
+            return comparison
+    known = " or ".join(comparison.kind().__name__ for comparison in comparisons)
+    raise TypeError(f"expected torchvision's {known}, found {type(model).__name__}")

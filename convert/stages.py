@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -86,61 +86,36 @@ def run_reference(
     return detections, recorded
 
 
+def channels_last(x: torch.Tensor) -> np.ndarray:
+    """A map [B, C, h, w] of torch as [B, h, w, C]."""
+    return x.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def record_map(recorded: dict[str, np.ndarray], name: str) -> Callable[..., None]:
+    """A forward hook that writes a module's map into ``recorded`` under a name, as [B, h, w, C]."""
+
+    def hook(_: Any, __: Any, output: torch.Tensor) -> None:
+        recorded[name] = channels_last(output)
+
+    return hook
+
+
 @contextlib.contextmanager
 def _recording(model: Any, recorded: dict[str, np.ndarray]) -> Iterator[None]:
     """While it lasts, the model's stages are written into ``recorded`` under our names."""
 
-    def channels_last(x: torch.Tensor) -> np.ndarray:
-        return x.permute(0, 2, 3, 1).contiguous().cpu().numpy()
-
-    def flat(x: torch.Tensor, width: int) -> torch.Tensor:  # [B, A * width, h, w] -> [B, hwA, width]
-        batch, _, height, columns = x.shape
-        x = x.reshape(batch, -1, width, height, columns).permute(0, 3, 4, 1, 2)
-        return x.reshape(batch, -1, width)
-
     def pixels(_: Any, __: Any, output: Any) -> None:
         recorded["pixels"] = channels_last(output[0].tensors)
 
-    def stage(name: str) -> Any:
-        def hook(_: Any, __: Any, output: torch.Tensor) -> None:
-            recorded[name] = channels_last(output)
-
-        return hook
-
     def pyramid(_: Any, __: Any, output: dict[str, torch.Tensor]) -> None:
-        finest = 3 if is_fcos else 2
+        finest = int(next(iter(body.return_layers)).removeprefix("layer")) + 1
         for i, (name, x) in enumerate(output.items()):
             recorded[name if name in ("p6", "p7", "pool") else f"p{finest + i}"] = channels_last(x)
 
-    def fcos_head(_: Any, __: Any, output: dict[str, torch.Tensor]) -> None:
-        recorded.update({name: x.cpu().numpy() for name, x in output.items()})
-
-    def rpn_head(_: Any, __: Any, output: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
-        recorded["objectness"] = torch.cat([flat(x, 1) for x in output[0]], dim=1)[..., 0].cpu().numpy()
-        recorded["pred_bbox_deltas"] = torch.cat([flat(x, 4) for x in output[1]], dim=1).cpu().numpy()
-
-    def rpn(_: Any, __: Any, output: tuple[list[torch.Tensor], Any]) -> None:
-        recorded["proposals"] = torch.cat(output[0]).cpu().numpy()
-        recorded[PROPOSAL_IMAGE] = np.repeat(np.arange(len(output[0])), [len(boxes) for boxes in output[0]])
-
-    def predictor(_: Any, __: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        recorded["class_logits"], recorded["box_regression"] = (x.cpu().numpy() for x in output)
-        recorded["class_scores"] = output[0].softmax(dim=-1).cpu().numpy()
-
-    reference.torchvision()
-    from torchvision.models import detection
-
-    is_fcos = isinstance(model, detection.FCOS)
     body = model.backbone.body
     hooks = [(model.transform, pixels)]
-    hooks += [(body[f"layer{i}"], stage(f"c{i + 1}")) for i in range(1, 5)]
-    hooks += [(model.backbone, pyramid)]
-    if is_fcos:
-        hooks += [(model.head, fcos_head)]
-    else:
-        heads = model.roi_heads
-        hooks += [(model.rpn.head, rpn_head), (model.rpn, rpn)]
-        hooks += [(heads.box_roi_pool, stage("roi_features")), (heads.box_predictor, predictor)]
+    hooks += [(body[f"layer{i}"], record_map(recorded, f"c{i + 1}")) for i in range(1, 5)]
+    hooks += [(model.backbone, pyramid), *reference.comparison_of(model).hooks(model, recorded)]
     handles = [module.register_forward_hook(hook) for module, hook in hooks]
     try:
         yield

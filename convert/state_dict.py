@@ -61,7 +61,7 @@ def from_torchvision(
     the training reference ({"model": ...}), ``num_batches_tracked`` present or absent, any floating dtype.
 
     Args:
-        model: ``FCOS`` or ``FasterRCNN`` with a ResNet and FPN.
+        model: a detector whose parts torchvision has, as the builders make them.
         state_dict: torch tensors or numpy or jax arrays by key, or the path of a file for `checkpoint.read`.
         allow_nonfinite: accept NaN and infinities.
         source: what error messages call it; default the path or "state_dict".
@@ -79,7 +79,7 @@ def from_torchvision(
     _check_not_folded(model)
     subject, state = _open(state_dict, source)
     abstract = abstract_variables(model)
-    rows = rules(abstract, pooled=_pooled(model))
+    rows = rules(model, abstract)
     dtypes = {(c, path): leaf.dtype for c, path, leaf in leaves_of(abstract)}
     flat = _convert(f"{subject} does not fit {type(model).__name__}", state, rows, dtypes, allow_nonfinite)
     return _nest(flat, abstract)
@@ -113,9 +113,7 @@ def backbone_from_torchvision(
     subject, state = _open(state_dict, source)
     prefix = "backbone.body."
     rows = [
-        row._replace(key=row.key.removeprefix(prefix))
-        for row in rules(variables, pooled=_pooled(model))
-        if row.key.startswith(prefix)
+        row._replace(key=row.key.removeprefix(prefix)) for row in rules(model, variables) if row.key.startswith(prefix)
     ]
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     leaves = {(c, path): leaf for c, path, leaf in leaves_of(variables)}
@@ -128,7 +126,7 @@ def to_torchvision(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nda
     """Converts variables into the state_dict that torchvision loads with ``strict=True``.
 
     Args:
-        model: ``FCOS`` or ``FasterRCNN`` with a ResNet and FPN.
+        model: a detector whose parts torchvision has, as the builders make them.
         variables: its variables.
 
     Returns:
@@ -155,7 +153,7 @@ def to_torchvision(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nda
     if any(faults.values()):
         raise StateDictError(f"the variables do not fit {type(model).__name__}", faults)
     state = {}
-    for row in rules(abstract, pooled=_pooled(model)):
+    for row in rules(model, abstract):
         if row.collection is None:
             state[row.key] = np.zeros((), np.int64)
         else:
@@ -201,12 +199,6 @@ def _open(state_dict: Source, name: str | None) -> tuple[str, dict[str, Any]]:
         return name, checkpoint.unwrap(state_dict)
     except ValueError as error:
         raise checkpoint.CheckpointError(checkpoint.one_line(f"{name} {error}")) from error
-
-
-def _pooled(model: Any) -> tuple[int, int]:
-    """(height, width) of the RoI features, which decide how the box head's first kernel lies."""
-    size: Any = getattr(getattr(model, "box_roi_pool", None), "output_size", (7, 7))
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _where(at: tuple[str, tuple[str, ...]]) -> str:

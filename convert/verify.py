@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from flaxdet import registry
 from flaxdet.convert import from_torchvision, reference
 from flaxdet.convert.stages import OF_PROPOSALS, PROPOSAL_IMAGE, Detection, Stages, run, run_reference
 from flaxdet.files.models import ModelFile, read_model
 from flaxdet.images.transform import transform
 from flaxdet.inference.predict import jitted_detect, unpad
 from flaxdet.models.detector import Detector
-from flaxdet.zoo.builders import NUM_COCO_CLASSES, make_model
-from flaxdet.zoo.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights
 
 # What counts as the same answer: largest difference of a box (pixels) and of a score. torchvision in float32 differs
 # from itself in float64 by up to .022 px and 1.3e-4; in float64 only the order of sums is left.
@@ -245,27 +244,22 @@ def both_sides(
     Returns:
         Our model, its variables, torchvision's model in evaluation mode, and the names of the labels if known.
     """
-    categories = None
-    num_classes, frozen = NUM_COCO_CLASSES, name == "fcos_resnet50_fpn"
+    architecture, enum = registry.get(name), registry.get(name).weights
+    categories: list[str] | None = None
     state_dict: dict[str, Any] | None = None
+    made: dict[str, Any] = {"num_classes": registry.NUM_COCO_CLASSES, "frozen_bn": architecture.freezable}
     source = weights.path if isinstance(weights, ModelFile) else weights
-    enum: Any = FCOS_ResNet50_FPN_Weights if name == "fcos_resnet50_fpn" else FasterRCNN_ResNet50_FPN_V2_Weights
-    if isinstance(weights, str) and weights.removeprefix(f"{enum.__name__}.") in enum.__members__:
-        member = enum.verify(weights)
+    if isinstance(weights, str) and enum is not None and weights.removeprefix(f"{enum.__name__}.") in enum.__members__:
+        member: Any = enum.verify(weights)
         state_dict, categories = member.get_state_dict(progress=progress), member.meta["categories"]
+        made |= member.options
     elif weights != "random":
         file = read_model(weights) if isinstance(weights, str) else weights
         state_dict, categories = file.state_dict, file.categories
-        num_classes, frozen = file.options["num_classes"], file.options["frozen_bn"]
-    model = make_model(
-        name,
-        num_classes=num_classes,
-        frozen_bn=frozen,
-        dtype=dtype,
-        precision=jax.lax.Precision.HIGHEST,
-        **options,
-    )
-    theirs = reference.build(name, frozen=frozen, num_classes=num_classes, **options)
+        made |= {option: file.options[option] for option in (*made, "norm_eps") if option in file.options}
+    model = registry.make_model(name, **made, dtype=dtype, precision=jax.lax.Precision.HIGHEST, **options)
+    frozen, classes = made.pop("frozen_bn"), made.pop("num_classes")
+    theirs = reference.build(name, frozen=frozen, num_classes=classes, **made, **options)
     if state_dict is None:
         from flaxdet.convert.lively import make_lively  # which needs torch
 

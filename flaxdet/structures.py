@@ -206,7 +206,7 @@ class TransformConfig:
 def _numbers(name: str, values: Any) -> tuple[Any, ...]:
     """One number or several as a tuple."""
     several = isinstance(values, Iterable) and not isinstance(values, str)
-    found = tuple(values) if several else (values,)
-    if not all(isinstance(value, (int, float, np.number)) for value in found):
+    numbers = tuple(values) if several else (values,)
+    if not all(isinstance(value, (int, float, np.number)) for value in numbers):
         raise TypeError(f"{name} should be a number, or numbers, got {values!r}")
-    return found
+    return tuple(value.item() if isinstance(value, np.number) else value for value in numbers)

@@ -90,8 +90,8 @@ def shared() -> Path:
 @pytest.fixture(scope="module")
 def drawn_models():
     """(model, variables) by (builder, classes, frozen), drawn once."""
+    from flaxdet import registry
     from flaxdet.convert.state_dict import abstract_variables
-    from flaxdet.zoo import builders
     from tests.drawn import drawn
 
     made: dict = {}
@@ -99,7 +99,7 @@ def drawn_models():
     def get(name: str, num_classes: int = 91, frozen: bool = False):
         key = (name, num_classes, frozen)
         if key not in made:
-            model = builders.make_model(name, num_classes=num_classes, frozen_bn=frozen)
+            model = registry.make_model(name, num_classes=num_classes, frozen_bn=frozen)
             made[key] = model, drawn(abstract_variables(model))
         return made[key]
 

@@ -24,11 +24,11 @@ import pytest
 from PIL import Image
 
 import flaxdet
+from flaxdet import registry
 from flaxdet.cli.main import COMMANDS, _parse, main
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.data import train_batches
 from flaxdet.train import fit
-from flaxdet.zoo import builders
 from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, V2_NAME, build_small_models, write_coco
 
@@ -77,7 +77,7 @@ def drawn_weights(model: Any) -> dict[str, np.ndarray]:
 
 def state_dict(builder: str, num_classes: int, frozen_bn: bool) -> dict[str, np.ndarray]:
     """Weights of what the builders make at present."""
-    return drawn_weights(builders.make_model(builder, num_classes=num_classes, frozen_bn=frozen_bn))
+    return drawn_weights(registry.make_model(builder, num_classes=num_classes, frozen_bn=frozen_bn))
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def prepared(tmp_path_factory) -> Path:
         shutil.copy(folder / "photo.jpg", folder / name / "a.jpg")
     with pytest.MonkeyPatch.context() as monkeypatch:
         build_small_models(monkeypatch, **SIZE)
-        model = builders.make_model(FCOS_NAME, num_classes=3, frozen_bn=True)
+        model = registry.make_model(FCOS_NAME, num_classes=3, frozen_bn=True)
         variables = flaxdet.convert.from_torchvision(model, drawn_weights(model))
         flaxdet.save(folder / "model.pth", model, variables)
         flaxdet.save(folder / "model.safetensors", model, variables, categories=CLASSES)
@@ -180,7 +180,7 @@ def test_the_first_block_on_the_real_model(prepared, no_downloads, monkeypatch):
     namespace: dict[str, Any] = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         run_python(block, namespace)
-    assert namespace["model"] == builders.make_model(
+    assert namespace["model"] == registry.make_model(
         FCOS_NAME, num_classes=91, frozen_bn=True, trainable_backbone_layers=3
     )
     assert len(namespace["found"]["boxes"]) > 0

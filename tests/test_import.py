@@ -145,7 +145,15 @@ LAYERS = [
     ["evaluation"],
     ["train"],
     # whole models of torchvision and ours side by side
-    ["convert.stages", "convert.verify", "convert.reference", "convert.lively", "convert.torch_ops"],
+    [
+        "convert.stages",
+        "convert.verify",
+        "convert.reference",
+        "convert.lively",
+        "convert.torch_ops",
+        "zoo.torch_fcos",
+        "zoo.torch_faster_rcnn",
+    ],
     ["__init__", "cli"],
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

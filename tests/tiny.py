@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flaxdet.files import models as files
+from flaxdet import registry
 from flaxdet.models import FCOS, FasterRCNN, RPNHead, TwoMLPHead
+from flaxdet.models.initial import initial_variables
 from flaxdet.nn import BackboneWithFPN, BatchNorm
 from flaxdet.nn.layers import TypedModule, conv, level_extent, mask_beyond
 from flaxdet.ops import AnchorGenerator
-from flaxdet.zoo import builders
-from flaxdet.zoo.builders import initial_variables
 
 FCOS_NAME, V2_NAME = "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"
 CATEGORIES = {2: "red", 5: "green", 9: "blue"}  # ids with gaps, as real files have them
@@ -76,7 +75,7 @@ def tiny_variables(model: FCOS | FasterRCNN, seed: int = 0) -> dict[str, Any]:
     return initial_variables(model, jax.random.key(seed))
 
 
-_make_model = builders.make_model
+_make_model = registry.make_model
 
 
 def small_model(builder: str, **options: Any) -> FCOS | FasterRCNN:
@@ -106,13 +105,12 @@ def build_small_models(monkeypatch: pytest.MonkeyPatch, **defaults: Any) -> None
     def make_model(builder: str, **options: Any) -> FCOS | FasterRCNN:
         return small_model(builder, **{**defaults, **options})
 
-    for module in (builders, files):
-        monkeypatch.setattr(module, "make_model", make_model)
+    monkeypatch.setattr(registry, "make_model", make_model)
     # files are recognised by keys of the ResNet-50 and its pyramid, which small models lack
-    identify = importlib.import_module("flaxdet.convert.identify")  # `flaxdet.convert.identify` is the function
-    outputs = (("head.classification_head.cls_logits", FCOS_NAME), ("roi_heads.box_predictor.cls_score", V2_NAME))
-    small = tuple(({f"{layer}.weight"}, set(), name) for layer, name in outputs)
-    monkeypatch.setattr(identify, "_KNOWN", small + identify._KNOWN)
+    for architecture in registry.architectures():
+        keys: Any = architecture.keys
+        keys = dataclasses.replace(keys, present=frozenset({keys.class_key}), absent=frozenset())
+        monkeypatch.setitem(registry._table, architecture.name, dataclasses.replace(architecture, keys=keys))
 
 
 def write_coco(folder: Path, count: int = 8, seed: int = 0, size: tuple[int, int] = (64, 80)) -> tuple[Path, Path]:

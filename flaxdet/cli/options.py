@@ -8,12 +8,16 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-ModelName = Literal["fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"]
-SCORE_OPTION = {"fcos_resnet50_fpn": "score_thresh", "fasterrcnn_resnet50_fpn_v2": "box_score_thresh"}
+from flaxdet import registry
+
+if TYPE_CHECKING:
+    ModelName = str
+else:
+    ModelName = Literal[tuple(registry.names())]  # tyro lists the names and refuses others
 Quiet = tyro.conf.arg(help_behavior_hint="")  # the help text says the default in words
 Size = Annotated[int | None, Quiet]
 _MOST_LABELS = 100_000  # in a file of annotations: beyond it, ids are no labels
@@ -63,7 +67,7 @@ def published(weights: str, model: str | None = None) -> tuple[str, Any]:
 
     Args:
         weights: "COCO_V1", or with the enum's name, "FCOS_ResNet50_FPN_Weights.COCO_V1".
-        model: the builder; default what the enum's name says, else fcos_resnet50_fpn.
+        model: the builder; default what the enum's name says, else the default architecture.
 
     Returns:
         The builder's name, and the member of its enum.
@@ -71,12 +75,7 @@ def published(weights: str, model: str | None = None) -> tuple[str, Any]:
     Raises:
         ValueError: if there are no such weights, or they are another model's.
     """
-    import flaxdet
-
-    enums: dict[str, Any] = {
-        "fcos_resnet50_fpn": flaxdet.FCOS_ResNet50_FPN_Weights,
-        "fasterrcnn_resnet50_fpn_v2": flaxdet.FasterRCNN_ResNet50_FPN_V2_Weights,
-    }
+    enums: dict[str, Any] = {each.name: each.weights for each in registry.architectures() if each.weights is not None}
     prefix, _, name = weights.rpartition(".")
     builder: Any = next((key for key, enum in enums.items() if enum.__name__ == prefix), None)
     if prefix and builder is None:
@@ -84,7 +83,7 @@ def published(weights: str, model: str | None = None) -> tuple[str, Any]:
         raise ValueError(f"weights {weights!r}: expected a file, or a member of {known}")
     if builder and model and builder != model:
         raise ValueError(f"weights {weights!r}: expected weights of {model}, these are of {builder}")
-    builder = builder or model or "fcos_resnet50_fpn"
+    builder = builder or model or registry.names()[0]
     if name not in enums[builder].__members__:
         names = ", ".join(enums[builder].__members__)
         raise ValueError(f"weights {weights!r}: neither a file nor published weights of {builder}, which are {names}")
@@ -125,7 +124,7 @@ def load_model(
         if "frozen_bn" in options:  # which the builders decide by themselves
             file = files.read_model(member.get_path(progress=progress))
     if threshold is not None:
-        options[SCORE_OPTION[builder]] = threshold
+        options[registry.get(builder).kind.score_field] = threshold
     if file is None:
         made, variables = getattr(flaxdet, builder)(weights=member, progress=progress, **options)
     else:

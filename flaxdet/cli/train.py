@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flaxdet import registry
 from flaxdet.cli.options import load_model, make_folder
 from flaxdet.cli.train_options import TrainOptions
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from flaxdet.data import Batches, CocoDataset
     from flaxdet.train import Checkpoints, TrainState
 
-# Per image of a batch: torchvision's references take .01 (FCOS) and .02 (Faster R-CNN) for 16, scaled linearly.
-LEARNING_RATE = {"FCOS": 0.01 / 16, "FasterRCNN": 0.02 / 16}
 PICTURED = 4  # images in predictions.png
 
 
@@ -87,7 +86,7 @@ class Train(TrainOptions):
         read = functools.partial(read_coco, *self.train, remove_empty=not self.keep_empty)
         if not self.pretrained:
             train = read()
-            builder = self.model or "fcos_resnet50_fpn"
+            builder = self.model or registry.names()[0]
             backbone = flaxdet.ResNet50_Weights.IMAGENET1K_V1 if self.weights == "backbone" else None
             model, variables = getattr(flaxdet, builder)(
                 weights_backbone=backbone, num_classes=len(train.categories), key=key, progress=self.progress, **options
@@ -125,7 +124,7 @@ class Train(TrainOptions):
             raise ValueError(f"--batch-size should be a multiple of the {devices} devices, got {self.batch_size}")
         mesh = make_mesh() if devices > 1 else None
         batches = self.batches(model, train, steps)
-        tx, schedule = self.optimiser(type(model).__name__, steps_per_epoch)
+        tx, schedule = self.optimiser(model, steps_per_epoch)
         state = create_state(model, variables, tx, key=jax.random.key(self.seed), ema=self.ema is not None)
         if mesh is not None:
             state = replicate(state, mesh)
@@ -181,14 +180,15 @@ class Train(TrainOptions):
             process_count=jax.process_count(),
         )
 
-    def optimiser(self, kind: str, steps_per_epoch: int) -> tuple[Any, Any]:
+    def optimiser(self, model: Any, steps_per_epoch: int) -> tuple[Any, Any]:
         """The optax transform, and its schedule as a function of the number of updates."""
         import optax
 
         from flaxdet.train import sgd, warmup_cosine_schedule, warmup_multistep_schedule
         from flaxdet.train.recipes import WARMUP_ITERATIONS
 
-        rate = self.learning_rate or LEARNING_RATE[kind] * self.batch_size * self.accumulate
+        training = registry.nearest(model).training  # the linear rule of torchvision's references
+        rate = self.learning_rate or training.fine_tuning_lr / training.batch_size * self.batch_size * self.accumulate
         # An update may take steps of two epochs, so an epoch has no whole number of updates: the schedule is of steps.
         warmup_updates = WARMUP_ITERATIONS if self.warmup_steps is None else self.warmup_steps
         warmup_steps = warmup_updates * self.accumulate

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from flaxdet import registry
 from flaxdet.cli.options import (
-    SCORE_OPTION,
+    ModelName,
     Quiet,
     check_sizes,
     free_name,
@@ -41,7 +42,7 @@ class Verify:
     Needs torch and torchvision: pip install 'flaxdet[torch]'.
     """
 
-    model: tyro.conf.Positional[Literal["both", "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"]] = "both"
+    model: tyro.conf.Positional[Literal["all"] | ModelName] = "all"
     """Which detector."""
 
     weights: str = "random"
@@ -92,7 +93,7 @@ class Verify:
         """The models to verify, those asked for or the one that the weights belong to, and a file's content."""
         from flaxdet.files.models import read_model
 
-        names = list(SCORE_OPTION) if self.model == "both" else [self.model]
+        names = registry.names() if self.model == "all" else [self.model]
         weights: str | ModelFile = self.weights
         if self.weights == "random":
             return names, weights

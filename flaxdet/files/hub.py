@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from flaxdet import registry
 from flaxdet.convert.state_dict import to_torchvision
 from flaxdet.files import checkpoint
 from flaxdet.files import models as files
-from flaxdet.models.faster_rcnn import FasterRCNN
-from flaxdet.models.fcos import FCOS
-from flaxdet.zoo.builders import Variables
+from flaxdet.models.detector import Detector
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
@@ -30,7 +29,7 @@ tags:
 
 # {builder}
 
-{kind} with a ResNet-50-FPN backbone, for {count} labels (the background included), in JAX/Flax, written by flaxdet
+{title}, for {count} labels (the background included), in JAX/Flax, written by flaxdet
 {version}. `model.safetensors` has torchvision's keys and layouts, so that torchvision's `{builder}` takes it too.
 
 ```python
@@ -49,13 +48,12 @@ Labels, from 0:
 
     {labels}
 """
-_KINDS = {"fcos_resnet50_fpn": "FCOS", "fasterrcnn_resnet50_fpn_v2": "Faster R-CNN v2"}
 
 
 def save_pretrained(
     folder: str | Path,
-    model: FCOS | FasterRCNN,
-    variables: Variables,
+    model: Detector,
+    variables: dict[str, Any],
     *,
     categories: Sequence[str] | None = None,
 ) -> None:
@@ -70,12 +68,12 @@ def save_pretrained(
 
     Args:
         folder: created if need be, in a folder that exists.
-        model: a model of one of the two builders.
+        model: a model that a builder makes.
         variables: its variables.
         categories: name of each label, label 0 first.
 
     Raises:
-        ValueError: for a number of categories that isn't num_classes, or a model that neither builder makes.
+        ValueError: for a number of categories that isn't num_classes, or a model that no builder makes.
         flaxdet.convert.StateDictError: (a ValueError) if the variables are not the model's.
         OSError: if the folder or a file can't be written.
     """
@@ -101,7 +99,7 @@ def save_pretrained(
         raise
 
 
-def load_pretrained(folder: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variables]:
+def load_pretrained(folder: str | Path, **overrides: Any) -> tuple[Detector, dict[str, Any]]:
     """Reads a model from a folder that ``save_pretrained`` wrote, on this machine.
 
     The names of its labels are ``flaxdet.load_categories(folder / "model.safetensors")``.
@@ -155,7 +153,7 @@ def _card(description: dict[str, Any]) -> str:
     names = description["categories"]
     return _CARD.format(
         builder=builder,
-        kind=_KINDS[builder],
+        title=registry.get(builder).title,
         count=options["num_classes"],
         version=description["flaxdet"],
         # JSON on one indented line: nothing in a name can be taken for Markdown

@@ -1,4 +1,4 @@
-"""Models of the two builders in files: ``load`` and ``save``. ``variables.py`` stores those of any other model.
+"""Models of the builders in files: ``load`` and ``save``. ``variables.py`` stores those of any other model.
 
 Every file holds a state_dict with torchvision's keys and layouts. Our own .safetensors also describe the model:
 builder, options and names of the labels, as JSON in the metadata, with the number of this format and the flaxdet that
@@ -13,19 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from flaxdet import registry
 from flaxdet._version import __version__
 from flaxdet.convert.identify import identify
 from flaxdet.convert.state_dict import from_torchvision, to_torchvision
 from flaxdet.files import checkpoint
 from flaxdet.models.detector import Detector
-from flaxdet.models.faster_rcnn import FasterRCNN
-from flaxdet.models.fcos import FCOS
 from flaxdet.models.labels import num_classes
 from flaxdet.models.roi_pool import MultiScaleRoIAlign
 from flaxdet.ops import AnchorGenerator
-from flaxdet.zoo.builders import BUILDERS, OWN_FIELDS, OWN_PARTS, Variables, make_model
 
 METADATA_KEY = "flaxdet"
 # Of the description. It grows when an older flaxdet would misread a file, not when one only learns to write more.
@@ -35,7 +31,7 @@ _OWN_WRITER = "flaxdet.save_variables stores the variables of any model"
 _STORED_PARTS = {"AnchorGenerator": AnchorGenerator, "MultiScaleRoIAlign": MultiScaleRoIAlign}
 
 
-def load(path: str | Path, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variables]:
+def load(path: str | Path, **overrides: Any) -> tuple[Detector, dict[str, Any]]:
     """Reads a model from a file: our own .safetensors, or torchvision's .pth or .safetensors.
 
     Our own files carry builder, options and category names. Of torchvision's, the architecture, the number of
@@ -67,7 +63,7 @@ class ModelFile(NamedTuple):
     Attributes:
         path: the file, for messages.
         builder: name of the model's builder.
-        options: for ``make_model``, as far as the file tells.
+        options: for ``registry.make_model``, as far as the file tells.
         categories: name of each label, or ``None``.
         state_dict: tensors by torchvision's key.
     """
@@ -99,7 +95,10 @@ def read_model(path: str | Path) -> ModelFile:
     if stored is not None and stored["builder"] is None:
         raise checkpoint.CheckpointError(f"{path}: holds variables alone, for flaxdet.load_variables(path, model)")
     state_dict = checkpoint.read(path)
-    builder, options = identify(state_dict, source=str(path))
+    if stored is not None and _is_told_by_name(stored["builder"]):
+        builder, options = stored["builder"], {}
+    else:
+        builder, options = identify(state_dict, source=str(path))
     if stored is not None:
         if stored["builder"] != builder:
             raise checkpoint.CheckpointError(
@@ -107,13 +106,18 @@ def read_model(path: str | Path) -> ModelFile:
             )
         options |= stored["options"]
         try:
-            make_model(builder, **options)
+            registry.make_model(builder, **options)
         except (TypeError, ValueError) as error:
             raise checkpoint.CheckpointError(f"{path}: the options in its metadata make no model: {error}") from error
     return ModelFile(str(path), builder, options, None if stored is None else stored["categories"], state_dict)
 
 
-def make(file: ModelFile, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variables]:
+def _is_told_by_name(builder: str) -> bool:
+    """Whether the keys of such an architecture tell nothing, so that the name in the metadata has to do."""
+    return builder in registry.names(private=True) and registry.get(builder).keys is None
+
+
+def make(file: ModelFile, **overrides: Any) -> tuple[Detector, dict[str, Any]]:
     """Makes the model of a file that ``read_model`` has read.
 
     Args:
@@ -126,27 +130,27 @@ def make(file: ModelFile, **overrides: Any) -> tuple[FCOS | FasterRCNN, Variable
     Raises:
         StateDictError, TypeError: as ``load``.
     """
-    model = make_model(file.builder, **{**file.options, **overrides})
+    model = registry.make_model(file.builder, **{**file.options, **overrides})
     return model, from_torchvision(model, file.state_dict, source=file.path)
 
 
 def save(
     path: str | Path,
-    model: FCOS | FasterRCNN,
-    variables: Variables,
+    model: Detector,
+    variables: dict[str, Any],
     *,
     categories: Sequence[str] | None = None,
 ) -> None:
     """Writes a model to a file that ``load`` and torchvision can read.
 
     The tensors have torchvision's keys and layouts in both formats. ``.safetensors`` also carries the builder, its
-    options and category names, and holds the models of the two builders. ``.pth``, which ``torch.load`` and
+    options and category names, and holds models that a builder makes. ``.pth``, which ``torch.load`` and
     ``load_state_dict(strict=True)`` take, holds any model whose parts torchvision has; where no builder makes it,
     ``flaxdet.convert.from_torchvision(model, path)`` reads it. ``flaxdet.save_variables`` stores any other model's.
 
     Args:
         path: the target, ending in .safetensors or .pth; replaced at once, or not at all.
-        model: a model of one of the two builders, or with .pth of torchvision's parts.
+        model: a model that a builder makes, or with .pth of torchvision's parts.
         variables: its variables.
         categories: name of each label, label 0 first.
 
@@ -240,44 +244,28 @@ def read_description(path: str, text: str, expected: str) -> dict[str, Any]:
         raise checkpoint.CheckpointError(f"{path}: expected {expected}, got something unreadable ({error})") from None
 
 
-def describe(model: FCOS | FasterRCNN, categories: Sequence[str] | None) -> dict[str, Any]:
-    """Builder and options from which ``make_model`` makes this very model again, ready for JSON.
+def describe(model: Detector, categories: Sequence[str] | None) -> dict[str, Any]:
+    """Builder and options from which ``registry.make_model`` makes this very model again, ready for JSON.
 
     Args:
-        model: a model of one of the two builders.
+        model: a model that a builder makes.
         categories: name of each label, label 0 first, or ``None``.
 
     Returns:
         {"format": 1, "flaxdet": version, "builder": name, "options": {name: value}, "categories": names or None}.
 
     Raises:
-        ValueError: for a model that neither builder makes.
+        ValueError: for a model that no builder makes.
     """
-    builder = next((name for name, kind in BUILDERS.items() if type(model) is kind), None)
-    if builder is None:
-        raise ValueError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}; {_OWN_WRITER}")
-    body = getattr(model.backbone, "body", None)
-    options: dict[str, Any] = {
-        "num_classes": num_classes(model) or 1,  # a predictor of the user's own needn't say: no builder makes it
-        **{name: bool(getattr(body, name, False)) for name in ("frozen_bn", "freeze_bn", "remat")},
-        "trainable_backbone_layers": model.trainable_backbone_layers,
-    }
-    dtypes = {"dtype": model.dtype, "param_dtype": model.param_dtype, "precision": model.precision}
-    skipped = {*OWN_FIELDS, *OWN_PARTS[builder], "head", "box_predictor", "parent", "name"}
-    standard = make_model(builder, **options, **dtypes)
-    for field in dataclasses.fields(model):
-        value = getattr(model, field.name)
-        if field.name not in skipped and value != getattr(standard, field.name):
-            options[field.name] = value
-    if make_model(builder, **options, **dtypes) != model:
-        raise ValueError(
-            f"a .safetensors file of flaxdet.save stores the options of {builder}, and this model has parts that the "
-            f"builder does not make (another backbone, head or predictor); {_OWN_WRITER}"
-        )
+    try:
+        architecture, options = registry.describe(model)
+    except ValueError as error:
+        message = f"a .safetensors file of flaxdet.save holds what a builder makes: {error}; {_OWN_WRITER}"
+        raise ValueError(message) from None
     return {
         "format": FORMAT,
         "flaxdet": __version__,
-        "builder": builder,
+        "builder": architecture.name,
         "options": {name: _store(value) for name, value in options.items()},
         "categories": None if categories is None else list(categories),
     }
@@ -286,7 +274,7 @@ def describe(model: FCOS | FasterRCNN, categories: Sequence[str] | None) -> dict
 def _store(value: Any) -> Any:
     if type(value).__name__ in _STORED_PARTS:
         return {"type": type(value).__name__, **dataclasses.asdict(value)}
-    return value.item() if isinstance(value, np.generic) else value
+    return value
 
 
 def _unstore(value: Any) -> Any:

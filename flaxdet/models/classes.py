@@ -10,24 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdet.models.faster_rcnn import FasterRCNN
-from flaxdet.models.fcos import FCOS
-from flaxdet.models.fcos_head import FCOSHead
+from flaxdet.models.detector import Detector
 from flaxdet.models.labels import num_classes as classes_of
-from flaxdet.models.roi_heads import FastRCNNPredictor
 
 Variables = dict[str, Any]
 Path = tuple[str, ...]
 
 
 def replace_classes(
-    model: FCOS | FasterRCNN,
+    model: Detector,
     variables: Mapping[str, Any],
     num_classes: int,
     *,
     copy: Mapping[int, int] | None = None,
     key: jax.Array | None = None,
-) -> tuple[FCOS | FasterRCNN, Variables]:
+) -> tuple[Any, Variables]:
     """Keeps the body of trained weights and makes new class layers.
 
     These layers are FCOS's ``classification_head/cls_logits``, and Faster R-CNN's ``box_predictor/cls_score`` and
@@ -35,7 +32,7 @@ def replace_classes(
     model's options included, stays as it is, bit for bit.
 
     Args:
-        model: an FCOS or Faster R-CNN with torchvision's own head or predictor.
+        model: a detector with torchvision's own head or predictor.
         variables: {"params": ..., "batch_stats": ...} of the model; they are not changed.
         num_classes: of the new layers, the background included; at least 2.
         copy: {new label: old label}, the rows to carry over; ``match_classes`` makes it from names.
@@ -67,8 +64,7 @@ def replace_classes(
     inputs = next(iter(old_leaves.values())).shape[-2]
 
     def initial(key: jax.Array) -> list[Any]:
-        x = jnp.zeros((1, 1, 1, inputs), jnp.float32)
-        fresh = {part: head.init(key, {"level": x} if isinstance(head, FCOSHead) else x[0, 0])["params"]}
+        fresh = {part: head.init(key, head.class_inputs(inputs))["params"]}
         return [_at(fresh, path) for path in old_leaves]  # alone: jit drops what the other layers would draw
 
     fresh = jax.jit(initial)(jax.random.key(0) if key is None else key)
@@ -111,22 +107,16 @@ def _label(labels: Sequence[str], name: str, kind: str) -> int:
 
 def _class_layers(model: Any) -> tuple[str, dict[Path, int]]:
     """The field of the model that holds the class layers, and their paths in it, with the numbers that a class has."""
-    if isinstance(model, FCOS):
-        field, kind = "head", FCOSHead
-        layers: dict[Path, int] = {("classification_head", "cls_logits"): 1}
-    elif isinstance(model, FasterRCNN):
-        field, kind = "box_predictor", FastRCNNPredictor
-        layers = {("cls_score",): 1, ("bbox_pred",): 4}
-    else:
-        raise TypeError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}")
-    part = getattr(model, field)
-    if not isinstance(part, kind):
+    if not isinstance(model, Detector):
+        raise TypeError(f"expected a detector, got {type(model).__name__}")
+    part = getattr(model, model.class_part)
+    if not hasattr(part, "class_layers"):
         raise TypeError(
-            f"replace_classes knows the class layers of {kind.__name__}, and the {field} of this "
+            f"replace_classes knows the class layers of torchvision's parts, and the {model.class_part} of this "
             f"{type(model).__name__} is {type(part).__name__}: build the model for the new classes, and put the other "
             "variables in by hand"
         )
-    return field, layers
+    return model.class_part, part.class_layers
 
 
 def _leaf(params: Any, path: Path, width: int) -> Any:

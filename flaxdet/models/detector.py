@@ -1,10 +1,12 @@
-"""What both detectors share: geometry options, the call of a replaceable backbone, named stages."""
+"""What the detectors share: their common fields, the call of a replaceable backbone, named stages."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ from jaxtyping import Bool, Float, Int
 
 from flaxdet.models.backbones import named_maps, warn_of_other_maps, warn_of_other_options
 from flaxdet.nn.fpn import BackboneWithFPN, Features
-from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, level_extent
+from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, at_least_float32, level_extent
+from flaxdet.nn.names import TorchName, inside
 from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import Detections, ImageBatch, TransformConfig
 from flaxdet.xla.mesh import per_image
@@ -50,19 +53,60 @@ def call_part(part: Any, *args: Any, role: str, **options: Any) -> Any:
     return part(*args, **kept)
 
 
-class Detector(TypedModule):
-    """Base of ``FCOS`` and ``FasterRCNN``; holds no fields of its own."""
+# What the constructors, `clone` and attributes of a detector call torchvision's keywords of the transform.
+GEOMETRY = tuple(field.name for field in dataclasses.fields(TransformConfig))
 
-    _class_part = ""  # the field that holds the part with an output for each class
-    _own_stages = frozenset[str]()  # names under which arrays are sown beside the backbone's
+
+class Detector(TypedModule):
+    """Base of the detectors: the fields that each has, the call of a replaceable backbone, named stages.
+
+    The constructor, ``clone`` and the attributes have torchvision's keywords min_size, max_size, image_mean, image_std,
+    size_divisible and fixed_size, which are kept in the one field ``transform``.
+
+    Attributes:
+        backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, finest first, with an attribute
+            ``out_channels``, C.
+        num_classes: k, including the background.
+        transform: how images are resized, normalised and padded.
+        trainable_backbone_layers: 0..5, read by the optimiser's mask.
+        dtype: computes.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
+    """
+
+    backbone: Any
+    num_classes: int | None = None
+    transform: TransformConfig = TransformConfig()
+    trainable_backbone_layers: int = 5
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype | None = None
+    precision: Precision = None
+
+    if TYPE_CHECKING:  # keywords and attributes, as `__init_subclass__` and the properties below make them
+        min_size: int | Sequence[int] = 800
+        max_size: int = 1333
+        image_mean: Sequence[float] | None = None
+        image_std: Sequence[float] | None = None
+        size_divisible: int = 32
+        fixed_size: Sequence[int] | None = None
+
+    # names under which arrays are sown beside the backbone's
+    _own_stages: ClassVar[frozenset[str]] = frozenset()
+    # the field that holds the part with an output for each class
+    class_part: ClassVar[str] = ""
+    # torch's name of the module in each field, in the order of torch's state_dict
+    torch_parts: ClassVar[Mapping[str, str]] = {}
+    # names of the training losses
+    loss_names: ClassVar[tuple[str, ...]] = ()
+    # the field that holds the threshold of the detections' scores
+    score_field: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls.__init__ = _with_geometry(cls.__init__)
 
     def __post_init__(self) -> None:
-        fields = ("min_size", "image_mean", "image_std", "fixed_size", "bbox_reg_weights")
-        for name in fields:
-            if hasattr(self, name):
-                object.__setattr__(self, name, freeze_lists(getattr(self, name)))
         super().__post_init__()
-        _ = self.transform  # a geometry that can't be shows here, not at the first image
         if not isinstance(self.parent, Scope):  # Flax's own copies, one a call, say nothing
             warn_of_other_options(self)
 
@@ -100,7 +144,7 @@ class Detector(TypedModule):
         """
         if updates.keys() - {"name"}:
             made = {name for name, make in self._default_parts().items() if _unnamed(getattr(self, name)) == make()}
-            part, classes = self._class_part, self.num_classes  # pyright: ignore[reportAttributeAccessIssue]
+            part, classes = self.class_part, self.num_classes
             if updates.get("num_classes", classes) != classes and part not in made | updates.keys():
                 raise ValueError(
                     f"clone(num_classes={updates['num_classes']}): the {part} {type(getattr(self, part)).__name__} was "
@@ -110,22 +154,16 @@ class Detector(TypedModule):
             updates = {**dict.fromkeys(made - updates.keys()), **updates}
         return super().clone(parent=parent, _deep_clone=_deep_clone, _reset_names=_reset_names, **updates)
 
-    @property
-    def transform(self) -> TransformConfig:
-        """The geometry options of this model."""
-        return TransformConfig(
-            self.min_size,  # pyright: ignore[reportAttributeAccessIssue]
-            self.max_size,  # pyright: ignore[reportAttributeAccessIssue]
-            self.image_mean,  # pyright: ignore[reportAttributeAccessIssue]
-            self.image_std,  # pyright: ignore[reportAttributeAccessIssue]
-            self.size_divisible,  # pyright: ignore[reportAttributeAccessIssue]
-            self.fixed_size,  # pyright: ignore[reportAttributeAccessIssue]
-        )
+    def torch_names(self) -> Iterator[TorchName]:
+        """Names of the modules in torchvision's detector, in the order of its state_dict; none of parts it lacks."""
+        for field, name in self.torch_parts.items():
+            if hasattr(part := getattr(self, field), "torch_names"):
+                yield from inside(part.torch_names(), field, name)
 
     @property
     def box_dtype(self) -> Dtype:
         """The dtype of boxes, scores and NMS: float64 in a float64 model, else float32."""
-        return at_least_float32(self.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        return at_least_float32(self.dtype)
 
     @property
     def target_labels(self) -> range:
@@ -147,8 +185,7 @@ class Detector(TypedModule):
             ValueError: if the backbone can't honour canvases smaller than the bucket, or returns maps of other shapes
                 than it should.
         """
-        backbone = self.backbone  # pyright: ignore[reportAttributeAccessIssue]
-        pixels = batch.pixels.astype(self.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        backbone, pixels = self.backbone, batch.pixels.astype(self.dtype)
         stages: Features = {}
         if isinstance(backbone, BackboneWithFPN):
             stages, found = backbone.stages_and_levels(pixels, canvas=batch.canvas, train=train)
@@ -169,6 +206,32 @@ class Detector(TypedModule):
         """
         for name, value in arrays.items():
             self.sow("intermediates", name, value)
+
+
+def _with_geometry(init: Callable[..., None]) -> Callable[..., None]:
+    """A constructor that also takes torchvision's keywords of the transform; they replace fields of ``transform``."""
+
+    @functools.wraps(init)
+    def with_geometry(self: Any, *args: Any, **options: Any) -> None:
+        given = {name: options.pop(name) for name in GEOMETRY if name in options}
+        if given:
+            options["transform"] = dataclasses.replace(options.get("transform", TransformConfig()), **given)
+        init(self, *args, **options)
+
+    return with_geometry
+
+
+def _geometry(name: str) -> property:
+    def value(self: Detector) -> Any:
+        found = getattr(self.transform, name)
+        return found[0] if name == "min_size" and len(found) == 1 else found
+
+    value.__doc__ = f"``transform.{name}``, torchvision's keyword of the constructor."
+    return property(value)
+
+
+for _name in GEOMETRY:  # not in the class, where Flax would take them for methods of the bound module
+    setattr(Detector, _name, _geometry(_name))
 
 
 def _unnamed(part: Any) -> Any:

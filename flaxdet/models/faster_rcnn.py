@@ -7,6 +7,7 @@ with Vision Transformers" (arXiv 2111.11429).
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from flaxdet.models.detector import (
     batch_anchors,
     call_part,
     feature_extents,
+    freeze_lists,
     level_shapes,
     whole_extents,
 )
@@ -29,7 +31,7 @@ from flaxdet.models.roi_heads import FastRCNNPredictor, TwoMLPHead, postprocess_
 from flaxdet.models.roi_pool import MultiScaleRoIAlign, pooled_channels
 from flaxdet.models.rpn import RPNHead, filter_proposals
 from flaxdet.nn.fpn import Features
-from flaxdet.nn.layers import Array, Dtype, Precision
+from flaxdet.nn.layers import Array
 from flaxdet.nn.options import check_counts, check_numbers
 from flaxdet.nn.typed import SHARED_OPTIONS
 from flaxdet.ops import AnchorGenerator, BoxCoder
@@ -58,7 +60,9 @@ class FasterRCNN(Detector):
             ``out_channels``, C. It may return any mapping, or one map, which is called "0". It may leave out ``train``,
             and ``canvas`` if no canvas is smaller than its bucket.
         num_classes: k, including the background; ``None`` where ``box_predictor`` is given.
-        min_size, max_size, image_mean, image_std, size_divisible, fixed_size: see ``TransformConfig``.
+        transform: how images are resized, normalised and padded.
+        min_size, max_size, image_mean, image_std, size_divisible, fixed_size: torchvision's keywords, kept in
+            ``transform``; see ``TransformConfig``.
         rpn_anchor_generator: the anchors.
         rpn_head: module ``(features, extents) -> (objectness, deltas)`` as ``RPNHead``.
         rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: candidates kept a level before NMS.
@@ -88,12 +92,6 @@ class FasterRCNN(Detector):
         TypeError: for a backbone, anchor generator, RoI pooling or option of another kind.
     """
 
-    backbone: nn.Module
-    num_classes: int | None = None
-    min_size: int | tuple[int, ...] = 800
-    max_size: int = 1333
-    image_mean: tuple[float, ...] | None = None
-    image_std: tuple[float, ...] | None = None
     rpn_anchor_generator: AnchorGenerator | None = None
     rpn_head: nn.Module | None = None
     rpn_pre_nms_top_n_train: int = 2000
@@ -117,12 +115,6 @@ class FasterRCNN(Detector):
     box_batch_size_per_image: int = 512
     box_positive_fraction: float = 0.25
     bbox_reg_weights: tuple[float, ...] | None = None
-    size_divisible: int = 32
-    fixed_size: tuple[int, int] | None = None
-    trainable_backbone_layers: int = 5
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype | None = None
-    precision: Precision = None
 
     _own_stages = frozenset(
         (
@@ -135,9 +127,20 @@ class FasterRCNN(Detector):
             "class_scores",
         )
     )
-    _class_part = "box_predictor"
+    class_part = "box_predictor"
+    torch_parts = MappingProxyType(
+        {
+            "backbone": "backbone",
+            "rpn_head": "rpn.head",
+            "box_head": "roi_heads.box_head",
+            "box_predictor": "roi_heads.box_predictor",
+        }
+    )
+    loss_names = ("loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg")
+    score_field = "box_score_thresh"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "bbox_reg_weights", freeze_lists(self.bbox_reg_weights))
         self._check_options()
         for name, kind in (("rpn_anchor_generator", AnchorGenerator), ("box_roi_pool", MultiScaleRoIAlign)):
             value = getattr(self, name)
@@ -182,7 +185,7 @@ class FasterRCNN(Detector):
 
     def _default_parts(self) -> dict[str, Callable[[], Any]]:
         options: dict[str, Any] = {name: getattr(self, name) for name in SHARED_OPTIONS} | {"parent": None}
-        channels = self.backbone.out_channels  # pyright: ignore[reportAttributeAccessIssue]
+        channels = self.backbone.out_channels
         anchors = self.rpn_anchor_generator or default_anchor_generator()
         pool = self.box_roi_pool or MultiScaleRoIAlign()
         inputs = pooled_channels(channels, pool.output_size)

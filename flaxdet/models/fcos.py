@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -27,7 +28,7 @@ from flaxdet.models.detector import (
 from flaxdet.models.fcos_head import GROUPS, FCOSHead, HeadOutputs, check_groups
 from flaxdet.models.labels import check_targets, label_range, refuse_labels
 from flaxdet.models.losses import fcos_losses
-from flaxdet.nn.layers import Array, Dtype, Precision
+from flaxdet.nn.layers import Array
 from flaxdet.nn.options import check_counts, check_numbers
 from flaxdet.nn.typed import SHARED_OPTIONS
 from flaxdet.ops import AnchorGenerator, BoxLinearCoder, clip_boxes_to_image
@@ -54,7 +55,9 @@ class FCOS(Detector):
             ``out_channels``, C. It may return any mapping, or one map, which is called "0". It may leave out ``train``,
             and ``canvas`` if no canvas is smaller than its bucket.
         num_classes: including the background; a channel of the head is a label.
-        min_size, max_size, image_mean, image_std, size_divisible, fixed_size: see ``TransformConfig``.
+        transform: how images are resized, normalised and padded.
+        min_size, max_size, image_mean, image_std, size_divisible, fixed_size: torchvision's keywords, kept in
+            ``transform``; see ``TransformConfig``.
         anchor_generator: one anchor a location, whose size is the unit of distances.
         head: module ``(features, extents) -> outputs`` as ``FCOSHead``.
         center_sampling_radius: in anchor sizes, for the training assignment.
@@ -74,12 +77,6 @@ class FCOS(Detector):
         TypeError: for a backbone, anchor generator or option of another kind.
     """
 
-    backbone: nn.Module
-    num_classes: int
-    min_size: int | tuple[int, ...] = 800
-    max_size: int = 1333
-    image_mean: tuple[float, ...] | None = None
-    image_std: tuple[float, ...] | None = None
     anchor_generator: AnchorGenerator | None = None
     head: nn.Module | None = None
     center_sampling_radius: float = 1.5
@@ -87,15 +84,12 @@ class FCOS(Detector):
     nms_thresh: float = 0.6
     detections_per_img: int = 100
     topk_candidates: int = 1000
-    size_divisible: int = 32
-    fixed_size: tuple[int, int] | None = None
-    trainable_backbone_layers: int = 5
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype | None = None
-    precision: Precision = None
 
     _own_stages = frozenset(("cls_logits", "bbox_regression", "bbox_ctrness"))
-    _class_part = "head"
+    class_part = "head"
+    torch_parts = MappingProxyType({"backbone": "backbone", "head": "head"})
+    loss_names = ("classification", "bbox_regression", "bbox_ctrness")
+    score_field = "score_thresh"
 
     def __post_init__(self) -> None:
         check_counts(self, 1, "num_classes", "topk_candidates")
@@ -109,7 +103,7 @@ class FCOS(Detector):
         check_backbone(self)
         if self.head is None:
             owner = f"backbone {type(self.backbone).__name__}: out_channels of a backbone for FCOS's default head"
-            check_groups(owner, self.backbone.out_channels)  # pyright: ignore[reportAttributeAccessIssue]
+            check_groups(owner, self.backbone.out_channels)
         self._fill_in_parts()
         for level, anchors in enumerate(self.anchor_generator.num_anchors_per_location()):  # pyright: ignore[reportOptionalMemberAccess]
             if anchors != 1:
@@ -129,11 +123,11 @@ class FCOS(Detector):
         return label_range(self.num_classes, background=False)
 
     def _default_parts(self) -> dict[str, Callable[[], Any]]:
-        channels = self.backbone.out_channels  # pyright: ignore[reportAttributeAccessIssue]
+        channels, classes = self.backbone.out_channels, self.num_classes
         options = {name: getattr(self, name) for name in SHARED_OPTIONS}
         parts: dict[str, Callable[[], Any]] = {"anchor_generator": default_anchor_generator}
         if channels % GROUPS == 0:  # the head of another backbone is its user's
-            parts["head"] = lambda: FCOSHead(channels, 1, self.num_classes, **options, parent=None)
+            parts["head"] = lambda: FCOSHead(channels, 1, classes or 0, **options, parent=None)
         return parts
 
     def __call__(

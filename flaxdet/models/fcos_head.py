@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,7 @@ from jaxtyping import Float
 from flaxdet.models.detector import Extents
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, kept, normal_001, recomputed
+from flaxdet.nn.names import TorchName
 from flaxdet.nn.norm import Affine, GroupNorm, apply_affine, masked_conv, norm_affine
 from flaxdet.nn.options import check_counts, check_numbers
 
@@ -103,6 +105,32 @@ class FCOSHead(TypedModule):
         if self.num_convs:
             check_groups("FCOSHead: in_channels", self.in_channels)
         super().__post_init__()
+
+    @property
+    def class_layers(self) -> dict[tuple[str, ...], int]:
+        """Paths of the layers with outputs for each class, and the number of outputs for one."""
+        return {("classification_head", "cls_logits"): self.num_anchors}
+
+    def class_inputs(self, channels: int) -> Features:
+        """An input from which the shapes of the head's parameters follow.
+
+        Args:
+            channels: C of the features.
+
+        Returns:
+            {"level": [1, 1, 1, C]}, zeros.
+        """
+        return {"level": jnp.zeros((1, 1, 1, channels), self.dtype)}
+
+    def torch_names(self) -> Iterator[TorchName]:
+        """Names of the modules in torchvision's FCOSHead, in the order of its state_dict."""
+        outputs = {"classification_head": ("cls_logits",), "regression_head": ("bbox_reg", "bbox_ctrness")}
+        for branch, predictions in outputs.items():
+            for i in range(self.num_convs):  # torch counts conv, norm, ReLU
+                yield TorchName(f"{branch}/conv_{i}", f"{branch}.conv.{3 * i}")
+                yield TorchName(f"{branch}/norm_{i}", f"{branch}.conv.{3 * i + 1}")
+            for prediction in predictions:
+                yield TorchName(f"{branch}/{prediction}", f"{branch}.{prediction}")
 
     @nn.compact
     def __call__(self, features: Features, extents: Extents = None) -> HeadOutputs:

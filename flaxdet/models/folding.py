@@ -8,8 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flaxdet.models.faster_rcnn import FasterRCNN
-from flaxdet.models.fcos import FCOS
+from flaxdet.models.detector import Detector
 from flaxdet.models.roi_heads import FastRCNNConvFCHead
 from flaxdet.nn.fpn import BackboneWithFPN
 from flaxdet.nn.resnet import ResNet
@@ -19,7 +18,7 @@ Variables = dict[str, Any]
 _EPSILON = 1e-5  # of every BatchNorm of torchvision's detectors, live or frozen
 
 
-def fold_batch_norm(model: FCOS | FasterRCNN, variables: Mapping[str, Any]) -> tuple[FCOS | FasterRCNN, Variables]:
+def fold_batch_norm(model: Any, variables: Mapping[str, Any]) -> tuple[Any, Variables]:
     """Multiplies each BatchNorm, live or frozen, into the kernel before it, and makes the rest of it a bias.
 
     For inference: the answers are the same but for rounding (the factors are computed in float64), and each convolution
@@ -38,11 +37,11 @@ def fold_batch_norm(model: FCOS | FasterRCNN, variables: Mapping[str, Any]) -> t
         and "batch_stats" only where a part of another kind has some.
 
     Raises:
-        TypeError: if the model is neither an FCOS nor a Faster R-CNN.
+        TypeError: if the model is no detector.
         ValueError: if variables don't fit the model, or the model is folded already.
     """
-    if not isinstance(model, (FCOS, FasterRCNN)):
-        raise TypeError(f"expected an FCOS or a FasterRCNN, got {type(model).__name__}")
+    if not isinstance(model, Detector):
+        raise TypeError(f"expected a detector, got {type(model).__name__}")
     params, stats = _copy(variables.get("params", {})), _copy(variables.get("batch_stats", {}))
     replaced: dict[str, Any] = {}
     backbone = model.backbone

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +21,7 @@ from flaxdet.nn.layers import (
     linear,
     recomputed,
 )
+from flaxdet.nn.names import TorchName
 from flaxdet.nn.norm import BatchNorm, activated_conv, apply_affine
 from flaxdet.nn.options import check_counts, check_sizes
 from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
@@ -54,6 +56,11 @@ class TwoMLPHead(TypedModule):
     def __post_init__(self) -> None:
         check_counts(self, 1, "in_channels", "representation_size")
         super().__post_init__()
+
+    def torch_names(self) -> Iterator[TorchName]:
+        """Names of the modules in torchvision's TwoMLPHead."""
+        yield TorchName("fc6", "fc6", flattened=True)
+        yield TorchName("fc7", "fc7")
 
     @nn.compact
     def __call__(self, x: Float[Array, "R h w C"]) -> Float[Array, "R D"]:
@@ -107,6 +114,15 @@ class FastRCNNConvFCHead(TypedModule):
             object.__setattr__(self, name, freeze_lists(getattr(self, name)))
             check_sizes(self, name, count)
         super().__post_init__()
+
+    def torch_names(self) -> Iterator[TorchName]:
+        """Names of the modules in torchvision's FastRCNNConvFCHead, in the order of its state_dict."""
+        convs = len(self.conv_layers)
+        for i in range(convs):
+            yield TorchName(f"conv_{i}", f"{i}.0")
+            yield TorchName(f"norm_{i}", f"{i}.1")
+        for i in range(len(self.fc_layers)):  # torch counts the convolutions, Flatten, Linear, ReLU
+            yield TorchName(f"fc_{i}", str(convs + 1 + 2 * i), flattened=i == 0)
 
     @nn.compact
     def __call__(
@@ -174,6 +190,27 @@ class FastRCNNPredictor(TypedModule):
         check_counts(self, 1, "in_channels")
         check_counts(self, 2, "num_classes")  # the background is one
         super().__post_init__()
+
+    @property
+    def class_layers(self) -> dict[tuple[str, ...], int]:
+        """Paths of the layers with outputs for each class, and the number of outputs for one."""
+        return {("cls_score",): 1, ("bbox_pred",): 4}
+
+    def class_inputs(self, channels: int) -> Float[Array, "1 D"]:
+        """An input from which the shapes of the predictor's parameters follow.
+
+        Args:
+            channels: D, width of the box head's vectors.
+
+        Returns:
+            [1, D], zeros.
+        """
+        return jnp.zeros((1, channels), self.dtype)
+
+    def torch_names(self) -> Iterator[TorchName]:
+        """Names of the modules in torchvision's FastRCNNPredictor."""
+        for output in ("cls_score", "bbox_pred"):
+            yield TorchName(output, output)
 
     @nn.compact
     def __call__(self, x: Float[Array, "R D"]) -> tuple[Float[Array, "R k"], Float[Array, "R k*4"]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from flaxdet.models.detector import Extents
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, mask_beyond, normal_001
+from flaxdet.nn.names import TorchName
 from flaxdet.nn.options import check_counts
 from flaxdet.ops import AnchorGenerator, BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
@@ -49,6 +51,13 @@ class RPNHead(TypedModule):
         check_counts(self, 1, "in_channels", "num_anchors")
         check_counts(self, 0, "conv_depth")
         super().__post_init__()
+
+    def torch_names(self) -> Iterator[TorchName]:
+        """Names of the modules in torchvision's RPNHead, in the order of its state_dict."""
+        for i in range(self.conv_depth):
+            yield TorchName(f"conv_{i}", f"conv.{i}.0")
+        for output in ("cls_logits", "bbox_pred"):
+            yield TorchName(output, output)
 
     @nn.compact
     def __call__(

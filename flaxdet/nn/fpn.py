@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +21,7 @@ from flaxdet.nn.layers import (
     level_extent,
     mask_beyond,
 )
+from flaxdet.nn.names import TorchName, inside
 from flaxdet.nn.norm import BatchNorm, apply_norm
 from flaxdet.nn.options import check_counts
 
@@ -83,6 +84,11 @@ class LastLevelP6P7(TypedModule):
     param_dtype: Dtype | None = None
     precision: Precision = None
 
+    def torch_names(self) -> Iterator[TorchName]:
+        """Names of the modules in torchvision's LastLevelP6P7."""
+        for level in ("p6", "p7"):
+            yield TorchName(level, level)
+
     @nn.compact
     def __call__(
         self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, ...]
@@ -144,6 +150,22 @@ class FeaturePyramidNetwork(TypedModule):
     def __post_init__(self) -> None:
         check_counts(self, 1, "out_channels")
         super().__post_init__()
+
+    def torch_names(self, stages: int) -> Iterator[TorchName]:
+        """Names of the modules in torchvision's FeaturePyramidNetwork, in the order of its state_dict.
+
+        Args:
+            stages: number of stages that the pyramid reads.
+
+        Yields:
+            The names.
+        """
+        for blocks in ("inner_blocks", "layer_blocks"):
+            for i in range(stages):
+                yield TorchName(f"{blocks}_{i}/conv", f"{blocks}.{i}.0")
+                yield TorchName(f"{blocks}_{i}/norm", f"{blocks}.{i}.1")
+        if hasattr(self.extra_blocks, "torch_names"):
+            yield from inside(self.extra_blocks.torch_names(), "extra_blocks", "extra_blocks")  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
 
     @nn.compact
     def __call__(
@@ -246,6 +268,12 @@ class BackboneWithFPN(nn.Module):
         """Pixels from cell to cell of the levels, as far as the body declares those of the stages they are made of."""
         declared = getattr(self.body, "stage_strides", {})
         return {level_name(stage): declared[stage] for stage in self.returned_stages if stage in declared}
+
+    def torch_names(self) -> Iterator[TorchName]:
+        """Names of the modules in torchvision's BackboneWithFPN, in the order of its state_dict."""
+        if hasattr(self.body, "torch_names"):
+            yield from inside(self.body.torch_names(), "body", "body")  # pyright: ignore[reportAttributeAccessIssue]
+        yield from inside(self.fpn.torch_names(len(self.returned_stages)), "fpn", "fpn")
 
     def stages_and_levels(
         self, pixels: Array, *, canvas: Array | None = None, train: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +23,7 @@ from flaxdet.nn.layers import (
     max_pool_3x3,
     recomputed,
 )
+from flaxdet.nn.names import TorchName
 from flaxdet.nn.norm import (
     BatchNorm,
     FrozenBatchNorm,
@@ -86,6 +87,7 @@ class ResNet(TypedModule):
             (an addition to torchvision).
         remat: for the gradient, keeps the input of each residual block alone and computes the block again: less
             memory, more time. XLA:CPU undoes it unless ``jax.jit`` is given ``flaxdet.compiler_options()``.
+        norm_eps: added to the variance of each BatchNorm, live or frozen.
         folded: no BatchNorm; its convolutions have a bias instead. ``flaxdet.fold_batch_norm`` makes such a body.
         dtype: computes.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
@@ -96,6 +98,7 @@ class ResNet(TypedModule):
     frozen_bn: bool = False
     freeze_bn: bool = False
     remat: bool = False
+    norm_eps: float = 1e-5
     folded: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
@@ -111,6 +114,19 @@ class ResNet(TypedModule):
     def stage_strides(self) -> dict[str, int]:
         """Pixels from cell to cell of each returned stage."""
         return {f"c{i}": 2**i for i in range(2, 6)}
+
+    def torch_names(self) -> Iterator[TorchName]:
+        """Names of the modules in torchvision's ResNet, in the order of its state_dict."""
+        yield TorchName("conv1", "conv1")
+        yield TorchName("bn1", "bn1")
+        for stage, blocks in enumerate(STAGE_SIZES[self.depth], start=1):
+            for i in range(blocks):
+                block, torch = f"layer{stage}_{i}", f"layer{stage}.{i}"
+                for j in (1, 2) if self.depth < 50 else (1, 2, 3):
+                    yield TorchName(f"{block}/conv{j}", f"{torch}.conv{j}")
+                    yield TorchName(f"{block}/bn{j}", f"{torch}.bn{j}")
+                yield TorchName(f"{block}/downsample_conv", f"{torch}.downsample.0")
+                yield TorchName(f"{block}/downsample_bn", f"{torch}.downsample.1")
 
     @nn.compact
     def __call__(
@@ -143,7 +159,7 @@ class ResNet(TypedModule):
             precision=self.precision,
             **options,
         )
-        norm = functools.partial(FrozenBatchNorm if self.frozen_bn else BatchNorm, **options)
+        norm = functools.partial(FrozenBatchNorm if self.frozen_bn else BatchNorm, eps=self.norm_eps, **options)
         if self.folded:
             norm = _no_norm
         norm_train = train and not self.freeze_bn

@@ -1,12 +1,15 @@
 """Training with optax, on one device or many."""
 
+import functools
+from typing import Any
+
+from flaxdet import registry
 from flaxdet.train.checkpoints import Checkpoints
 from flaxdet.train.loop import InterruptedTrainingError, NonFiniteLossError, evaluation_variables, fit
 from flaxdet.train.mask import decay_mask, merge, norm_mask, split, trainable_mask
 from flaxdet.train.recipes import (
     Recipe,
-    fasterrcnn_v2_recipe,
-    fcos_recipe,
+    recipe,
     sgd,
     warmup_cosine_schedule,
     warmup_multistep_schedule,
@@ -26,8 +29,6 @@ __all__ = [
     "create_state",
     "decay_mask",
     "evaluation_variables",
-    "fasterrcnn_v2_recipe",
-    "fcos_recipe",
     "fit",
     "loss_and_gradients",
     "make_loss_step",
@@ -35,6 +36,7 @@ __all__ = [
     "make_train_step",
     "merge",
     "norm_mask",
+    "recipe",
     "replicate",
     "sgd",
     "shard_batch",
@@ -44,3 +46,11 @@ __all__ = [
     "warmup_cosine_schedule",
     "warmup_multistep_schedule",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A recipe by the name that its architecture has for it."""
+    for architecture in registry.architectures():
+        if name == architecture.training.alias:
+            return functools.partial(recipe, architecture.name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from flaxdet import registry
 from flaxdet.files.checkpoint import replacing
 from flaxdet.train import _files
-
-_FCOS_LOSSES = {"classification", "bbox_regression", "bbox_ctrness"}  # torchvision's names, unlike v2's without "loss"
 
 
 class Writer(Protocol):
@@ -136,8 +135,8 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
 
 
 def is_loss(name: str) -> bool:
-    """Whether a number of this name is a loss: their sum "loss", or one of either detector's."""
-    return name.startswith("loss") or name in _FCOS_LOSSES
+    """Whether a number of this name is a loss: the sum "loss", or a loss of one of the detectors."""
+    return name.startswith("loss") or any(name in each.kind.loss_names for each in registry.architectures(private=True))
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""torch's SGD and schedules out of optax's parts, and torchvision's two reference recipes.
+"""torch's SGD and schedules out of optax's parts, and torchvision's reference recipes.
 
 A schedule is optax's: a function of the number of updates made so far. None of this is needed: the train step takes
 any ``optax.GradientTransformation``, such as
@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from flaxdet import registry
 from flaxdet.train.mask import norm_mask
 
 Schedule = Callable[[Any], Any]
@@ -203,63 +204,29 @@ class Recipe:
         return self.steps_per_epoch * self.epochs
 
 
-def fcos_recipe(
+def recipe(
+    name: str,
     num_images: int,
     *,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     scale_lr: bool = False,
-    lr: float = 0.01,
-    epochs: int = 26,
-    milestones: Sequence[int] = (16, 22),
-    weight_decay: float = 1e-4,
+    lr: float | None = None,
+    epochs: int | None = None,
+    milestones: Sequence[int] | None = None,
+    weight_decay: float | None = None,
     norm_weight_decay: float | None = None,
 ) -> Recipe:
-    """torchvision's recipe of ``FCOS_ResNet50_FPN_Weights.COCO_V1``: 8 devices of 2 images, flips, mixed precision.
-
-    Mixed precision is the model's: build it with ``dtype=jnp.bfloat16``.
+    """torchvision's recipe of an architecture's published weights (``Training`` in ``flaxdet/registry.py``).
 
     Args:
+        name: of the builder. "fcos_resnet50_fpn": 8 devices of 2 images, flips, mixed precision, which is the model's
+            (``dtype=jnp.bfloat16``). "fasterrcnn_resnet50_fpn_v2": 32 devices of 2 images, large-scale jitter into a
+            fixed crop of 1024x1024, flips, and BatchNorm over the global batch, which a sharded train step always has
+            (torch's SyncBatchNorm).
         num_images: in the training set.
-        batch_size: images of an update, on all devices together.
-        scale_lr: multiplies ``lr`` by batch_size / 16, the linear rule that torchvision's references go by.
-        lr: the rate after the warm-up, for a batch of 16.
-        epochs: of training.
-        milestones: epochs before which the rate is divided by 10.
-        weight_decay: of every parameter, biases too.
-        norm_weight_decay: of normalisation layers, if another.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        ValueError: for no images, or an empty batch.
-    """
-    return _recipe(
-        num_images, batch_size, 16, scale_lr, lr, epochs, milestones, weight_decay, norm_weight_decay, {"flip": 0.5}
-    )
-
-
-def fasterrcnn_v2_recipe(
-    num_images: int,
-    *,
-    batch_size: int = 64,
-    scale_lr: bool = False,
-    lr: float = 0.1,
-    epochs: int = 400,
-    milestones: Sequence[int] = (352, 384),
-    weight_decay: float = 4e-5,
-    norm_weight_decay: float | None = None,
-) -> Recipe:
-    """torchvision's recipe of ``FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1``: 32 devices of 2 images.
-
-    Large-scale jitter into a fixed crop of 1024x1024, flips, and BatchNorm over the global batch, which a sharded
-    train step always has (torch's SyncBatchNorm).
-
-    Args:
-        num_images: in the training set.
-        batch_size: images of an update, on all devices together.
-        scale_lr: multiplies ``lr`` by batch_size / 64, the linear rule that torchvision's references go by.
-        lr: the rate after the warm-up, for a batch of 64.
+        batch_size: images of an update, on all devices together; default the recipe's, as in all that follow.
+        scale_lr: multiplies ``lr`` by batch_size / the recipe's, the linear rule that torchvision's references go by.
+        lr: the rate after the warm-up, for the recipe's batch.
         epochs: of training.
         milestones: epochs before which the rate is divided by 10.
         weight_decay: of every parameter, biases and norms too.
@@ -269,28 +236,20 @@ def fasterrcnn_v2_recipe(
         The recipe.
 
     Raises:
-        ValueError: for no images, or an empty batch.
+        ValueError: for an unknown name, no images, or an empty batch.
     """
-    data = {"flip": 0.5, "jitter": (0.1, 2.0), "crop": (1024, 1024)}
-    return _recipe(num_images, batch_size, 64, scale_lr, lr, epochs, milestones, weight_decay, norm_weight_decay, data)
-
-
-def _recipe(
-    num_images: int,
-    batch_size: int,
-    reference_batch_size: int,
-    scale_lr: bool,
-    lr: float,
-    epochs: int,
-    milestones: Sequence[int],
-    weight_decay: float,
-    norm_weight_decay: float | None,
-    data: dict[str, Any],
-) -> Recipe:
-    if num_images < 1 or batch_size < 1:
-        raise ValueError(f"num_images and batch_size should be at least 1, got {num_images} and {batch_size}")
-    steps_per_epoch = -(-num_images // batch_size)
-    peak = lr * batch_size / reference_batch_size if scale_lr else lr
-    schedule = warmup_multistep_schedule(peak, steps_per_epoch, milestones)
-    tx = sgd(schedule, weight_decay=weight_decay, norm_weight_decay=norm_weight_decay)
-    return Recipe(tx, schedule, steps_per_epoch, epochs, batch_size, MappingProxyType(data))
+    training = registry.get(name).training
+    size = training.batch_size if batch_size is None else batch_size
+    if num_images < 1 or size < 1:
+        raise ValueError(f"num_images and batch_size should be at least 1, got {num_images} and {size}")
+    steps_per_epoch = -(-num_images // size)
+    peak = training.lr if lr is None else lr
+    schedule = warmup_multistep_schedule(
+        peak * size / training.batch_size if scale_lr else peak,
+        steps_per_epoch,
+        training.milestones if milestones is None else milestones,
+    )
+    decay = training.weight_decay if weight_decay is None else weight_decay
+    tx = sgd(schedule, weight_decay=decay, norm_weight_decay=norm_weight_decay)
+    count = training.epochs if epochs is None else epochs
+    return Recipe(tx, schedule, steps_per_epoch, count, size, MappingProxyType(dict(training.data)))

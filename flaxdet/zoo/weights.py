@@ -1,7 +1,7 @@
-"""The published weights: where they are, what they know, and how good they are.
+"""Published weights, where they are, what they know, and how good they are; and those of the backbone.
 
-Members and metadata are torchvision's. The files come from torchvision's server on first use (`flaxdet` ships
-none) and are read without torch.
+Those of a detector lie beside its builder. Members and metadata are torchvision's. The files come from torchvision's
+server on first use (`flaxdet` ships none) and are read without torch.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from flaxdet.files.download import DownloadError, cache_dir, fetch
-from flaxdet.zoo.categories import COCO_CATEGORIES, IMAGENET_CATEGORIES
+from flaxdet.zoo.categories import IMAGENET_CATEGORIES
 
 __all__ = [
     "DownloadError",
-    "FCOS_ResNet50_FPN_Weights",
-    "FasterRCNN_ResNet50_FPN_V2_Weights",
     "ImageClassification",
     "ObjectDetection",
     "ResNet50_Weights",
@@ -80,11 +78,19 @@ class ImageClassification:
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """One published file: its URL, the preset of its images, and its metadata."""
+    """One published file.
+
+    Attributes:
+        url: where torchvision publishes it.
+        preset: what was done to the images that the weights were trained for.
+        meta: torchvision's metadata.
+        options: of ``registry.make_model``, which the file can't tell and the weights need.
+    """
 
     url: str
     preset: ObjectDetection | ImageClassification
     meta: dict[str, Any]
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class WeightsEnum(enum.Enum):
@@ -124,6 +130,11 @@ class WeightsEnum(enum.Enum):
     def meta(self) -> dict[str, Any]:
         """torchvision's metadata: categories, num_params, min_size, recipe, figures under ``_metrics``."""
         return self.value.meta
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the model that the weights need and that their file can't tell."""
+        return self.value.options
 
     def transforms(self, **overrides: Any) -> Any:
         """What was done to the images that the weights were trained for.
@@ -170,50 +181,10 @@ class WeightsEnum(enum.Enum):
         return f"{type(self).__name__}.{self.name}"
 
 
-_REFERENCES = "https://github.com/pytorch/vision/tree/main/references"
+REFERENCES = "https://github.com/pytorch/vision/tree/main/references"
 
 
-class FCOS_ResNet50_FPN_Weights(WeightsEnum):  # noqa: N801  (torchvision's name)
-    """Weights for ``flaxdet.fcos_resnet50_fpn``."""
-
-    COCO_V1 = Weights(
-        url="https://download.pytorch.org/models/fcos_resnet50_fpn_coco-99b0c9b7.pth",
-        preset=ObjectDetection(),
-        meta={
-            "num_params": 32_269_600,
-            "categories": list(COCO_CATEGORIES),
-            "min_size": (1, 1),
-            "recipe": f"{_REFERENCES}/detection#fcos-resnet-50-fpn",
-            "_metrics": {"COCO-val2017": {"box_map": 39.2}},
-            "_ops": 128.207,
-            "_file_size": 123.608,
-            "_docs": "Trained on COCO by a recipe close to the paper's.",
-        },
-    )
-    DEFAULT = COCO_V1
-
-
-class FasterRCNN_ResNet50_FPN_V2_Weights(WeightsEnum):  # noqa: N801
-    """Weights for ``flaxdet.fasterrcnn_resnet50_fpn_v2``."""
-
-    COCO_V1 = Weights(
-        url="https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_v2_coco-dd69338a.pth",
-        preset=ObjectDetection(),
-        meta={
-            "categories": list(COCO_CATEGORIES),
-            "min_size": (1, 1),
-            "num_params": 43_712_278,
-            "recipe": "https://github.com/pytorch/vision/pull/5763",
-            "_metrics": {"COCO-val2017": {"box_map": 46.7}},
-            "_ops": 280.371,
-            "_file_size": 167.104,
-            "_docs": "Trained on COCO for long, with large-scale jitter, which the accuracy owes much to.",
-        },
-    )
-    DEFAULT = COCO_V1
-
-
-class ResNet50_Weights(WeightsEnum):  # noqa: N801
+class ResNet50_Weights(WeightsEnum):  # noqa: N801  (torchvision's name)
     """ImageNet weights for the backbone of either detector."""
 
     IMAGENET1K_V1 = Weights(
@@ -223,7 +194,7 @@ class ResNet50_Weights(WeightsEnum):  # noqa: N801
             "min_size": (1, 1),
             "categories": list(IMAGENET_CATEGORIES),
             "num_params": 25_557_032,
-            "recipe": f"{_REFERENCES}/classification#resnet",
+            "recipe": f"{REFERENCES}/classification#resnet",
             "_metrics": {"ImageNet-1K": {"acc@1": 76.130, "acc@5": 92.862}},
             "_ops": 4.089,
             "_file_size": 97.781,

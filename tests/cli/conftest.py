@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 import flaxdet
+from flaxdet import registry
 from flaxdet.cli import options
 from flaxdet.cli.main import main
 from flaxdet.files import checkpoint
-from flaxdet.zoo import builders
-from flaxdet.zoo.builders import initial_variables
+from flaxdet.models.initial import initial_variables
 from tests.tiny import build_small_models
 
 NAMES = ["__background__", "Platelets", "RBC", "white cell"]
@@ -72,7 +72,7 @@ def random_variables(model, seed: int = 0) -> dict:
 
 def save_cells(folder: Path) -> Path:
     """Saves an FCOS of 4 classes in our own format, with small images and names of classes in its metadata."""
-    model = builders.make_model("fcos_resnet50_fpn", num_classes=4, min_size=96, max_size=160)
+    model = registry.make_model("fcos_resnet50_fpn", num_classes=4, min_size=96, max_size=160)
     path = folder / "cells.safetensors"
     flaxdet.save(path, model, random_variables(model), categories=NAMES)
     return path

@@ -8,6 +8,7 @@ import numpy as np
 
 from flaxdet.convert import rules
 from flaxdet.convert.state_dict import abstract_variables
+from flaxdet.nn.names import TorchName
 
 
 class Tiny:
@@ -15,6 +16,17 @@ class Tiny:
 
     def __init__(self, *, frozen: bool = False, dtype=jnp.float32):
         self.frozen, self.dtype = frozen, dtype
+
+    def torch_names(self):
+        names = {
+            "backbone/body/conv1": "backbone.body.conv1",
+            "backbone/body/bn1": "backbone.body.bn1",
+            "backbone/fpn/inner_blocks_0/conv": "backbone.fpn.inner_blocks.0.0",
+            "rpn_head/conv_0": "rpn.head.conv.0.0",
+            "box_head/fc6": "roi_heads.box_head.fc6",
+            "box_predictor/cls_score": "roi_heads.box_predictor.cls_score",
+        }
+        return [TorchName(path, name, flattened=path == "box_head/fc6") for path, name in names.items()]
 
     def init(self, key, batch):
         assert batch.pixels.ndim == 4
@@ -45,7 +57,7 @@ class Tiny:
 
 def tiny_state(seed: int = 0, dtype=np.float32) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
-    shapes = {row.key: row.shape for row in rules.rules(abstract_variables(Tiny()))}
+    shapes = {row.key: row.shape for row in rules.rules(Tiny(), abstract_variables(Tiny()))}
     return {
         key: np.array(7, np.int64) if key.endswith("tracked") else rng.normal(size=shape).astype(dtype)
         for key, shape in shapes.items()

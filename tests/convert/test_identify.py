@@ -40,7 +40,7 @@ def test_identify(name, classes, prefix):
             "fasterrcnn_resnet50_fpn",
             "detection",
             NOTHING,
-            "fasterrcnn_resnet50_fpn, torchvision's first version",
+            "a Faster R-CNN with other parts",
         ),
         ("fasterrcnn_mobilenet_v3_large_fpn", "detection", NOTHING, "a Faster R-CNN with other parts"),
         ("maskrcnn_resnet50_fpn", "detection", NOTHING, "a Mask R-CNN"),

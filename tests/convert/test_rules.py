@@ -10,7 +10,7 @@ from flaxdet.convert import layouts
 from flaxdet.convert.reference import torchvision
 from flaxdet.convert.rules import COUNTER, canonical_keys, rules
 from flaxdet.convert.state_dict import abstract_variables
-from flaxdet.models import FCOS, FasterRCNN, FastRCNNConvFCHead, RPNHead
+from flaxdet.models import FCOS, FasterRCNN, FastRCNNConvFCHead, MultiScaleRoIAlign, RPNHead
 from flaxdet.nn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7, ResNet
 from tests.tolerances import OP_F64
 
@@ -57,7 +57,7 @@ def test_every_tensor_of_torchvision_in_its_order(model, name, count, parameters
     if name == "fasterrcnn_resnet50_fpn":  # ours is frozen
         expected = {key: tensor for key, tensor in expected.items() if not key.endswith(COUNTER)}
     abstract = abstract_variables(model)
-    rows = rules(abstract)
+    rows = rules(model, abstract)
     assert [(row.key, row.shape) for row in rows] == [(k, tuple(t.shape)) for k, t in expected.items()]
     assert count is None or len(rows) == count
     sizes = sum(leaf.size for leaf in jax.tree.leaves(abstract["params"]))
@@ -68,7 +68,7 @@ def test_every_tensor_of_torchvision_in_its_order(model, name, count, parameters
 
 
 def test_frozen_batch_norm_has_no_counters():
-    live, frozen = (rules(abstract_variables(fcos(frozen_bn=value))) for value in (False, True))
+    live, frozen = (rules(model, abstract_variables(model)) for model in (fcos(), fcos(frozen_bn=True)))
     assert len(frozen) == 319
     assert [row.key for row in frozen] == [row.key for row in live if row.collection is not None]
     moved = [row for row in frozen if row.key.startswith("backbone.body.bn1")]
@@ -81,7 +81,8 @@ def test_other_depths(depth):
     torch = pytest.importorskip("torch")
     with torch.device("meta"):
         expected = getattr(torchvision().models, f"resnet{depth}")(weights=None).state_dict()
-    rows = [row for row in rules(abstract_variables(fcos(depth))) if row.key.startswith("backbone.body.")]
+    model = fcos(depth)
+    rows = [row for row in rules(model, abstract_variables(model)) if row.key.startswith("backbone.body.")]
     assert [(row.key.removeprefix("backbone.body."), row.shape) for row in rows] == [
         (key, tuple(tensor.shape)) for key, tensor in expected.items() if not key.startswith("fc.")
     ]
@@ -107,17 +108,20 @@ def tree(**leaves: tuple[int, ...]) -> dict:
             "no name for mystery/kernel",
         ),
         ({"backbone__body__conv1__gain": (1,)}, "no name for backbone/body/conv1/gain"),
-        ({"backbone__body__layer1_1__conv1__kernel": (1, 1, 64, 64)}, "no name for backbone/body/layer1_1"),
+        ({"backbone__body__layer1_9__conv1__kernel": (1, 1, 64, 64)}, "no name for backbone/body/layer1_9"),
         ({"box_head__fc6__kernel": (50, 3)}, "50 rows, expected a multiple of 7x7"),
     ],
 )
 def test_other_architectures_are_named(leaves, expected):
     with pytest.raises(ValueError, match=expected):
-        rules(tree(**leaves))
+        rules(faster_rcnn(), tree(**leaves))
 
 
 def test_the_first_linear_layer_takes_the_pooled_size():
-    (row,) = rules(tree(box_head__fc_0__kernel=(3 * 5 * 2, 4)), pooled=(3, 5))
+    model = faster_rcnn_v2().clone(
+        box_roi_pool=MultiScaleRoIAlign(output_size=(3, 5)), box_head=FastRCNNConvFCHead((2, 3, 5), (), (4,))
+    )
+    (row,) = rules(model, tree(box_head__fc_0__kernel=(3 * 5 * 2, 4)))
     assert row.key == "roi_heads.box_head.1.weight"
     assert "3x5" in row.layout.name
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import flaxdet
+from flaxdet import registry
 from flaxdet.convert import CheckpointError, StateDictError
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.files import checkpoint, hub
-from flaxdet.zoo import builders
 from tests.drawn import drawn
 
 pytestmark = pytest.mark.xdist_group("pretrained")
@@ -26,7 +26,7 @@ FILES = ["README.md", "config.json", "model.safetensors"]
 @pytest.fixture(scope="module")
 def made():
     """A model of half-size storage, and variables."""
-    model = builders.make_model(NAME, num_classes=4, min_size=(96, 128), score_thresh=0.3, param_dtype=jnp.bfloat16)
+    model = registry.make_model(NAME, num_classes=4, min_size=(96, 128), score_thresh=0.3, param_dtype=jnp.bfloat16)
     return model, drawn(abstract_variables(model))
 
 

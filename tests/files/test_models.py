@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import flaxdet
+from flaxdet import registry
 from flaxdet.convert import CheckpointError, StateDictError, reference, to_torchvision
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.files import checkpoint
-from flaxdet.zoo import builders
 from tests.drawn import drawn
 from tests.models.cases import NAMES, equal
 from tests.parity.sides import FCOS_NAME, V2_NAME, flax_detector
@@ -52,7 +52,7 @@ OPTIONS = {
 def test_safetensors_round_trip(name, folder, drawn_models):
     """Model, options, names of labels and every bit of every tensor."""
     options = {"min_size": (96, 128), "fixed_size": (64, 32), "trainable_backbone_layers": 2, **OPTIONS[name]}
-    model = builders.make_model(name, num_classes=4, **options)
+    model = registry.make_model(name, num_classes=4, **options)
     _, variables = drawn_models(name, 4, options.get("frozen_bn", False))
     path = folder / "model.safetensors"
     categories = ["__background__", "RBC", "WBC", "plaquette Ω"]
@@ -98,7 +98,7 @@ def test_load_of_torchvisions_own_file(folder):
     theirs = reference.build(FCOS_NAME, num_classes=2, frozen=True)
     torch.save({"model": theirs.state_dict(), "epoch": 3}, folder / "checkpoint.pth")
     model, variables = flaxdet.load(folder / "checkpoint.pth")
-    assert model == builders.make_model(FCOS_NAME, num_classes=2, frozen_bn=True)
+    assert model == registry.make_model(FCOS_NAME, num_classes=2, frozen_bn=True)
     for key, value in to_torchvision(model, variables).items():
         np.testing.assert_array_equal(value, theirs.state_dict()[key].numpy(), err_msg=key)
     live, found = flaxdet.load(folder / "checkpoint.pth", frozen_bn=False)  # the caller overrules

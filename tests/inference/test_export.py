@@ -10,11 +10,11 @@ import jax.export
 import jax.numpy as jnp
 import pytest
 
+from flaxdet import registry
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.images.resize import resize_image
 from flaxdet.inference.predict import detect
 from flaxdet.structures import ImageBatch
-from flaxdet.zoo import builders
 from tests.parity.sides import FCOS_NAME, V2_NAME
 
 pytestmark = pytest.mark.xdist_group("export")
@@ -41,7 +41,7 @@ def lowered(function, *args) -> jax.export.Exported:
 @pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
 def test_detectors_lower(name, canvas):
     """ResNet-50 at 800x1088, weights as arguments."""
-    model = builders.make_model(name, num_classes=91)
+    model = registry.make_model(name, num_classes=91)
     variables = abstract_variables(model)
     exported = lowered(functools.partial(detect, model), variables, abstract_batch(2, (800, 1088), canvas))
     shapes = {leaf.shape for leaf in exported.out_avals}
@@ -52,7 +52,7 @@ def test_detectors_lower(name, canvas):
 
 @pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
 def test_bfloat16_lowers(name):
-    model = builders.make_model(name, num_classes=3, dtype=jnp.bfloat16)
+    model = registry.make_model(name, num_classes=3, dtype=jnp.bfloat16)
     lowered(functools.partial(detect, model), abstract_variables(model), abstract_batch(1, (256, 256), canvas=True))
 
 

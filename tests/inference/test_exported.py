@@ -19,8 +19,8 @@ import flaxdet
 from flaxdet.cli.main import main
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.inference.exported import ExportError, split_batch
+from flaxdet.registry import make_model
 from flaxdet.xla.routes import routes_for
-from flaxdet.zoo.builders import make_model
 from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables
 from tests.tolerances import NET_F32

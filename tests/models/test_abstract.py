@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flaxdet
+from flaxdet import registry
 from flaxdet.models.detector import example_batch
 from flaxdet.nn import resnet
 from flaxdet.structures import Detections
-from flaxdet.zoo import builders
 from tests.models.small import CLASSES, DETECTORS, Plain, WithBoth, batch_of, fcos, part, variables_of
 from tests.parity.sides import FCOS_NAME, V2_NAME, flax_detector
 from tests.tolerances import NET_F32
@@ -45,14 +46,14 @@ def test_stages_and_collections(name):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_builders_are_abstract_too(name):
-    build = getattr(builders, name)
+    build = getattr(flaxdet, name)
     variables = jax.eval_shape(lambda: build(weights_backbone=None)[1])
     keyed = jax.eval_shape(lambda key: build(weights_backbone=None, key=key)[1], jax.random.key(1))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), variables) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), keyed
     )
     jax.jit(lambda key: build(weights_backbone=None, key=key)[1]).lower(jax.random.key(0))
-    model = builders.make_model(name, num_classes=91)
+    model = registry.make_model(name, num_classes=91)
     detections = jax.eval_shape(model.apply, variables, batch_of((64, 64), bucket=(64, 96), count=3))
     assert detections.boxes.shape == (3, 100, 4)
 
@@ -85,7 +86,7 @@ DTYPES = [
 def test_dtypes(name, dtype, param_dtype, stored, short):
     """Maps are computed in dtype, leaves stored in param_dtype, boxes and scores never below float32."""
     with jax.enable_x64(True) if "float64" in (dtype, param_dtype) else contextlib.nullcontext():
-        model = builders.make_model(name, num_classes=CLASSES, dtype=dtype, param_dtype=param_dtype)
+        model = registry.make_model(name, num_classes=CLASSES, dtype=dtype, param_dtype=param_dtype)
         variables = jax.eval_shape(model.init, jax.random.key(0), example_batch())
         assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(stored)}
         found, state = jax.eval_shape(
@@ -144,5 +145,5 @@ def test_models_are_values(detector):
 @pytest.mark.parametrize("name", STAGES)
 def test_a_model_composed_by_hand_is_the_builders(name):
     by_hand = flax_detector(name, 50, 91, dtype=jnp.float32)
-    built = builders.make_model(name, num_classes=91, precision=jax.lax.Precision.HIGHEST)
+    built = registry.make_model(name, num_classes=91, precision=jax.lax.Precision.HIGHEST)
     assert by_hand == built

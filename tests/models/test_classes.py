@@ -15,7 +15,7 @@ from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.models import FasterRCNN
 from flaxdet.models.classes import match_classes, replace_classes
 from flaxdet.models.faster_rcnn import FastRCNNPredictor
-from flaxdet.zoo.builders import make_model
+from flaxdet.registry import make_model
 from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model
 from tests.tolerances import HAND_F32, INIT_BOUND, INIT_MEAN, INIT_STD

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from flaxdet import registry
 from flaxdet.models import FCOS, FasterRCNN, FastRCNNPredictor, FCOSHead, RPNHead, TwoMLPHead
 from flaxdet.models.detector import example_batch
 from flaxdet.nn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelP6P7, ResNet
 from flaxdet.ops import AnchorGenerator
-from flaxdet.zoo import builders
 from tests.models.small import CLASSES, DETECTORS, WIDTH, OwnPredictor, Plain, TwoConvHead, batch_of, faster_rcnn, fcos
 from tests.parity.sides import FCOS_NAME, V2_NAME
 
@@ -22,10 +22,10 @@ OPTIONS = {"dtype": jnp.bfloat16, "param_dtype": jnp.float16, "precision": jax.l
 
 @pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
 def test_options_reach_every_part_of_a_builders_model(name):
-    model = builders.make_model(name, num_classes=3)
+    model = registry.make_model(name, num_classes=3)
     kept = hash(model)
     cloned = model.clone(**OPTIONS)
-    expected = builders.make_model(name, num_classes=3, **OPTIONS)
+    expected = registry.make_model(name, num_classes=3, **OPTIONS)
     assert cloned == expected
     assert hash(cloned) == hash(expected)
     assert cloned.backbone.body.dtype == cloned.backbone.fpn.dtype == jnp.bfloat16  # readable, unbound
@@ -33,7 +33,7 @@ def test_options_reach_every_part_of_a_builders_model(name):
     assert back == model
     assert hash(back) == hash(model) == kept
     # one option alone leaves the other two
-    assert model.clone(param_dtype=jnp.float16) == builders.make_model(name, num_classes=3, param_dtype=jnp.float16)
+    assert model.clone(param_dtype=jnp.float16) == registry.make_model(name, num_classes=3, param_dtype=jnp.float16)
 
 
 @pytest.mark.parametrize("detector", [fcos, faster_rcnn])

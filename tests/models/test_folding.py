@@ -44,7 +44,7 @@ def test_the_same_detections(name, options, x64):
 def test_every_batch_norm_of_the_builders_goes(name, frozen):
     """By names and shapes, so that none of the ResNet-50 is computed."""
     from flaxdet.models.detector import example_batch
-    from flaxdet.zoo.builders import make_model
+    from flaxdet.registry import make_model
 
     model = make_model(name, num_classes=3, frozen_bn=frozen)
     variables = jax.eval_shape(model.init, jax.random.key(0), example_batch())

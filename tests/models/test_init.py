@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flaxdet
 from flaxdet.convert import reference, to_torchvision
 from flaxdet.models import FCOS, FasterRCNN, FastRCNNConvFCHead, RPNHead
-from flaxdet.zoo import builders
+from flaxdet.models.initial import initial_variables
 from tests.parity import sides
 
 torch = pytest.importorskip("torch")
@@ -102,7 +103,7 @@ def compare(ours: list[dict[str, np.ndarray]], theirs: list[dict[str, np.ndarray
 
 
 def initial(model, seeds: int) -> list[dict[str, np.ndarray]]:
-    return [to_torchvision(model, builders.initial_variables(model, jax.random.key(i))) for i in range(seeds)]
+    return [to_torchvision(model, initial_variables(model, jax.random.key(i))) for i in range(seeds)]
 
 
 def torch_initial(build, seeds: int) -> list[dict[str, np.ndarray]]:
@@ -124,7 +125,7 @@ def torch_initial(build, seeds: int) -> list[dict[str, np.ndarray]]:
     ],
 )
 def test_builders(name, random):
-    build = getattr(builders, name)
+    build = getattr(flaxdet, name)
     model, variables = build(weights_backbone=None)  # key=None: jax.random.key(0)
     compare([to_torchvision(model, variables)], torch_initial(lambda: reference.build(name), 1), random)
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import flaxdet
+from flaxdet import registry
 from flaxdet.convert.state_dict import abstract_variables
-from flaxdet.zoo import builders
+from flaxdet.zoo import build
 from tests.drawn import drawn
 from tests.parity.sides import FCOS_NAME, V2_NAME
 
@@ -29,20 +30,20 @@ def options_of(model: Any) -> dict[str, bool]:
 @OPTIONS
 def test_builders(name, options, monkeypatch):
     """They reach every part that has BatchNorm, and change no variable."""
-    monkeypatch.setattr(builders, "initial_variables", lambda model, key: abstract_variables(model))
+    monkeypatch.setattr(build, "initial_variables", lambda model, key: abstract_variables(model))
     plain, variables = getattr(flaxdet, name)(weights_backbone=None, num_classes=3)
     model, found = getattr(flaxdet, name)(weights_backbone=None, num_classes=3, **options)
     assert options_of(plain) == {"freeze_bn": False, "remat": False}
     assert options_of(model) == {"freeze_bn": False, "remat": False} | options
     assert found == variables
-    assert model == builders.make_model(name, num_classes=3, **options) != plain
+    assert model == registry.make_model(name, num_classes=3, **options) != plain
 
 
 @NAMES
 def test_files(name, tmp_path):
     """A .safetensors carries both; a .pth neither; `load` overrules either."""
     both = {"freeze_bn": True, "remat": True}
-    model = builders.make_model(name, num_classes=3, **both)
+    model = registry.make_model(name, num_classes=3, **both)
     variables = drawn(abstract_variables(model))
     path = tmp_path / "model.safetensors"
     try:

@@ -6,6 +6,8 @@ import importlib.util
 
 import pytest
 
+from flaxdet import registry
+
 collect_ignore_glob: list[str] = []
 if importlib.util.find_spec("torch") is None or importlib.util.find_spec("torchvision") is None:
     collect_ignore_glob.append("test_*.py")
@@ -14,12 +16,10 @@ else:
 
     torch.set_num_threads(1)  # as XLA in conftest.py: one thread a worker
 
-FCOS_NAME, V2_NAME = "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"
-
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``name`` is the builder's; of each file, the tests of one model run in one worker and share what it compiled."""
+    """``name`` is each registered builder's; the tests of a file and a model run in one worker and share programs."""
     if "name" in metafunc.fixturenames:
         file = metafunc.module.__name__.rpartition(".")[2]
-        groups = {name: pytest.mark.xdist_group(f"{file} {name}") for name in (FCOS_NAME, V2_NAME)}
+        groups = {name: pytest.mark.xdist_group(f"{file} {name}") for name in registry.names()}
         metafunc.parametrize("name", [pytest.param(name, marks=group) for name, group in groups.items()])

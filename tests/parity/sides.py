@@ -1,4 +1,4 @@
-"""The same detector on both sides, at any depth of ResNet, with lively weights; and real photos."""
+"""The same detector on both sides, with lively weights; and real photos."""
 
 from __future__ import annotations
 
@@ -10,57 +10,49 @@ import jax
 import numpy as np
 from PIL import Image
 
+from flaxdet import registry
 from flaxdet.convert import from_torchvision, reference
-from flaxdet.models import FCOS, FasterRCNN, FastRCNNConvFCHead, RPNHead
-from flaxdet.models.faster_rcnn import default_anchor_generator
-from flaxdet.nn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7, ResNet
+from flaxdet.nn.fpn import LastLevelMaxPool, level_name
+from flaxdet.registry import make_model
 
 FCOS_NAME, V2_NAME = "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"
+NAMES = registry.names()
+
+
+def of_kind(kind: type) -> list[str]:
+    """The registered detectors of a class."""
+    return [name for name in NAMES if registry.get(name).kind is kind]
+
+
+def known(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Those of the options that the detector has: one without proposals has none of theirs."""
+    return {option: value for option, value in options.items() if option in registry.get(name).fields}
+
+
+def has_proposals(name: str) -> bool:
+    """Whether it is a detector of two stages."""
+    return "proposals" in registry.get(name).kind._own_stages
+
+
+def levels_of(model: Any) -> tuple[str, ...]:
+    """Names of the pyramid's levels, finest first."""
+    stages = [level_name(stage) for stage in model.backbone.returned_stages]
+    extra = ("pool",) if isinstance(model.backbone.fpn.extra_blocks, LastLevelMaxPool) else ("p6", "p7")
+    return (*stages, *extra)
 
 
 def torch_detector(name: str, depth: int, num_classes: int, frozen: bool = False, **options: Any) -> Any:
-    """torchvision's detector as its builder makes it, on a ResNet of any depth, in evaluation mode."""
-    tv = reference.torchvision()
-    detection = tv.models.detection
-    extract = detection.backbone_utils._resnet_fpn_extractor
-    norm = tv.ops.misc.FrozenBatchNorm2d if frozen else tv.ops.misc.torch.nn.BatchNorm2d
-    resnet = getattr(tv.models, f"resnet{depth}")(weights=None, norm_layer=norm)
-    if name == FCOS_NAME:
-        extra = tv.ops.feature_pyramid_network.LastLevelP6P7(256, 256)
-        backbone = extract(resnet, 5, returned_layers=[2, 3, 4], extra_blocks=extra)
-        return detection.FCOS(backbone, num_classes, **options).eval()
-    batch_norm = tv.ops.misc.torch.nn.BatchNorm2d
-    rcnn = detection.faster_rcnn
-    backbone = extract(resnet, 5, norm_layer=batch_norm)
-    return detection.FasterRCNN(
-        backbone,
-        num_classes=num_classes,
-        rpn_anchor_generator=rcnn._default_anchorgen(),
-        rpn_head=rcnn.RPNHead(256, 3, conv_depth=2),
-        box_head=rcnn.FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], norm_layer=batch_norm),
-        **options,
-    ).eval()
+    """torchvision's detector as its builder makes it, or the small form of it on a ResNet-18, in evaluation mode."""
+    layers = {"trainable_backbone_layers": 5} if frozen else {}  # live ones train all anyhow
+    return reference.build(name, frozen=frozen, small=depth == 18, num_classes=num_classes, **layers, **options)
 
 
 def flax_detector(
     name: str, depth: int, num_classes: int, frozen: bool = False, dtype: Any = np.float32, **options: Any
-) -> FCOS | FasterRCNN:
-    """Ours, as the builder makes it, on a ResNet of any depth."""
+) -> Any:
+    """Ours, as the builder makes it, or the small form of it."""
     dtypes: dict[str, Any] = {"dtype": dtype, "precision": jax.lax.Precision.HIGHEST}
-    body = ResNet(depth, frozen_bn=frozen, **dtypes)
-    if name == FCOS_NAME:
-        fpn = FeaturePyramidNetwork(256, LastLevelP6P7(256, 256, **dtypes), **dtypes)
-        return FCOS(BackboneWithFPN(body, fpn, ("c3", "c4", "c5")), num_classes, **dtypes, **options)
-    fpn = FeaturePyramidNetwork(256, LastLevelMaxPool(), use_norm=True, **dtypes)
-    return FasterRCNN(
-        BackboneWithFPN(body, fpn),
-        num_classes,
-        rpn_anchor_generator=default_anchor_generator(),
-        rpn_head=RPNHead(256, 3, conv_depth=2, **dtypes),
-        box_head=FastRCNNConvFCHead((256, 7, 7), (256,) * 4, (1024,), use_norm=True, **dtypes),
-        **dtypes,
-        **options,
-    )
+    return make_model(name, num_classes=num_classes, small=depth == 18, frozen_bn=frozen, **dtypes, **options)
 
 
 @functools.cache
@@ -79,7 +71,7 @@ def both(
     frozen: bool = False,
     dtype: str = "float32",
     **options: Any,
-) -> tuple[FCOS | FasterRCNN, Any, Any]:
+) -> tuple[Any, Any, Any]:
     """(our model, its variables, torchvision's model) with the same lively weights; x64 must fit the dtype."""
     theirs = torch_detector(name, depth, num_classes, frozen, **options)
     theirs.load_state_dict(lively_state_dict(name, depth, num_classes, frozen))

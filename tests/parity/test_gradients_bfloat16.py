@@ -58,7 +58,7 @@ def relative_errors(narrow: list[dict[str, np.ndarray]], wide: list[dict[str, np
 
 
 def test_errors_are_those_of_autocast(name, monkeypatch):
-    options: dict[str, Any] = SMALL | (EXHAUSTIVE if name == sides.V2_NAME else {})
+    options: dict[str, Any] = SMALL | sides.known(name, EXHAUSTIVE)
     model, variables, theirs = sides.both(name, 18, 11, **options)
     narrow = sides.flax_detector(name, 18, 11, False, jnp.bfloat16, **options)
     state_dict = theirs.state_dict()
@@ -91,7 +91,7 @@ def test_errors_are_those_of_autocast(name, monkeypatch):
         tensors = [torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255 for image in images]
         wanted = [{key: torch.from_numpy(value) for key, value in target.items()} for target in targets]
         with monkeypatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            if name == sides.V2_NAME:
+            if sides.has_proposals(name):
                 given = [torch.from_numpy(own) for own in boxes]
                 patch.setattr(theirs.rpn, "filter_proposals", lambda *_: (given, None))
             loss: Any = sum(theirs(tensors, wanted).values())

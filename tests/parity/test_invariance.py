@@ -23,7 +23,7 @@ from tests.tolerances import (
 )
 
 SMALL = {"min_size": 96, "max_size": 160}
-FEW = {sides.FCOS_NAME: {}, sides.V2_NAME: {"rpn_post_nms_top_n_test": 60}}
+FEW = {"rpn_post_nms_top_n_test": 60}
 SHAPES = {
     "landscape": (100, 150),
     "portrait": (150, 100),
@@ -42,7 +42,7 @@ def in_company():
 
     def get(name: str):
         if name not in made:
-            model, variables, theirs = sides.both(name, 18, dtype="float64", **SMALL, **FEW[name])
+            model, variables, theirs = sides.both(name, 18, dtype="float64", **SMALL, **sides.known(name, FEW))
             images = [sides.crop("china", *shape) for shape in SHAPES.values()]
             batch = transform(images, model.transform, bucket=(160, 192), dtype=np.float64)
             assert batch.canvas is not None
@@ -82,8 +82,8 @@ def test_every_stage(name, in_company, x64):
         compared.add(stage)
         bar = CANVAS_STAGE_F64 * np.abs(expected).max()
         np.testing.assert_allclose(row, expected, rtol=0, atol=bar, err_msg=stage)
-    later = {"p6", "p7"} if name == sides.FCOS_NAME else {"p2", "pool", "proposals", "roi_features", "class_scores"}
-    assert compared >= {"c2", "c3", "c4", "c5", "p3", "p4", "p5"} | later
+    later = {"proposals", "roi_features", "class_scores"} & model._own_stages
+    assert compared >= {"c2", "c3", "c4", "c5", *sides.levels_of(model), *later}
 
     (expected,) = unpad(detections)
     assert len(expected["scores"]) > 10
@@ -94,7 +94,7 @@ def test_every_stage(name, in_company, x64):
 
 def test_float32_in_a_bucket(name):
     """float32, of uint8 pixels and of the same as floats in [0, 1]."""
-    model, variables, theirs = sides.both(name, 18, **SMALL, **FEW[name])
+    model, variables, theirs = sides.both(name, 18, **SMALL, **sides.known(name, FEW))
     image = sides.crop("china", *IMAGE)
     (expected,), _ = stages.run_reference(theirs, [image], keep_stages=False)
     for given in (image, image.astype(np.float32) / 255):
@@ -107,8 +107,8 @@ def test_float32_in_a_bucket(name):
 
 def test_bfloat16(name):
     """bfloat16 computes, but boxes and scores are float32, and the answer stays near torchvision's in float32."""
-    _, variables, theirs = sides.both(name, 18, **SMALL, **FEW[name])
-    half = sides.flax_detector(name, 18, 11, dtype=jax.numpy.bfloat16, **SMALL, **FEW[name])
+    _, variables, theirs = sides.both(name, 18, **SMALL, **sides.known(name, FEW))
+    half = sides.flax_detector(name, 18, 11, dtype=jax.numpy.bfloat16, **SMALL, **sides.known(name, FEW))
     image = sides.crop("china", *IMAGE)
     found = jitted_detect(half, variables, transform([image], half.transform))
     assert found.boxes.dtype == found.scores.dtype == np.float32

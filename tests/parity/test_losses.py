@@ -18,6 +18,7 @@ import torch
 
 from flaxdet.convert import reference, stages, to_torchvision
 from flaxdet.images.transform import transform, transform_targets
+from flaxdet.models import FCOS, FasterRCNN
 from flaxdet.models.detector import level_shapes
 from flaxdet.structures import Proposals
 from tests.parity import sides
@@ -89,7 +90,7 @@ def close_losses(found: dict[str, Any], expected: dict[str, float]) -> None:
 @pytest.mark.ci  # test_sgd_steps.py has steps of a ResNet-18
 def test_training_step_of_the_whole_resnet_50(name, x64, monkeypatch):
     """torchvision's canvas lies inside a larger bucket, and the targets have more slots than boxes."""
-    options = {"min_size": 64, "max_size": 96} | (EXHAUSTIVE if name == sides.V2_NAME else {})
+    options = {"min_size": 64, "max_size": 96} | sides.known(name, EXHAUSTIVE)
     model, variables, theirs = sides.both(name, 50, 11, dtype="float64", **options)
     images = [sides.crop(photo, *size) for photo, size in IMAGES.items()]
     targets = targets_of("several boxes")
@@ -160,11 +161,11 @@ def stored():
 
     def get(name: str):
         if name not in made:
-            options = SMALL | (EXHAUSTIVE | {"rpn_post_nms_top_n_test": 12} if name == sides.V2_NAME else {})
+            options = SMALL | sides.known(name, EXHAUSTIVE | {"rpn_post_nms_top_n_test": 12})
             model, variables, theirs = sides.both(name, 18, 11, dtype="float64", **options)
             _, found = stages.run_reference(theirs, [sides.crop(photo, *size) for photo, size in IMAGES.items()])
-            names = ("p3", "p4", "p5", "p6", "p7") if name == sides.FCOS_NAME else ("p2", "p3", "p4", "p5", "pool")
-            made[name] = model, variables, theirs, {level: found[level] for level in names}, found
+            maps = {level: found[level] for level in sides.levels_of(model)}
+            made[name] = model, variables, theirs, maps, found
         return made[name]
 
     return get
@@ -185,10 +186,15 @@ def fcos_step(model, shapes, outputs, batch, targets):
     return jax.grad(loss, has_aux=True)(outputs)
 
 
-@pytest.mark.xdist_group(f"test_losses {sides.FCOS_NAME}")
+def each_of(kind: type) -> Any:
+    marks = {name: pytest.mark.xdist_group(f"test_losses {name}") for name in sides.of_kind(kind)}
+    return pytest.mark.parametrize("detector", [pytest.param(name, marks=mark) for name, mark in marks.items()])
+
+
+@each_of(FCOS)
 @pytest.mark.parametrize("case", CASES)
-def test_targets_of_fcos(case, stored, x64):
-    model, _, theirs, maps, found = stored(sides.FCOS_NAME)
+def test_targets_of_fcos(detector, case, stored, x64):
+    model, _, theirs, maps, found = stored(detector)
     outputs = {name: found[name] for name in ("cls_logits", "bbox_regression", "bbox_ctrness")}
     images, targets = torch_batch(theirs, targets_of(case))
     inputs, levels = leaves(outputs), channels_first(leaves(maps))
@@ -218,15 +224,15 @@ def faster_rcnn_step(model, variables, inputs, proposals, batch, targets):
             method="compute_loss",
             mutable=["batch_stats"],
         )
-        return sum(losses.values()), (losses, updates["batch_stats"]["box_head"])
+        return sum(losses.values()), (losses, updates["batch_stats"].get("box_head"))
 
     return jax.grad(loss, has_aux=True)(inputs)
 
 
-@pytest.mark.xdist_group(f"test_losses {sides.V2_NAME}")
+@each_of(FasterRCNN)
 @pytest.mark.parametrize("case", CASES)
-def test_targets_of_faster_rcnn(case, stored, x64):
-    model, variables, theirs, maps, found = stored(sides.V2_NAME)
+def test_targets_of_faster_rcnn(detector, case, stored, x64):
+    model, variables, theirs, maps, found = stored(detector)
     boxes = [found["proposals"][found[stages.PROPOSAL_IMAGE] == i] for i in range(len(IMAGES))]
     images, targets = torch_batch(theirs, targets_of(case))
     rpn, heads = theirs.rpn, theirs.roi_heads.train()

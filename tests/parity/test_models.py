@@ -7,6 +7,7 @@ import contextlib
 import jax
 import pytest
 
+from flaxdet import registry
 from flaxdet.convert import verify
 from tests.parity import sides
 from tests.tolerances import BOXES_F32, BOXES_F64, ROI_STAGE_F32, SCORES_F32, SCORES_F64, STAGE_F32, STAGE_F64
@@ -20,22 +21,15 @@ AFTER_PROPOSALS = {"roi_features", "class_logits", "box_regression", "class_scor
 
 @pytest.mark.parametrize("dtype", ["float64", pytest.param("float32", marks=pytest.mark.ci)])
 def test_resnet50(name, dtype):
-    options = {"min_size": 160, "max_size": 256}
-    if name == sides.V2_NAME:
-        options["rpn_post_nms_top_n_test"] = 150  # the box head's convolutions are most of the time
-    frozen = name == sides.FCOS_NAME  # as with any pretrained weights; live BatchNorm is test_options' case
+    # few proposals: the box head's convolutions are most of the time
+    options = sides.known(name, {"min_size": 160, "max_size": 256, "rpn_post_nms_top_n_test": 150})
+    frozen = registry.get(name).freezable  # as with any pretrained weights; live BatchNorm is test_options' case
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         model, variables, theirs = sides.both(name, 50, 91, frozen=frozen, dtype=dtype, **options)
         images = [sides.photo("grace_hopper"), sides.photo("china")]
         found = verify.compare(model, variables, theirs, images)
     stage_bar, roi_bar, box_bar, score_bar = BARS[dtype]
-    expected = {"pixels", "c2", "c3", "c4", "c5", "p3", "p4", "p5"}
-    expected |= (
-        {"p6", "p7", "cls_logits", "bbox_regression", "bbox_ctrness"}
-        if name == sides.FCOS_NAME
-        else {"p2", "pool", "objectness", "pred_bbox_deltas", "proposals", "roi_features", "class_logits"}
-        | {"box_regression", "class_scores"}
-    )
+    expected = {"pixels", "c2", "c3", "c4", "c5", *sides.levels_of(model), *model._own_stages}
     assert {stage.name for stage in found.stages} == expected
     bars = {stage.name: roi_bar if stage.name in AFTER_PROPOSALS else stage_bar for stage in found.stages}
     first_difference = [stage for stage in found.stages if not stage.relative <= bars[stage.name]][:1]

@@ -24,11 +24,7 @@ from tests.parity import sides
 from tests.tolerances import BOXES_F64, PIXELS_F64, SCORES_F64
 
 SMALL = {"min_size": 128, "max_size": 200}
-FEW = {sides.FCOS_NAME: {}, sides.V2_NAME: {"rpn_post_nms_top_n_test": 40}}
-LEVELS = {
-    sides.FCOS_NAME: ("p3", "p4", "p5", "p6", "p7"),
-    sides.V2_NAME: ("p2", "p3", "p4", "p5", "pool"),
-}
+FEW = {"rpn_post_nms_top_n_test": 40}
 PHOTO = "china"
 UNUSUAL = {
     "num_classes": 2,
@@ -72,7 +68,7 @@ def assert_same(ours: Any, theirs: Any) -> int:
 
 
 def detector(name: str, **options: Any) -> Any:
-    return sides.both(name, 18, dtype="float64", **(SMALL | FEW[name] | options))
+    return sides.both(name, 18, dtype="float64", **(SMALL | sides.known(name, FEW) | options))
 
 
 @pytest.mark.parametrize("options", [{}, UNUSUAL], ids=["defaults", "unusual"])
@@ -96,7 +92,7 @@ def outputs():
             model, variables, _ = detector(name)
             batch = transform([sides.photo(PHOTO)], model.transform, canvas="batch", dtype=np.float64)
             _, sown = jax.device_get(stages._apply(model, variables, batch))
-            made[name] = sown, level_shapes({level: sown[level] for level in LEVELS[name]}), batch
+            made[name] = sown, level_shapes({level: sown[level] for level in sides.levels_of(model)}), batch
         return made[name]
 
     return get

@@ -1,8 +1,8 @@
 """Ten steps of SGD with momentum and weight decay against torch.optim.SGD on torchvision's model, float64.
 
-FCOS trains three stages of its backbone, with live BatchNorm. Faster R-CNN trains everything under ``freeze_bn``, and
-torchvision's BatchNorm modules are in evaluation mode. The trained models then go back to torchvision and detect the
-same there.
+Detectors of one stage train three stages of the backbone, with live BatchNorm. Those of two train everything under
+``freeze_bn``, and torchvision's BatchNorm modules are in evaluation mode. The trained models then go back to
+torchvision and detect the same there.
 
 Sampling is exhaustive on both sides, as in test_losses.py. Two batches alternate.
 """
@@ -56,13 +56,6 @@ def targets_of(boxes: list[Any]) -> list[dict[str, np.ndarray]]:
     ]
 
 
-def freeze(model: Any) -> Any:
-    """The model with ``freeze_bn`` wherever it has BatchNorm, as ``make_model`` sets it."""
-    backbone = model.backbone
-    backbone = backbone.clone(body=backbone.body.clone(freeze_bn=True), fpn=backbone.fpn.clone(freeze_bn=True))
-    return model.clone(backbone=backbone, box_head=model.box_head.clone(freeze_bn=True))
-
-
 def torch_steps(model: Any, frozen: bool, batches: list[tuple[Any, Any]], monkeypatch: Any) -> dict[str, np.ndarray]:
     """torchvision's state_dict after the steps, its BatchNorm modules in evaluation mode if frozen."""
     rpn = reference.torchvision().models.detection.rpn.RegionProposalNetwork
@@ -93,11 +86,12 @@ def torch_steps(model: Any, frozen: bool, batches: list[tuple[Any, Any]], monkey
 
 
 def test_ten_steps_and_back(name, x64, monkeypatch):
-    frozen = name == sides.V2_NAME
+    frozen = sides.has_proposals(name)
     layers = 5 if frozen else 3
-    options = SMALL | (FEW_PROPOSALS if name == sides.V2_NAME else {})
-    model, variables, theirs = sides.both(name, 18, 11, dtype="float64", **options)
-    model = freeze(model) if frozen else model.clone(trainable_backbone_layers=layers)
+    options = SMALL | sides.known(name, FEW_PROPOSALS)
+    _, variables, theirs = sides.both(name, 18, 11, dtype="float64", **options)
+    training = {"freeze_bn": frozen, "trainable_backbone_layers": layers}
+    model = sides.flax_detector(name, 18, 11, dtype=np.float64, **training, **options)
     for key, value in theirs.backbone.body.named_parameters():
         value.requires_grad_(layers == 5 or key.startswith(("layer2", "layer3", "layer4")))
 
@@ -133,8 +127,8 @@ def test_ten_steps_and_back(name, x64, monkeypatch):
             np.testing.assert_array_equal(found[key], value, err_msg=key)
     assert moved > 50
 
-    # ten steps leave Faster R-CNN sure of the background everywhere: all candidates count
-    low = {"box_score_thresh": 0.0} if name == sides.V2_NAME else {}
+    # ten steps leave detectors of two stages sure of the background everywhere: all candidates count
+    low = sides.known(name, {"box_score_thresh": 0.0})
     _, _, theirs = sides.both(name, 18, 11, dtype="float64", **options, **low)
     theirs.load_state_dict({key: torch.from_numpy(value) for key, value in found.items()}, strict=True)
     image = sides.crop("china", 100, 150)

@@ -95,8 +95,8 @@ def main() -> None:
     """Writes them."""
     import flaxdet
     from flaxdet.convert.state_dict import abstract_variables
+    from flaxdet.registry import make_model
     from flaxdet.train import Checkpoints, create_state, sgd
-    from flaxdet.zoo.builders import make_model
     from tests.tiny import FCOS_NAME, tiny_model, tiny_variables
 
     jax.config.update("jax_hlo_source_file_canonicalization_regex", ".*/")  # no path of this machine in a file

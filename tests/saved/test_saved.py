@@ -17,8 +17,8 @@ import pytest
 
 import flaxdet
 from flaxdet.convert.state_dict import abstract_variables
+from flaxdet.registry import make_model
 from flaxdet.train import Checkpoints, create_state, sgd
-from flaxdet.zoo.builders import make_model
 from tests.saved.make import GEOMETRY, MODELS, NAMES, STEP, content, pytrees
 from tests.tiny import FCOS_NAME, tiny_model, tiny_variables
 from tests.tolerances import NET_F32

@@ -11,8 +11,8 @@ from flax import traverse_util
 
 from flaxdet.convert import to_torchvision
 from flaxdet.convert.state_dict import abstract_variables
+from flaxdet.registry import make_model
 from flaxdet.train import decay_mask, merge, norm_mask, split, trainable_mask
-from flaxdet.zoo.builders import make_model
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables
 
 FROZEN_FCOS = (FCOS_NAME, True)

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from flaxdet.convert.state_dict import abstract_variables
-from flaxdet.zoo import builders
+from flaxdet.zoo import build
 from flaxdet.zoo.weights import WeightsEnum
 
 
@@ -28,4 +28,4 @@ def server(monkeypatch):
 @pytest.fixture
 def abstract_init(monkeypatch):
     """Nothing is initialised, only shaped: the rules under test don't depend on it."""
-    monkeypatch.setattr(builders, "initial_variables", lambda model, key: abstract_variables(model))
+    monkeypatch.setattr(build, "initial_variables", lambda model, key: abstract_variables(model))

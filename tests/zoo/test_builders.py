@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 import flaxdet
+from flaxdet import registry
 from flaxdet.convert import reference
-from flaxdet.zoo import builders
+from flaxdet.zoo import build
 from flaxdet.zoo.weights import ResNet50_Weights
 from tests.models.cases import NAMES
 from tests.parity.sides import FCOS_NAME, V2_NAME
@@ -35,7 +36,7 @@ def test_trainable_layers_with_nothing_pretrained(name, layers, abstract_init):
 @pytest.mark.parametrize("layers", [None, *range(6)])
 @NAMES
 def test_trainable_layers_with_weights(name, layers, server, abstract_init, monkeypatch):
-    monkeypatch.setattr(builders, "backbone_from_torchvision", lambda model, variables, state_dict: variables)
+    monkeypatch.setattr(build, "backbone_from_torchvision", lambda model, variables, state_dict: variables)
     server.files[ResNet50_Weights.DEFAULT] = {}
     model, _ = getattr(flaxdet, name)(weights_backbone="DEFAULT", trainable_backbone_layers=layers)
     assert model.trainable_backbone_layers == expected_layers(True, layers) == (3 if layers is None else layers)
@@ -111,7 +112,7 @@ def test_keywords_reach_the_model(name, abstract_init):
 
 def test_keys_decide_the_initialisation(monkeypatch):
     keys = []
-    monkeypatch.setattr(builders, "initial_variables", lambda model, key: keys.append(key) or {})
+    monkeypatch.setattr(build, "initial_variables", lambda model, key: keys.append(key) or {})
     for key in (None, jax.random.key(0), jax.random.key(1)):
         flaxdet.fasterrcnn_resnet50_fpn_v2(key=key)
     data = [jax.random.key_data(key).tolist() for key in keys]
@@ -120,12 +121,12 @@ def test_keys_decide_the_initialisation(monkeypatch):
 
 def test_make_model_checks():
     with pytest.raises(ValueError, match="unknown model 'yolo'; expected one of fcos_resnet50_fpn, fasterrcnn"):
-        builders.make_model("yolo", num_classes=3)
+        registry.make_model("yolo", num_classes=3)
     with pytest.raises(ValueError, match="num_classes should be at least 1, got 0"):
-        builders.make_model(FCOS_NAME, num_classes=0)
+        registry.make_model(FCOS_NAME, num_classes=0)
     with pytest.raises(ValueError, match="live BatchNorm throughout"):
-        builders.make_model(V2_NAME, num_classes=3, frozen_bn=True)
+        registry.make_model(V2_NAME, num_classes=3, frozen_bn=True)
     with pytest.raises(ValueError, match="min_size should be one or more positive numbers"):
-        builders.make_model(FCOS_NAME, num_classes=3, min_size=0)
+        registry.make_model(FCOS_NAME, num_classes=3, min_size=0)
     with pytest.raises(ValueError, match="dtype=float64 needs jax's 64-bit mode"):
-        builders.make_model(FCOS_NAME, num_classes=3, dtype="float64")
+        registry.make_model(FCOS_NAME, num_classes=3, dtype="float64")

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 import flaxdet
+from flaxdet import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights, registry
 from flaxdet.convert import StateDictError, to_torchvision
 from flaxdet.convert.state_dict import abstract_variables
-from flaxdet.zoo import builders
-from flaxdet.zoo.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights
+from flaxdet.zoo import build
 from tests.drawn import drawn
 from tests.models.cases import NAMES, equal
 from tests.parity.sides import FCOS_NAME, V2_NAME
@@ -71,7 +71,7 @@ def test_a_frozen_model_is_frozen_throughout(drawn_models):
     ],
 )
 def test_parameters_and_tensors(name, frozen, parameters, tensors):
-    model = builders.make_model(name, num_classes=91, frozen_bn=frozen)
+    model = registry.make_model(name, num_classes=91, frozen_bn=frozen)
     variables = abstract_variables(model)
     assert count(variables) == parameters
     counters = 0 if frozen else sum("var" in leaves for leaves in norms(variables["batch_stats"]))
@@ -91,7 +91,7 @@ def norms(tree):
 
 def resnet50(frozen: bool = False):
     """(the body's variables, the classifier's state_dict) as ImageNet weights bring them."""
-    model = builders.make_model(FCOS_NAME, num_classes=1, frozen_bn=frozen)
+    model = registry.make_model(FCOS_NAME, num_classes=1, frozen_bn=frozen)
     variables = drawn(abstract_variables(model), seed=1)
     prefix = "backbone.body."
     state = to_torchvision(model, variables)
@@ -105,7 +105,7 @@ def test_backbone_weights(name, server, drawn_models, monkeypatch):
     """ImageNet's go into the body, frozen in FCOS and live in version 2; the rest keeps its initialisation."""
     frozen = name == FCOS_NAME
     model, initial = drawn_models(name, 7, frozen)
-    monkeypatch.setattr(builders, "initial_variables", lambda model, key: initial)
+    monkeypatch.setattr(build, "initial_variables", lambda model, key: initial)
     body, server.files[ResNet50_Weights.IMAGENET1K_V2] = resnet50(frozen)
     found_model, found = getattr(flaxdet, name)(weights_backbone="IMAGENET1K_V2", num_classes=7)
     assert found_model == model.clone(trainable_backbone_layers=3)

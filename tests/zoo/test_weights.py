@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import flaxdet
 from flaxdet.zoo import weights
 from tests.tolerances import OP_F32
 
@@ -17,8 +18,8 @@ from tests.tolerances import OP_F32
 
 
 ENUMS = [
-    weights.FCOS_ResNet50_FPN_Weights,
-    weights.FasterRCNN_ResNet50_FPN_V2_Weights,
+    flaxdet.FCOS_ResNet50_FPN_Weights,
+    flaxdet.FasterRCNN_ResNet50_FPN_V2_Weights,
     weights.ResNet50_Weights,
 ]
 
@@ -52,7 +53,7 @@ def test_metadata_is_torchvisions(ours):
 
 
 def test_figures():
-    fcos, v2 = weights.FCOS_ResNet50_FPN_Weights.COCO_V1, weights.FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1
+    fcos, v2 = flaxdet.FCOS_ResNet50_FPN_Weights.COCO_V1, flaxdet.FasterRCNN_ResNet50_FPN_V2_Weights.COCO_V1
     assert fcos.meta["num_params"] == 32_269_600
     assert v2.meta["num_params"] == 43_712_278
     assert fcos.meta["_metrics"]["COCO-val2017"]["box_map"] == 39.2
@@ -63,7 +64,7 @@ def test_figures():
 
 
 def test_verify():
-    enum = weights.FCOS_ResNet50_FPN_Weights
+    enum = flaxdet.FCOS_ResNet50_FPN_Weights
     assert enum.verify(None) is None
     for name in ("COCO_V1", "DEFAULT", "FCOS_ResNet50_FPN_Weights.COCO_V1", enum.COCO_V1):
         assert enum.verify(name) is enum.COCO_V1
@@ -94,7 +95,7 @@ def test_detection_preset_is_torchvisions():
     from flaxdet.convert import reference
 
     theirs = reference.torchvision().models.detection.FCOS_ResNet50_FPN_Weights.DEFAULT.transforms()
-    ours = weights.FCOS_ResNet50_FPN_Weights.DEFAULT.transforms()
+    ours = flaxdet.FCOS_ResNet50_FPN_Weights.DEFAULT.transforms()
     rng = np.random.default_rng(0)
     for image in (
         rng.integers(0, 256, (4, 5, 3), dtype=np.uint8),

@@ -1,0 +1,156 @@
+"""fcos_resnet50_fpn, after torchvision.models.detection.fcos: the builder, its weights, what it is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flaxdet.models.fcos import FCOS
+from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelP6P7
+from flaxdet.registry import Architecture, Keys, Training, register
+from flaxdet.zoo.build import build
+from flaxdet.zoo.categories import COCO_CATEGORIES
+from flaxdet.zoo.weights import REFERENCES, ObjectDetection, ResNet50_Weights, Weights, WeightsEnum
+
+
+class FCOS_ResNet50_FPN_Weights(WeightsEnum):  # noqa: N801  (torchvision's name)
+    """Weights for ``flaxdet.fcos_resnet50_fpn``."""
+
+    COCO_V1 = Weights(
+        url="https://download.pytorch.org/models/fcos_resnet50_fpn_coco-99b0c9b7.pth",
+        preset=ObjectDetection(),
+        meta={
+            "num_params": 32_269_600,
+            "categories": list(COCO_CATEGORIES),
+            "min_size": (1, 1),
+            "recipe": f"{REFERENCES}/detection#fcos-resnet-50-fpn",
+            "_metrics": {"COCO-val2017": {"box_map": 39.2}},
+            "_ops": 128.207,
+            "_file_size": 123.608,
+            "_docs": "Trained on COCO by a recipe close to the paper's.",
+        },
+    )
+    DEFAULT = COCO_V1
+
+
+def _make(num_classes: int, body: Any, shared: dict[str, Any], **fields: Any) -> FCOS:
+    fpn = FeaturePyramidNetwork(256, LastLevelP6P7(256, 256, **shared), **shared)
+    return FCOS(BackboneWithFPN(body, fpn, ("c3", "c4", "c5")), num_classes, **shared, **fields)
+
+
+def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool = False, **options: Any) -> Any:
+    from torchvision.models import detection, resnet18, resnet50
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.ops.feature_pyramid_network import LastLevelP6P7 as TheirLastLevelP6P7
+
+    body = (resnet18 if small else resnet50)(weights=None, norm_layer=norm_layer)
+    extra = TheirLastLevelP6P7(256, 256)
+    backbone = _resnet_fpn_extractor(body, layers, returned_layers=[2, 3, 4], extra_blocks=extra)
+    return detection.FCOS(backbone, num_classes, **options)
+
+
+ARCHITECTURE = register(
+    Architecture(
+        name="fcos_resnet50_fpn",
+        title="FCOS with a ResNet-50-FPN backbone",
+        kind=FCOS,
+        make=_make,
+        weights=FCOS_ResNet50_FPN_Weights,
+        keys=Keys(
+            present=frozenset(
+                {
+                    "backbone.body.layer4.2.conv3.weight",
+                    "backbone.body.layer3.5.conv3.weight",
+                    "backbone.fpn.layer_blocks.2.0.weight",
+                    "backbone.fpn.extra_blocks.p7.weight",
+                    "head.classification_head.cls_logits.weight",
+                    "head.regression_head.bbox_ctrness.weight",
+                }
+            ),
+            absent=frozenset({"backbone.body.layer3.6.conv3.weight", "backbone.fpn.layer_blocks.3.0.weight"}),
+            class_key="head.classification_head.cls_logits.weight",
+            relative=(
+                frozenset({"head.regression_head.bbox_ctrness.weight"}),
+                "an FCOS with another backbone than ResNet-50-FPN",
+            ),
+        ),
+        # torchvision's references: 8 devices of 2 images, flips, mixed precision (``dtype=jnp.bfloat16``)
+        training=Training(
+            lr=0.01,
+            batch_size=16,
+            epochs=26,
+            milestones=(16, 22),
+            weight_decay=1e-4,
+            fine_tuning_lr=0.01,
+            alias="fcos_recipe",
+            data={"flip": 0.5},
+        ),
+        in_torch=_in_torch,
+        comparison="flaxdet.zoo.torch_fcos",
+        freezable=True,
+        default=True,
+    )
+)
+
+
+def fcos_resnet50_fpn(
+    *,
+    weights: FCOS_ResNet50_FPN_Weights | str | None = None,
+    progress: bool = True,
+    num_classes: int | None = None,
+    weights_backbone: ResNet50_Weights | str | None = ResNet50_Weights.IMAGENET1K_V1,
+    trainable_backbone_layers: int | None = None,
+    key: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    precision: Any = None,
+    freeze_bn: bool = False,
+    remat: bool = False,
+    **kwargs: Any,
+) -> tuple[FCOS, dict[str, Any]]:
+    """FCOS with a ResNet-50-FPN backbone (torchvision.models.detection.fcos_resnet50_fpn).
+
+    As in torchvision, BatchNorm is frozen where anything is pretrained, and live otherwise.
+
+    Args:
+        weights: of the whole model; a member or its name ("COCO_V1", "DEFAULT"). Downloaded on first use.
+        progress: shows a bar while downloading.
+        num_classes: including the background; default 91. With ``weights`` only their own number.
+        weights_backbone: ImageNet weights of the ResNet-50; not used where ``weights`` are given.
+        trainable_backbone_layers: 0 (none) to 5 (all), counted from the last stage; default 3. With nothing
+            pretrained always 5.
+        key: of the random initialisation; default ``jax.random.key(0)``.
+        dtype: computes; boxes, scores and NMS are float32 at least.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
+        freeze_bn: keeps live BatchNorm as in evaluation while training (an addition to torchvision).
+        remat: for the gradient, computes each residual block of the ResNet again: less memory, more time (see
+            ``flaxdet.nn.ResNet``).
+        **kwargs: fields of ``flaxdet.FCOS``, under torchvision's names.
+
+    Returns:
+        The model and its variables {"params": ..., "batch_stats": ...}.
+
+    Raises:
+        TypeError: for an unknown keyword.
+        ValueError: for a number of classes that doesn't fit the weights, layers outside 0..5, an unknown
+            name of weights, or float64 without jax's 64-bit mode.
+        flaxdet.zoo.weights.DownloadError: if weights can't be downloaded.
+    """
+    return build(
+        ARCHITECTURE,
+        weights,
+        ResNet50_Weights.verify(weights_backbone),
+        progress=progress,
+        num_classes=num_classes,
+        trainable_backbone_layers=trainable_backbone_layers,
+        key=key,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        precision=precision,
+        freeze_bn=freeze_bn,
+        remat=remat,
+        **kwargs,
+    )

@@ -1,0 +1,96 @@
+"""torchvision's Faster R-CNN in a comparison: records stages, makes predictions lively. Needs the extra ``torch``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from flaxdet.convert.lively import set_channels
+from flaxdet.convert.reference import torchvision
+from flaxdet.convert.stages import PROPOSAL_IMAGE, record_map
+
+_RPN_DELTAS = (0.0, 0.2)  # boxes move and grow by about a fifth of an anchor
+_ROI_DELTAS = (0.0, 0.4)  # divided by the coder's weights 10, 10, 5, 5
+_OBJECTNESS = (0.0, 1.5)
+_ROI_CLASSES = (0.0, 0.55)  # low, so that a softmax does not saturate, where scores would tie at 1
+_ROI_CANDIDATES = 0.3  # above the score threshold before NMS, for each proposal
+
+
+def kind() -> type[torch.nn.Module]:
+    """torchvision's class."""
+    torchvision()
+    from torchvision.models.detection import FasterRCNN
+
+    return FasterRCNN
+
+
+def hooks(model: Any, recorded: dict[str, np.ndarray]) -> list[tuple[torch.nn.Module, Callable[..., None]]]:
+    """Modules with forward hooks that write what follows the backbone into ``recorded``, under the names sown by ours.
+
+    Args:
+        model: torchvision's.
+        recorded: arrays by stage.
+    """
+
+    def flat(x: torch.Tensor, width: int) -> torch.Tensor:  # [B, A * width, h, w] -> [B, hwA, width]
+        batch, _, height, columns = x.shape
+        x = x.reshape(batch, -1, width, height, columns).permute(0, 3, 4, 1, 2)
+        return x.reshape(batch, -1, width)
+
+    def rpn_head(_: Any, __: Any, output: tuple[list[torch.Tensor], list[torch.Tensor]]) -> None:
+        recorded["objectness"] = torch.cat([flat(x, 1) for x in output[0]], dim=1)[..., 0].cpu().numpy()
+        recorded["pred_bbox_deltas"] = torch.cat([flat(x, 4) for x in output[1]], dim=1).cpu().numpy()
+
+    def rpn(_: Any, __: Any, output: tuple[list[torch.Tensor], Any]) -> None:
+        recorded["proposals"] = torch.cat(output[0]).cpu().numpy()
+        recorded[PROPOSAL_IMAGE] = np.repeat(np.arange(len(output[0])), [len(boxes) for boxes in output[0]])
+
+    def predictor(_: Any, __: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        recorded["class_logits"], recorded["box_regression"] = (x.cpu().numpy() for x in output)
+        recorded["class_scores"] = output[0].softmax(dim=-1).cpu().numpy()
+
+    heads = model.roi_heads
+    return [
+        (model.rpn.head, rpn_head),
+        (model.rpn, rpn),
+        (heads.box_roi_pool, record_map(recorded, "roi_features")),
+        (heads.box_predictor, predictor),
+    ]
+
+
+def calibrate(model: Any, features: dict[str, torch.Tensor]) -> None:
+    """Scales the prediction layers, see ``flaxdet.convert.lively.make_lively``.
+
+    Args:
+        model: torchvision's; changed in place.
+        features: of the backbone, for the calibration picture.
+    """
+    levels = list(features.values())
+    hidden = [model.rpn.head.conv(level) for level in levels]
+    set_channels(model.rpn.head.cls_logits, hidden, _OBJECTNESS)
+    set_channels(model.rpn.head.bbox_pred, hidden, _RPN_DELTAS)
+
+    # Boxes of all sizes over the picture stand for proposals: no cut-off takes part in the calibration.
+    size = torch.exp(torch.empty(400, 2, dtype=levels[0].dtype).uniform_(math.log(16), math.log(220)))
+    corner = torch.rand_like(size) * (torch.tensor([320.0, 256.0]) - size).clamp(min=0)
+    boxes = torch.cat([corner, corner + size], dim=1)
+    pooled = model.roi_heads.box_roi_pool(features, [boxes], [(256, 320)])
+    hidden = [model.roi_heads.box_head(pooled)]
+    predictor = model.roi_heads.box_predictor
+    set_channels(predictor.bbox_pred, hidden, _ROI_DELTAS)
+    logits = set_channels(predictor.cls_score, hidden, _ROI_CLASSES)
+    # The background's bias decides how many pass: bisection, as a softmax has no closed form.
+    low, high, shift = -20.0, 40.0, 0.0
+    for _ in range(40):
+        shift = (low + high) / 2
+        moved = torch.cat([logits[:, :1] + shift, logits[:, 1:]], dim=1).softmax(1)[:, 1:]
+        low, high = (
+            (shift, high)
+            if (moved > model.roi_heads.score_thresh).sum() > _ROI_CANDIDATES * len(logits)
+            else (low, shift)
+        )
+    predictor.cls_score.bias[0] += shift

@@ -1,0 +1,60 @@
+"""torchvision's FCOS in a comparison: records stages, makes predictions lively. Needs the extra ``torch``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from flaxdet.convert.lively import set_channels
+from flaxdet.convert.reference import torchvision
+
+_CENTERNESS = (0.0, 1.0)
+_DISTANCES = (2.6, 0.7)  # in anchor sizes: boxes of about five strides, which overlap their neighbours'
+_CLASS_SPREAD = 1.0  # of the class logits
+_CANDIDATES = 300  # above the score threshold before NMS, on the calibration picture
+
+
+def kind() -> type[torch.nn.Module]:
+    """torchvision's class."""
+    torchvision()
+    from torchvision.models.detection import FCOS
+
+    return FCOS
+
+
+def hooks(model: Any, recorded: dict[str, np.ndarray]) -> list[tuple[torch.nn.Module, Callable[..., None]]]:
+    """Modules with forward hooks that write what follows the backbone into ``recorded``, under the names sown by ours.
+
+    Args:
+        model: torchvision's.
+        recorded: arrays by stage.
+    """
+
+    def head(_: Any, __: Any, output: dict[str, torch.Tensor]) -> None:
+        recorded.update({name: x.cpu().numpy() for name, x in output.items()})
+
+    return [(model.head, head)]
+
+
+def calibrate(model: Any, features: dict[str, torch.Tensor]) -> None:
+    """Scales the prediction layers, see ``flaxdet.convert.lively.make_lively``.
+
+    Args:
+        model: torchvision's; changed in place.
+        features: of the backbone, for the calibration picture.
+    """
+    levels = list(features.values())
+    classification, regression = model.head.classification_head, model.head.regression_head
+    towers = [regression.conv(level) for level in levels]
+    set_channels(regression.bbox_reg, towers, _DISTANCES)
+    centerness = set_channels(regression.bbox_ctrness, towers, _CENTERNESS)
+    towers = [classification.conv(level) for level in levels]
+    logits = set_channels(classification.cls_logits, towers, (0.0, _CLASS_SPREAD))
+    # sqrt(sigmoid(logit + shift) * sigmoid(centerness)) > threshold, solved for the shift of each candidate
+    needed = (model.score_thresh**2 * (1 + torch.exp(-centerness))).clamp(1e-6, 1 - 1e-6)
+    shifts = (torch.logit(needed) - logits).flatten()
+    count = min(_CANDIDATES, shifts.numel() // 4)
+    classification.cls_logits.bias.add_(shifts.kthvalue(count).values)
