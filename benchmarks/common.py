@@ -24,7 +24,7 @@ from photos import describe_error, photo, photos
 import flaxdet
 from flaxdet.convert import from_torchvision, reference
 from flaxdet.convert.lively import make_lively
-from flaxdet.xla.compiling import compiler_options
+from flaxdet.xla.options import compiler_options
 from flaxdet.zoo.builders import make_model
 
 __all__ = ["MODELS", "describe_error", "photo", "photos"]  # which other files import from here

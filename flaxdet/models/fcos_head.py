@@ -13,9 +13,11 @@ from jaxtyping import Float
 
 from flaxdet.models.detector import Extents
 from flaxdet.nn.fpn import Features
-from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, kept, normal_001, recomputed
+from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, normal_001
 from flaxdet.nn.norm import Affine, GroupNorm, apply_affine, masked_conv, norm_affine
 from flaxdet.nn.options import check_counts, check_numbers
+from flaxdet.xla.barriers import save_for_backward
+from flaxdet.xla.rematerialisation import rematerialise
 
 GROUPS = 32  # of neighbouring channels, in each GroupNorm
 HeadOutputs = dict[str, Float[Array, "B hwA _"]]
@@ -60,11 +62,11 @@ class _Tower(TypedModule):
             return [masked_conv(layer, x, extent) for x, extent in zip(maps, extent_of, strict=True)]
 
         for layer, norm in layers:
-            maps = recomputed(convolve)(layer, maps, affines)
-            maps = [kept(x) for x in maps]  # else XLA:CPU keeps them without their bias too
+            maps = rematerialise(convolve, nn.remat)(layer, maps, affines)
+            maps = [save_for_backward(x) for x in maps]  # else XLA:CPU keeps them without their bias too
             normed = [norm_affine(norm, x, extent, train=False) for x, extent in zip(maps, extent_of, strict=True)]
             maps, affines = [x for x, _ in normed], [affine for _, affine in normed]
-        return {name: recomputed(convolve)(layer, maps, affines) for name, layer in predictions.items()}
+        return {name: rematerialise(convolve, nn.remat)(layer, maps, affines) for name, layer in predictions.items()}
 
 
 class FCOSHead(TypedModule):

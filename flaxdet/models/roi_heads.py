@@ -18,7 +18,6 @@ from flaxdet.nn.layers import (
     conv,
     kaiming_normal_fan_out,
     linear,
-    recomputed,
 )
 from flaxdet.nn.norm import BatchNorm, activated_conv, apply_affine
 from flaxdet.nn.options import check_counts, check_sizes
@@ -26,6 +25,7 @@ from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Detections, Proposals
 from flaxdet.xla.mesh import per_image
+from flaxdet.xla.rematerialisation import rematerialise
 
 MIN_SIZE = 1e-2  # pixels; smaller detections are dropped
 
@@ -134,7 +134,7 @@ class FastRCNNConvFCHead(TypedModule):
                 name=f"conv_{i}",
                 **options,
             )
-            x = layer(x) if i == 0 else recomputed(activated_conv)(layer, x, affine, None)
+            x = layer(x) if i == 0 else rematerialise(activated_conv, nn.remat)(layer, x, affine, None)
             if self.use_norm:
                 cells = None if mask is None else jnp.broadcast_to(mask[:, None, None], x.shape[:3])
                 norm = BatchNorm(name=f"norm_{i}", **options)

@@ -17,6 +17,7 @@ from flaxdet.nn.options import check_counts
 from flaxdet.ops import AnchorGenerator, BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Proposals
+from flaxdet.xla.barriers import materialise
 from flaxdet.xla.mesh import per_image
 
 MIN_SIZE = 1e-3  # pixels; smaller proposals are dropped
@@ -149,7 +150,7 @@ def _filter_image(
         # The canvas's anchors come first whatever their logits: sigmoid(-inf) = 0 would pass a threshold of 0,
         # so what was padding is told by the mask and not by the score.
         ranked = jnp.where(inside, logits, -jnp.inf)
-        _, index = map(lax.optimization_barrier, lax.top_k(ranked, count))
+        _, index = materialise(lax.top_k(ranked, count))
         boxes = clip_boxes_to_image(coder.decode(deltas[index], boxes[index]), size)
         levels = jnp.full((count,), level, jnp.int32)
         candidates.append((boxes, nn.sigmoid(logits[index]), levels, inside[index]))

@@ -12,6 +12,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from flaxdet.xla import routes
+from flaxdet.xla.barriers import materialise
 
 Array = jax.Array
 
@@ -46,12 +47,12 @@ def product(lhs: Array, rhs: Array, precision: Any = None) -> Array:
     plain = functools.partial(_plain, precision=precision)
 
     def tangent_of_lhs(lhs: Array, rhs: Array) -> Array:
-        return _by_rows(lhs, lax.optimization_barrier(rhs.T), precision)
+        return _by_rows(lhs, materialise(rhs.T), precision)
 
     def tangent_of_rhs(lhs: Array, rhs: Array) -> Array:
         if rhs.shape[0] <= rhs.shape[1] or rhs.size > _SMALL:
             return plain(lhs, rhs)
-        return _by_rows(lhs, lax.optimization_barrier(rhs.T), precision)
+        return _by_rows(lhs, materialise(rhs.T), precision)
 
     return bilinear(plain, tangent_of_lhs, tangent_of_rhs)(lhs, rhs)
 

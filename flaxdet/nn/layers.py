@@ -6,7 +6,6 @@ lies beyond it must not be seen, so every spatial convolution reads zeros there:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -16,11 +15,10 @@ from jax import lax
 from jax.nn.initializers import Initializer, normal, uniform, variance_scaling, zeros
 from jaxtyping import Bool, Float, Int
 
-from flaxdet.nn.conv import conv_general_dilated
+from flaxdet.nn.conv.dispatch import conv_general_dilated
 from flaxdet.nn.dot import dot_general
 from flaxdet.nn.typed import TypedModule as TypedModule
 from flaxdet.nn.typed import default_param_dtype
-from flaxdet.xla import routes
 
 Array = jax.Array
 Dtype = Any
@@ -199,33 +197,6 @@ def linear(
         precision=precision,
         name=name,
     )
-
-
-def recomputed(function: Callable[..., Any], lift: Callable[..., Any] = nn.remat) -> Callable[..., Any]:
-    """``lift(function)`` where CPUs' routes are taken; elsewhere, where it wasn't measured, the function itself.
-
-    For the way from a norm to the next convolution. Its gradient needs the convolution's input, which XLA:CPU keeps
-    beside the norm's; fetching the memory for a second map takes longer than computing it again. Under a jit of one's
-    own it takes ``flaxdet.compiler_options()``, else XLA undoes it.
-
-    Args:
-        function: ``(module, ...)`` for ``nn.remat``.
-        lift: ``jax.checkpoint`` for a function without a module.
-    """
-    return lift(function) if routes.platform() == "cpu" else function
-
-
-@jax.custom_jvp
-def kept(x: Array) -> Array:
-    """``x``; where a CPU takes a gradient, both lie behind barriers: XLA keeps them, not what it has them from."""
-    return x
-
-
-@kept.defjvp
-def _kept_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    if routes.platform() != "cpu":
-        return primals[0], tangents[0]
-    return lax.optimization_barrier(primals[0]), lax.optimization_barrier(tangents[0])
 
 
 def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:

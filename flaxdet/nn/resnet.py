@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float, Int
 
 from flaxdet.nn.layers import (
@@ -21,7 +19,6 @@ from flaxdet.nn.layers import (
     kaiming_normal_fan_out,
     level_extent,
     max_pool_3x3,
-    recomputed,
 )
 from flaxdet.nn.norm import (
     BatchNorm,
@@ -32,6 +29,8 @@ from flaxdet.nn.norm import (
     masked_conv,
     norm_affine,
 )
+from flaxdet.xla.barriers import materialise
+from flaxdet.xla.rematerialisation import rematerialise
 
 STAGE_SIZES = {
     18: (2, 2, 2, 2),
@@ -68,7 +67,7 @@ class _Block(nn.Module):
             residual = self.conv(x.shape[-1], 1, strides=self.strides, name="downsample_conv")(residual)
             residual = apply_norm(self.norm(name="downsample_bn"), residual, out_extent, train=train)
         # without a barrier XLA:CPU adds up all earlier blocks again in each, and keeps their maps for it
-        return lax.optimization_barrier(nn.relu(x + residual))
+        return materialise(nn.relu(x + residual))
 
 
 def _no_norm(*, name: str) -> None:
@@ -148,7 +147,7 @@ class ResNet(TypedModule):
             norm = _no_norm
         norm_train = train and not self.freeze_bn
         # the blocks are named below, so their variables have the same paths either way
-        block, recompute = _Block, recomputed
+        block, recompute = _Block, functools.partial(rematerialise, lift=nn.remat)
         if self.remat:  # then not its parts once more
             block, recompute = nn.remat(_Block, static_argnums=(4,)), lambda function: function  # pyright: ignore[reportArgumentType]
         bucket = pixels.shape[1:3]
@@ -158,9 +157,7 @@ class ResNet(TypedModule):
 
         x = conv_(64, 7, strides=2, name="conv1")(pixels.astype(self.dtype))
         x, affine = norm_affine(norm(name="bn1"), x, extent(x), train=norm_train)
-        pooled = recomputed(
-            lambda x, affine: max_pool_3x3(nn.relu(apply_affine(x, affine, self.dtype))), jax.checkpoint
-        )
+        pooled = rematerialise(lambda x, affine: max_pool_3x3(nn.relu(apply_affine(x, affine, self.dtype))))
         x = pooled(x, affine)
 
         stages = {}

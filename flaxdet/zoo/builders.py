@@ -20,6 +20,7 @@ from flaxdet.models.roi_heads import FastRCNNConvFCHead
 from flaxdet.models.rpn import RPNHead
 from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
 from flaxdet.nn.resnet import ResNet
+from flaxdet.xla.devices import platform_of
 from flaxdet.zoo.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights
 
 Variables = dict[str, Any]
@@ -306,7 +307,7 @@ def initial_variables(model: FCOS | FasterRCNN, key: jax.Array) -> Variables:
     """
     if isinstance(jax.random.key_data(key), Tracer):  # under eval_shape or jit, where only those compile
         return _init(model, key)
-    return _jitted_init(jax.default_backend())(model, key)
+    return _jitted_init(platform_of(key))(model, key)
 
 
 def _init(model: FCOS | FasterRCNN, key: jax.Array) -> Variables:
