@@ -17,7 +17,8 @@ from PIL import Image
 from flaxdet.files import models as files
 from flaxdet.models import FCOS, FasterRCNN, RPNHead, TwoMLPHead
 from flaxdet.nn import BackboneWithFPN, BatchNorm
-from flaxdet.nn.layers import TypedModule, conv, level_extent, mask_beyond
+from flaxdet.nn.canvas import level_extent, mask_beyond
+from flaxdet.nn.layers import Conv, TypedModule
 from flaxdet.ops import AnchorGenerator
 from flaxdet.zoo import builders
 from flaxdet.zoo.builders import initial_variables
@@ -40,7 +41,7 @@ class TinyBackbone(TypedModule):
         x, bucket, maps = pixels, pixels.shape[1:3], {}
         for i, channels in enumerate((16, 32, 32, 32)):
             extent = level_extent(canvas, bucket, x.shape[1:3])
-            x = conv(channels, 3, strides=2, name=f"conv{i}", **options)(mask_beyond(x, extent))
+            x = Conv(channels, 3, strides=2, name=f"conv{i}", **options)(mask_beyond(x, extent))
             mask = None
             extent = level_extent(canvas, bucket, x.shape[1:3])
             if extent is not None:

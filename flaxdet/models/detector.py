@@ -13,8 +13,9 @@ from flax.core import Scope
 from jaxtyping import Bool, Float, Int
 
 from flaxdet.models.backbones import named_maps, warn_of_other_maps, warn_of_other_options
+from flaxdet.nn.canvas import level_extent
 from flaxdet.nn.fpn import BackboneWithFPN, Features
-from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, level_extent
+from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32
 from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import Detections, ImageBatch, TransformConfig
 from flaxdet.xla.mesh import per_image

@@ -11,8 +11,10 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from flaxdet.models.detector import Extents
+from flaxdet.nn.canvas import mask_beyond
 from flaxdet.nn.fpn import Features
-from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, mask_beyond, normal_001
+from flaxdet.nn.initializers import normal_001
+from flaxdet.nn.layers import Array, Conv, Dtype, Precision, TypedModule
 from flaxdet.nn.options import check_counts
 from flaxdet.ops import AnchorGenerator, BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
@@ -70,9 +72,9 @@ class RPNHead(TypedModule):
             "param_dtype": self.param_dtype,
             "precision": self.precision,
         }
-        convs = [conv(self.in_channels, 3, name=f"conv_{i}", **options) for i in range(self.conv_depth)]
-        cls_logits = conv(self.num_anchors, 1, name="cls_logits", **options)
-        bbox_pred = conv(self.num_anchors * 4, 1, name="bbox_pred", **options)
+        convs = [Conv(self.in_channels, 3, name=f"conv_{i}", **options) for i in range(self.conv_depth)]
+        cls_logits = Conv(self.num_anchors, 1, name="cls_logits", **options)
+        bbox_pred = Conv(self.num_anchors * 4, 1, name="bbox_pred", **options)
         objectness, deltas = [], []
         for name, x in features.items():
             for layer in convs:

@@ -18,7 +18,8 @@ from flaxdet.models.faster_rcnn import FasterRCNN, default_anchor_generator
 from flaxdet.models.fcos import FCOS
 from flaxdet.models.roi_heads import FastRCNNConvFCHead
 from flaxdet.models.rpn import RPNHead
-from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7
+from flaxdet.nn.extra_levels import LastLevelMaxPool, LastLevelP6P7
+from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork
 from flaxdet.nn.resnet import ResNet
 from flaxdet.xla.devices import platform_of
 from flaxdet.zoo.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights
