@@ -78,7 +78,7 @@ def _batch_norm_block(options: dict[str, Any]) -> Part:
     """Convolution, BatchNorm in training and ReLU on ResNet's stage of stride 4 in bfloat16, with the gradients."""
     import flax.linen as nn
 
-    from flaxdet.nn.layers import conv
+    from flaxdet.nn.layers import Conv
 
     rows, columns = level_shape(options, 4)
     images, channels = batch_size(options), 64
@@ -86,7 +86,7 @@ def _batch_norm_block(options: dict[str, Any]) -> Part:
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x: Any) -> Any:
-            x = conv(channels, 3, use_bias=False, dtype=jnp.bfloat16, name="conv")(x)
+            x = Conv(channels, 3, use_bias=False, dtype=jnp.bfloat16, name="conv")(x)
             return nn.relu(BatchNorm(dtype=jnp.bfloat16, name="norm")(x, train=True))
 
     block = Block()

@@ -25,7 +25,7 @@ import flaxdet
 from flaxdet.convert import from_torchvision, reference
 from flaxdet.convert.lively import make_lively
 from flaxdet.registry import make_model
-from flaxdet.xla.compiling import compiler_options
+from flaxdet.xla.options import compiler_options
 
 __all__ = ["MODELS", "describe_error", "photo", "photos"]  # which other files import from here
 

@@ -18,7 +18,8 @@ from flaxdet import registry
 from flaxdet.models import FCOS, FasterRCNN, RPNHead, TwoMLPHead
 from flaxdet.models.initial import initial_variables
 from flaxdet.nn import BackboneWithFPN, BatchNorm
-from flaxdet.nn.layers import TypedModule, conv, level_extent, mask_beyond
+from flaxdet.nn.canvas import level_extent, mask_beyond
+from flaxdet.nn.layers import Conv, TypedModule
 from flaxdet.ops import AnchorGenerator
 
 FCOS_NAME, V2_NAME = "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"
@@ -39,7 +40,7 @@ class TinyBackbone(TypedModule):
         x, bucket, maps = pixels, pixels.shape[1:3], {}
         for i, channels in enumerate((16, 32, 32, 32)):
             extent = level_extent(canvas, bucket, x.shape[1:3])
-            x = conv(channels, 3, strides=2, name=f"conv{i}", **options)(mask_beyond(x, extent))
+            x = Conv(channels, 3, strides=2, name=f"conv{i}", **options)(mask_beyond(x, extent))
             mask = None
             extent = level_extent(canvas, bucket, x.shape[1:3])
             if extent is not None:

@@ -22,7 +22,7 @@ from flaxdet.cli.export import Export
 from flaxdet.cli.train import Train
 from flaxdet.cli.verify import Verify
 from flaxdet.files.download import cache_dir
-from flaxdet.xla.compiling import keep_compiled
+from flaxdet.xla.compilation_cache import keep_compiled
 
 COMMANDS = {"detect": Detect, "train": Train, "eval": Eval, "convert": Convert, "export": Export, "verify": Verify}
 DESCRIPTION = (

@@ -234,7 +234,7 @@ class _Report:
     def evaluate(self, variables: Mapping[str, Any], step: int) -> dict[str, float]:
         """COCO's figures on the validation images; draws the pictures anew."""
         from flaxdet.evaluation.evaluate import evaluate
-        from flaxdet.xla.compiling import give_memory_back
+        from flaxdet.xla.memory import give_memory_back
 
         assert self.val is not None
         give_memory_back()  # the step's temporaries, on CPUs

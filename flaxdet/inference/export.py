@@ -28,7 +28,7 @@ from flaxdet.inference.predict import detect
 from flaxdet.models.detector import Detector
 from flaxdet.models.folding import fold_batch_norm
 from flaxdet.structures import ImageBatch
-from flaxdet.xla.compiling import compiler_options
+from flaxdet.xla.options import compiler_options
 
 FORMAT = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -126,7 +126,7 @@ def export(
             "fixed_size": config.fixed_size,
             "size_divisible": config.size_divisible,
         },
-        "compiler_options": {"cpu": compiler_options(model.box_dtype) or {}},
+        "compiler_options": {"cpu": compiler_options(model.box_dtype, platform="cpu") or {}},
         "categories": None if categories is None else list(categories),
         "weights": {"file": WEIGHTS, "sha256": digest((folder / WEIGHTS).read_bytes())},
         "programs": programs,

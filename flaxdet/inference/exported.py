@@ -154,7 +154,7 @@ def load_exported(folder: str | Path) -> ExportedDetector:
             raise ExportError(f"{path}: {error.strerror}; an artifact needs it beside {SIGNATURE}") from None
         if digest(contents[part["file"]]) != part["sha256"]:
             raise ExportError(f"{path}: is not the file that {SIGNATURE} was written with (sha256 differs)")
-    platform = jax.export.default_export_platform()  # default_backend() calls both "cuda" and "rocm" "gpu"
+    platform = jax.export.default_export_platform()  # jax's backends call both "cuda" and "rocm" "gpu"
     if platform not in signature["platforms"]:
         raise ExportError(
             f"{folder}: was exported for {', '.join(signature['platforms'])}, this process runs on {platform}"

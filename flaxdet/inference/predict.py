@@ -13,7 +13,7 @@ import numpy as np
 from flaxdet.images.transform import Canvas, check_canvas, check_images, resized_size, to_original, transform
 from flaxdet.models.detector import Detector
 from flaxdet.structures import Detections, ImageBatch
-from flaxdet.xla.compiling import compiler_options
+from flaxdet.xla.jit import JitByDevice
 
 
 def detect(model: Detector, variables: Any, batch: ImageBatch) -> Detections:
@@ -28,13 +28,12 @@ def jitted_detect(model: Detector, variables: Any, batch: ImageBatch) -> Detecti
 
 def detect_program(dtype: Any) -> Any:
     """The function behind ``jitted_detect`` for models of a dtype; always the same one."""
-    return _detect_program(jax.default_backend(), jnp.dtype(dtype))
+    return _detect_program(jnp.dtype(dtype))
 
 
 @functools.cache
-def _detect_program(backend: str, dtype: Any) -> Any:
-    del backend  # which the options depend on
-    return jax.jit(detect, static_argnums=0, compiler_options=compiler_options(dtype))
+def _detect_program(dtype: Any) -> Any:
+    return JitByDevice(detect, dtype, static_argnums=0)
 
 
 def predict(

@@ -17,8 +17,10 @@ from flaxdet.images.resize import resize_image
 from flaxdet.inference.predict import detect
 from flaxdet.models.detector import Detector
 from flaxdet.structures import Detections, ImageBatch
-from flaxdet.xla.compiling import compiler_options, give_memory_back
+from flaxdet.xla.devices import platform_of
+from flaxdet.xla.memory import give_memory_back
 from flaxdet.xla.mesh import by_rows, on_mesh
+from flaxdet.xla.options import compiler_options
 
 
 class Programs:
@@ -122,7 +124,7 @@ class Programs:
 
     def _compile(self, run: Callable[..., Any], shapes: tuple[Any, ...], bucket: Size) -> Callable[..., Any]:
         with self.memory(bucket):
-            options = compiler_options(self.model.box_dtype)
+            options = compiler_options(self.model.box_dtype, platform=platform_of(self.variables))
             program = jax.jit(on_mesh(run, self.mesh)).lower(*shapes).compile(options)
         give_memory_back()
         return program

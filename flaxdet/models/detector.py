@@ -15,9 +15,10 @@ from flax.core import Scope
 from jaxtyping import Bool, Float, Int
 
 from flaxdet.models.backbones import named_maps, warn_of_other_maps, warn_of_other_options
+from flaxdet.nn.canvas import level_extent
 from flaxdet.nn.fpn import BackboneWithFPN, Features
-from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, at_least_float32, level_extent
-from flaxdet.nn.names import TorchName, inside
+from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, at_least_float32
+from flaxdet.nn.names import TorchName, inside, names_of
 from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import Detections, ImageBatch, TransformConfig
 from flaxdet.xla.mesh import per_image
@@ -157,8 +158,7 @@ class Detector(TypedModule):
     def torch_names(self) -> Iterator[TorchName]:
         """Names of the modules in torchvision's detector, in the order of its state_dict; none of parts it lacks."""
         for field, name in self.torch_parts.items():
-            if hasattr(part := getattr(self, field), "torch_names"):
-                yield from inside(part.torch_names(), field, name)
+            yield from inside(names_of(getattr(self, field)), field, name)
 
     @property
     def box_dtype(self) -> Dtype:

@@ -34,6 +34,7 @@ from flaxdet.nn.typed import SHARED_OPTIONS
 from flaxdet.ops import AnchorGenerator, BoxLinearCoder, clip_boxes_to_image
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Detections, ImageBatch, Targets
+from flaxdet.xla.barriers import materialise
 from flaxdet.xla.mesh import per_image
 
 
@@ -234,7 +235,7 @@ class FCOS(Detector):
             kept = (scores > threshold) & level_admitted[:, None]
             scores = jnp.where(kept, scores, -1).reshape(-1)
             # without the barrier XLA:CPU may fuse a slice into the top-k and sort everything
-            best, index = map(lax.optimization_barrier, lax.top_k(scores, min(self.topk_candidates, scores.shape[0])))
+            best, index = materialise(lax.top_k(scores, min(self.topk_candidates, scores.shape[0])))
             cell = index // num_classes
             boxes = coder.decode(outputs["bbox_regression"][level][cell], level_anchors[cell])
             candidates.append((clip_boxes_to_image(boxes, size), best, index % num_classes))

@@ -13,10 +13,12 @@ from jax.nn.initializers import constant
 from jaxtyping import Float
 
 from flaxdet.models.detector import Extents
+from flaxdet.nn.chain import Layer, chain
 from flaxdet.nn.fpn import Features
-from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, kept, normal_001, recomputed
+from flaxdet.nn.initializers import normal_001
+from flaxdet.nn.layers import Array, Conv, Dtype, Precision, TypedModule
 from flaxdet.nn.names import TorchName
-from flaxdet.nn.norm import Affine, GroupNorm, apply_affine, masked_conv, norm_affine
+from flaxdet.nn.norm import GroupNorm
 from flaxdet.nn.options import check_counts, check_numbers
 
 GROUPS = 32  # of neighbouring channels, in each GroupNorm
@@ -44,29 +46,19 @@ class _Tower(TypedModule):
     @nn.compact
     def __call__(self, features: Features, extents: Extents) -> dict[str, list[Array]]:
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv3x3 = functools.partial(conv, kernel_size=3, kernel_init=normal_001, precision=self.precision, **options)
-        layers = [
-            (conv3x3(self.channels, name=f"conv_{i}"), GroupNorm(GROUPS, name=f"norm_{i}", **options))
-            for i in range(self.num_convs)
-        ]
+        conv3x3 = functools.partial(Conv, kernel_size=3, kernel_init=normal_001, precision=self.precision, **options)
+        layers: list[Layer] = []
+        for i in range(self.num_convs):
+            layers += [
+                conv3x3(self.channels, name=f"conv_{i}"),
+                GroupNorm(GROUPS, name=f"norm_{i}", **options),
+                nn.relu,
+            ]
         predictions = {
             name: conv3x3(channels, bias_init=constant(bias), name=name) for name, channels, bias in self.outputs
         }
-        maps = list(features.values())
-        extent_of = [None] * len(maps) if extents is None else [extents[name] for name in features]
-        affines: list[Affine] = []  # of the last norm, which the next convolution applies
-
-        def convolve(layer: nn.Module, maps: list[Array], affines: list[Affine]) -> list[Array]:
-            if affines:
-                maps = [nn.relu(apply_affine(x, affine, self.dtype)) for x, affine in zip(maps, affines, strict=True)]
-            return [masked_conv(layer, x, extent) for x, extent in zip(maps, extent_of, strict=True)]
-
-        for layer, norm in layers:
-            maps = recomputed(convolve)(layer, maps, affines)
-            maps = [kept(x) for x in maps]  # else XLA:CPU keeps them without their bias too
-            normed = [norm_affine(norm, x, extent, train=False) for x, extent in zip(maps, extent_of, strict=True)]
-            maps, affines = [x for x, _ in normed], [affine for _, affine in normed]
-        return {name: recomputed(convolve)(layer, maps, affines) for name, layer in predictions.items()}
+        links = [chain(layers, x, None if extents is None else extents[name]) for name, x in features.items()]
+        return {name: [chain([layer], link).value for link in links] for name, layer in predictions.items()}
 
 
 class FCOSHead(TypedModule):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,13 +11,10 @@ import jax
 import numpy as np
 
 from flaxdet.models.detector import Detector
-from flaxdet.models.roi_heads import FastRCNNConvFCHead
-from flaxdet.nn.fpn import BackboneWithFPN
-from flaxdet.nn.resnet import ResNet
+from flaxdet.nn.backbone import ConvNorm, is_foldable
+from flaxdet.nn.typed import parts_of
 
 Variables = dict[str, Any]
-
-_EPSILON = 1e-5  # of every BatchNorm of torchvision's detectors, live or frozen
 
 
 def fold_batch_norm(model: Any, variables: Mapping[str, Any]) -> tuple[Any, Variables]:
@@ -25,8 +24,9 @@ def fold_batch_norm(model: Any, variables: Mapping[str, Any]) -> tuple[Any, Vari
     is left with a bias and a ReLU, which accelerators fuse. Folded variables can't be trained as before, saved, or
     handed to torchvision: keep those that were given.
 
-    What is folded are torchvision's parts: ``ResNet``, ``FeaturePyramidNetwork`` and ``FastRCNNConvFCHead``. Other
-    backbones and heads stay as they are.
+    Folded are the parts that declare ``conv_norm_pairs`` and ``without_norms`` (``flaxdet.nn.backbone``), as
+    torchvision's parts do: ``ResNet``, ``FeaturePyramidNetwork`` and ``FastRCNNConvFCHead``. Other backbones and heads
+    stay as they are.
 
     Args:
         model: from a builder or ``flaxdet.load``.
@@ -44,60 +44,45 @@ def fold_batch_norm(model: Any, variables: Mapping[str, Any]) -> tuple[Any, Vari
         raise TypeError(f"expected a detector, got {type(model).__name__}")
     params, stats = _copy(variables.get("params", {})), _copy(variables.get("batch_stats", {}))
     replaced: dict[str, Any] = {}
-    backbone = model.backbone
-    if isinstance(backbone, BackboneWithFPN):
-        body, fpn = backbone.body, backbone.fpn
-        if isinstance(body, ResNet):
-            if body.folded:
-                raise ValueError("the model's BatchNorm is folded already")
-            _fold_resnet(*(_at(tree, "backbone", "body") for tree in (params, stats)))
-            body = body.clone(folded=True, frozen_bn=False, freeze_bn=False, parent=None)
-        if fpn.use_norm:
-            pyramid, pyramid_stats = (_at(tree, "backbone", "fpn") for tree in (params, stats))
-            for name in [name for name, block in pyramid.items() if "norm" in block]:
-                _fold(pyramid[name], "conv", "norm", _at(pyramid_stats, name))
-            fpn = fpn.clone(use_norm=False, freeze_bn=False, parent=None)
-        replaced["backbone"] = backbone.clone(body=body, fpn=fpn, parent=None)
-    head = getattr(model, "box_head", None)
-    if isinstance(head, FastRCNNConvFCHead) and head.use_norm:
-        for i in range(len(head.conv_layers)):
-            _fold(_at(params, "box_head"), f"conv_{i}", f"norm_{i}", _at(stats, "box_head"))
-        replaced["box_head"] = head.clone(use_norm=False, freeze_bn=False, parent=None)
+    for name, part in parts_of(model):
+        if "." in name or not is_foldable(part):  # a part of a part is its owner's to declare
+            continue
+        declared: Any = part
+        replaced[name] = declared.without_norms()
+        for pair in declared.conv_norm_pairs:
+            _fold(params, stats, pair.below(name))
     folded: Variables = {"params": _without_empty(params)}
     if rest := _without_empty(stats):
         folded["batch_stats"] = rest
     return model.clone(**replaced), folded
 
 
-def _fold_resnet(params: dict[str, Any], stats: dict[str, Any]) -> None:
-    _fold(params, "conv1", "bn1", stats)
-    for name, block in params.items():
-        if name.startswith("layer"):
-            for conv in [key for key in block if "conv" in key]:
-                _fold(block, conv, conv.replace("conv", "bn"), _at(stats, name))
-
-
-def _fold(params: dict[str, Any], conv: str, norm: str, stats: dict[str, Any]) -> None:
-    """kernel * f and bias = shift - mean * f, with f = scale / sqrt(var + eps); the norm's vectors are taken out."""
+def _fold(params: dict[str, Any], stats: dict[str, Any], pair: ConvNorm) -> None:
+    """kernel * f and bias * f + shift - mean * f, with f = scale / sqrt(var + eps); the norm is taken out."""
+    *path, name = pair.conv
     try:
-        vectors = {**params.pop(norm, {}), **stats.pop(norm)}
+        vectors = {**_taken(params, pair.norm), **_taken(stats, pair.norm)}
         scale, bias, mean, var = (np.asarray(vectors[name], np.float64) for name in ("scale", "bias", "mean", "var"))
-        kernel = params[conv]["kernel"]
+        owner = functools.reduce(operator.getitem, path, params)
+        layer = owner[name]
+        kernel = layer["kernel"]
     except KeyError as error:
-        raise ValueError(f"variables don't fit the model: no {error} beside {conv} and {norm}") from None
-    factor = scale / np.sqrt(var + _EPSILON)
-    params[conv] = {  # not by jnp.asarray, which compiles a program for each shape
+        conv, norm = ("/".join(each) for each in (pair.conv, pair.norm))
+        raise ValueError(f"variables don't fit the model: no {error} of {conv} and {norm}") from None
+    factor = scale / np.sqrt(var + pair.eps)
+    own_bias = np.asarray(layer.get("bias", 0), np.float64)
+    owner[name] = {  # not by jnp.asarray, which compiles a program for each shape
         "kernel": jax.device_put((np.asarray(kernel, np.float64) * factor).astype(kernel.dtype)),
-        "bias": jax.device_put((bias - mean * factor).astype(kernel.dtype)),
+        "bias": jax.device_put(((own_bias - mean) * factor + bias).astype(kernel.dtype)),
     }
 
 
-def _at(tree: dict[str, Any], *path: str) -> dict[str, Any]:
-    for name in path:
-        if name not in tree:
-            raise ValueError(f"variables don't fit the model: no {name!r} among {', '.join(tree) or 'nothing'}")
-        tree = tree[name]
-    return tree
+def _taken(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    """Takes what lies at a path out of a tree; nothing where there is no such path."""
+    *path_of_owner, name = path
+    for step in path_of_owner:
+        tree = tree.get(step, {})
+    return tree.pop(name, {})
 
 
 def _copy(tree: Any) -> Any:

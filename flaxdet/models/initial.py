@@ -10,6 +10,7 @@ import jax
 from jax.core import Tracer
 
 from flaxdet.models.detector import Detector, example_batch
+from flaxdet.xla.devices import platform_of
 
 Variables = dict[str, Any]
 
@@ -26,7 +27,7 @@ def initial_variables(model: Detector, key: jax.Array) -> Variables:
     """
     if isinstance(jax.random.key_data(key), Tracer):  # under eval_shape or jit, where only those compile
         return _init(model, key)
-    return _jitted_init(jax.default_backend())(model, key)
+    return _jitted_init(platform_of(key))(model, key)
 
 
 def _init(model: Detector, key: jax.Array) -> Variables:

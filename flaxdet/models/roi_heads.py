@@ -10,19 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from flaxdet.models.detector import freeze_lists, gather_detections
-from flaxdet.nn.layers import (
-    Array,
-    Dtype,
-    Precision,
-    TypedModule,
-    at_least_float32,
-    conv,
-    kaiming_normal_fan_out,
-    linear,
-    recomputed,
-)
+from flaxdet.nn.backbone import ConvNorm
+from flaxdet.nn.chain import Layer, chain
+from flaxdet.nn.initializers import kaiming_normal_fan_out
+from flaxdet.nn.layers import Array, Conv, Dense, Dtype, Precision, TypedModule
 from flaxdet.nn.names import TorchName
-from flaxdet.nn.norm import BatchNorm, activated_conv, apply_affine
+from flaxdet.nn.norm import BatchNorm
 from flaxdet.nn.options import check_counts, check_sizes
 from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
@@ -78,8 +71,8 @@ class TwoMLPHead(TypedModule):
             "precision": self.precision,
         }
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(linear(self.representation_size, self.in_channels, name="fc6", **options)(x))
-        return nn.relu(linear(self.representation_size, self.representation_size, name="fc7", **options)(x))
+        x = nn.relu(Dense(self.representation_size, name="fc6", **options)(x))
+        return nn.relu(Dense(self.representation_size, name="fc7", **options)(x))
 
 
 class FastRCNNConvFCHead(TypedModule):
@@ -124,6 +117,19 @@ class FastRCNNConvFCHead(TypedModule):
         for i in range(len(self.fc_layers)):  # torch counts the convolutions, Flatten, Linear, ReLU
             yield TorchName(f"fc_{i}", str(convs + 1 + 2 * i), flattened=i == 0)
 
+    @property
+    def conv_norm_pairs(self) -> tuple[ConvNorm, ...]:
+        """Every convolution with its norm; none without ``use_norm``."""
+        return tuple(ConvNorm((f"conv_{i}",), (f"norm_{i}",)) for i in range(len(self.conv_layers)) if self.use_norm)
+
+    def without_norms(self) -> FastRCNNConvFCHead:
+        """The head that a folded one is.
+
+        Returns:
+            The same head with ``use_norm=False``.
+        """
+        return self.clone(use_norm=False, freeze_bn=False, parent=None)
+
     @nn.compact
     def __call__(
         self, x: Float[Array, "R h w C"], *, train: bool = False, mask: Bool[Array, " R"] | None = None
@@ -139,28 +145,25 @@ class FastRCNNConvFCHead(TypedModule):
             [R, fc_layers[-1]].
         """
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        affine = None  # of the last norm, which the next layer applies
+        layers: list[Layer] = []
         for i, features in enumerate(self.conv_layers):
-            layer = conv(
-                features,
-                3,
-                use_bias=not self.use_norm,
-                kernel_init=kaiming_normal_fan_out,
-                precision=self.precision,
-                name=f"conv_{i}",
-                **options,
-            )
-            x = layer(x) if i == 0 else recomputed(activated_conv)(layer, x, affine, None)
-            if self.use_norm:
-                cells = None if mask is None else jnp.broadcast_to(mask[:, None, None], x.shape[:3])
-                norm = BatchNorm(name=f"norm_{i}", **options)
-                x = x.astype(at_least_float32(self.dtype))
-                affine = norm.affine(x, train=train and not self.freeze_bn, mask=cells)
-        if self.conv_layers:
-            x = nn.relu(apply_affine(x, affine, self.dtype))
+            layers += [
+                Conv(
+                    features,
+                    3,
+                    use_bias=not self.use_norm,
+                    kernel_init=kaiming_normal_fan_out,
+                    precision=self.precision,
+                    name=f"conv_{i}",
+                    **options,
+                ),
+                BatchNorm(name=f"norm_{i}", **options) if self.use_norm else None,
+                nn.relu,
+            ]
+        x = chain(layers, x, train=train and not self.freeze_bn, rows=mask).value
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate(self.fc_layers):
-            x = linear(features, x.shape[-1], precision=self.precision, name=f"fc_{i}", **options)(x)
+            x = Dense(features, precision=self.precision, name=f"fc_{i}", **options)(x)
             x = nn.relu(x)
         return x
 
@@ -227,8 +230,8 @@ class FastRCNNPredictor(TypedModule):
             "param_dtype": self.param_dtype,
             "precision": self.precision,
         }
-        scores = linear(self.num_classes, self.in_channels, name="cls_score", **options)(x)
-        deltas = linear(self.num_classes * 4, self.in_channels, name="bbox_pred", **options)(x)
+        scores = Dense(self.num_classes, name="cls_score", **options)(x)
+        deltas = Dense(self.num_classes * 4, name="bbox_pred", **options)(x)
         return scores, deltas
 
 

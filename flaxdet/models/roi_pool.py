@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jax import lax
 from jaxtyping import Float
 
 from flaxdet.models.detector import feature_extents
@@ -18,6 +17,7 @@ from flaxdet.nn.layers import Array
 from flaxdet.nn.options import check_counts, check_sizes
 from flaxdet.ops.roi_align import multiscale_roi_align
 from flaxdet.structures import ImageBatch
+from flaxdet.xla.barriers import materialise
 from flaxdet.xla.mesh import per_image
 
 
@@ -111,7 +111,7 @@ class MultiScaleRoIAlign:
 
         pooled = per_image(pool)(tuple(levels.values()), boxes, None if extents is None else tuple(extents.values()))
         # XLA:CPU would compute all samples again, cell by cell, where the gradient reads this transposed
-        return lax.optimization_barrier(pooled)
+        return materialise(pooled)
 
 
 def pooled_channels(out_channels: int, output_size: int | tuple[int, int]) -> int:

@@ -12,13 +12,16 @@ from jax import lax
 from jaxtyping import Float, Int
 
 from flaxdet.models.detector import Extents
+from flaxdet.nn.canvas import mask_beyond
 from flaxdet.nn.fpn import Features
-from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, conv, mask_beyond, normal_001
+from flaxdet.nn.initializers import normal_001
+from flaxdet.nn.layers import Array, Conv, Dtype, Precision, TypedModule
 from flaxdet.nn.names import TorchName
 from flaxdet.nn.options import check_counts
 from flaxdet.ops import AnchorGenerator, BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Proposals
+from flaxdet.xla.barriers import materialise
 from flaxdet.xla.mesh import per_image
 
 MIN_SIZE = 1e-3  # pixels; smaller proposals are dropped
@@ -78,9 +81,9 @@ class RPNHead(TypedModule):
             "param_dtype": self.param_dtype,
             "precision": self.precision,
         }
-        convs = [conv(self.in_channels, 3, name=f"conv_{i}", **options) for i in range(self.conv_depth)]
-        cls_logits = conv(self.num_anchors, 1, name="cls_logits", **options)
-        bbox_pred = conv(self.num_anchors * 4, 1, name="bbox_pred", **options)
+        convs = [Conv(self.in_channels, 3, name=f"conv_{i}", **options) for i in range(self.conv_depth)]
+        cls_logits = Conv(self.num_anchors, 1, name="cls_logits", **options)
+        bbox_pred = Conv(self.num_anchors * 4, 1, name="bbox_pred", **options)
         objectness, deltas = [], []
         for name, x in features.items():
             for layer in convs:
@@ -158,7 +161,7 @@ def _filter_image(
         # The canvas's anchors come first whatever their logits: sigmoid(-inf) = 0 would pass a threshold of 0,
         # so what was padding is told by the mask and not by the score.
         ranked = jnp.where(inside, logits, -jnp.inf)
-        _, index = map(lax.optimization_barrier, lax.top_k(ranked, count))
+        _, index = materialise(lax.top_k(ranked, count))
         boxes = clip_boxes_to_image(coder.decode(deltas[index], boxes[index]), size)
         levels = jnp.full((count,), level, jnp.int32)
         candidates.append((boxes, nn.sigmoid(logits[index]), levels, inside[index]))

@@ -12,26 +12,27 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from flaxdet.xla import routes
+from flaxdet.xla.barriers import materialise
 
 Array = jax.Array
 
-# The gradient of a larger matrix is not transposed afterwards: that takes longer than its product saves.
+# The gradient of a larger matrix is not computed in transposed form: transposing it back takes longer than that saves.
 _SMALL = 1 << 22
 
 
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, **kwargs: Any) -> Array:
     """``lax.dot_general``, as ``flaxdet.nn.layers.Dense`` calls it.
 
-    Where CPUs' routes are taken, the gradients of a plain product of matrices take the forms that its kernels
-    compute quickly: that of the lhs has the transposed rhs written out, that of the rhs the fewer features first.
-    Either takes up to half the time. The numbers are the same but for the order of sums.
+    Where CPUs' routes are taken, the gradients of a plain product of matrices take the forms that XLA:CPU computes
+    quickly. For the gradient of lhs the transposed rhs is written to memory; the gradient of rhs is computed with the
+    smaller number of features first. Each takes up to half the time. Numbers are the same up to the order of sums.
 
     Args:
         lhs: [..., K].
         rhs: [K, N].
         dimension_numbers: as ``lax.dot_general``.
-        precision: the same.
-        **kwargs: the same.
+        precision: as ``lax.dot_general``.
+        **kwargs: as ``lax.dot_general``.
 
     Returns:
         [..., N].
@@ -46,12 +47,12 @@ def product(lhs: Array, rhs: Array, precision: Any = None) -> Array:
     plain = functools.partial(_plain, precision=precision)
 
     def tangent_of_lhs(lhs: Array, rhs: Array) -> Array:
-        return _by_rows(lhs, lax.optimization_barrier(rhs.T), precision)
+        return _by_rows(lhs, materialise(rhs.T), precision)
 
     def tangent_of_rhs(lhs: Array, rhs: Array) -> Array:
         if rhs.shape[0] <= rhs.shape[1] or rhs.size > _SMALL:
             return plain(lhs, rhs)
-        return _by_rows(lhs, lax.optimization_barrier(rhs.T), precision)
+        return _by_rows(lhs, materialise(rhs.T), precision)
 
     return bilinear(plain, tangent_of_lhs, tangent_of_rhs)(lhs, rhs)
 
@@ -61,15 +62,18 @@ def bilinear(
     tangent_of_lhs: Callable[[Array, Array], Array],
     tangent_of_rhs: Callable[[Array, Array], Array],
 ) -> Callable[[Array, Array], Array]:
-    """A function linear in either argument which is differentiated as two others that equal it.
+    """A function that is linear in each argument, with the gradients of two other functions that equal it.
 
-    jax transposes these into the gradients, so their forms decide those of the gradients. Where other routes than CPUs'
-    are taken, the function itself.
+    jax transposes the two into the gradients, so the form of each decides the form of a gradient. Where other routes
+    than CPUs' are taken, this is the function itself.
 
     Args:
         function: of two arrays.
-        tangent_of_lhs: the same function, transposed in its first argument for that one's gradient.
-        tangent_of_rhs: the same, in its second.
+        tangent_of_lhs: an equal function, which is transposed for the gradient of the first argument.
+        tangent_of_rhs: an equal function, which is transposed for the gradient of the second argument.
+
+    Returns:
+        The function of two arrays.
     """
     if routes.platform() != "cpu":
         return function
@@ -86,7 +90,7 @@ def bilinear(
             parts.append(tangent_of_rhs(lhs, of_rhs))
         return out, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(out)
 
-    # what the gradients need is made when they are taken: else XLA holds the transposed kernels of all layers at once
+    # rematerialised, the transposed kernels are made one layer at a time: else XLA holds all of them at once
     return jax.checkpoint(ruled)
 
 

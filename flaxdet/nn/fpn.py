@@ -1,8 +1,7 @@
-"""Feature pyramid network with both of torchvision's kinds of extra level, and the backbone that ends in it."""
+"""The feature pyramid network, and the backbone that ends in it."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,18 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from flaxdet.nn.layers import (
-    Array,
-    Dtype,
-    Precision,
-    TypedModule,
-    conv,
-    kaiming_uniform_a1,
-    level_extent,
-    mask_beyond,
-)
-from flaxdet.nn.names import TorchName, inside
-from flaxdet.nn.norm import BatchNorm, apply_norm
+from flaxdet.nn.backbone import ConvNorm, Path, Stage, is_foldable, stages_of, trainable_groups_of
+from flaxdet.nn.canvas import level_extent
+from flaxdet.nn.chain import chain
+from flaxdet.nn.initializers import kaiming_uniform_a1
+from flaxdet.nn.layers import Array, Conv, Dtype, Precision, TypedModule
+from flaxdet.nn.names import TorchName, inside, names_of
+from flaxdet.nn.norm import BatchNorm
 from flaxdet.nn.options import check_counts
 
 Features = dict[str, Float[Array, "B h w C"]]
@@ -41,84 +35,6 @@ def upsample_nearest(x: Float[Array, "B h w C"], shape: tuple[int, ...]) -> Floa
         x = jnp.broadcast_to(x[:, :, None, :, None], (batch, height, 2, width, 2, channels))
         return x.reshape(batch, *shape, channels)
     return x[:, _nearest(height, shape[0])][:, :, _nearest(width, shape[1])]
-
-
-class LastLevelMaxPool(nn.Module):
-    """The extra level "pool": every second cell of the coarsest map (torchvision's LastLevelMaxPool)."""
-
-    @nn.compact
-    def __call__(
-        self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, ...]
-    ) -> Features:
-        """Computes the one new level.
-
-        Args:
-            pyramid: levels by name, [B, h, w, C] each, finest first.
-            stages: the backbone's maps by name, [B, h, w, C] each, finest first; not used.
-            canvas: [B, 2] int32 (rows, columns) inside the bucket; ``None`` for all of it; not used.
-            bucket: (H, W) of the pixels that all come from; not used.
-
-        Returns:
-            {"pool": [B, h, w, C]}.
-        """
-        del stages, canvas, bucket
-        return {"pool": list(pyramid.values())[-1][:, ::2, ::2]}
-
-
-class LastLevelP6P7(TypedModule):
-    """The extra levels p6 = conv(P5 or C5) and p7 = conv(relu(p6)), stride 2 (torchvision's LastLevelP6P7).
-
-    As in torchvision, p6 reads P5 where ``in_channels == out_channels`` and C5 otherwise.
-
-    Attributes:
-        in_channels: of the map that p6 reads.
-        out_channels: of both levels.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
-    """
-
-    in_channels: int = 256
-    out_channels: int = 256
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype | None = None
-    precision: Precision = None
-
-    def torch_names(self) -> Iterator[TorchName]:
-        """Names of the modules in torchvision's LastLevelP6P7."""
-        for level in ("p6", "p7"):
-            yield TorchName(level, level)
-
-    @nn.compact
-    def __call__(
-        self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, ...]
-    ) -> Features:
-        """Computes the two new levels.
-
-        Args:
-            pyramid: levels by name, [B, h, w, C] each, finest first.
-            stages: the backbone's maps by name, [B, h, w, C] each, finest first.
-            canvas: [B, 2] int32 (rows, columns) inside the bucket; ``None`` for all of it.
-            bucket: (H, W) of the pixels that all come from.
-
-        Returns:
-            {"p6": [B, h, w, out_channels], "p7": the same}; beyond the canvas they hold rubbish.
-        """
-        source = pyramid if self.in_channels == self.out_channels else stages
-        conv_ = functools.partial(
-            conv,
-            self.out_channels,
-            3,
-            strides=2,
-            kernel_init=kaiming_uniform_a1,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            precision=self.precision,
-        )
-        x = list(source.values())[-1]
-        p6 = conv_(name="p6")(mask_beyond(x, level_extent(canvas, bucket, x.shape[1:3])))
-        p7 = conv_(name="p7")(mask_beyond(nn.relu(p6), level_extent(canvas, bucket, p6.shape[1:3])))
-        return {"p6": p6, "p7": p7}
 
 
 class FeaturePyramidNetwork(TypedModule):
@@ -164,8 +80,27 @@ class FeaturePyramidNetwork(TypedModule):
             for i in range(stages):
                 yield TorchName(f"{blocks}_{i}/conv", f"{blocks}.{i}.0")
                 yield TorchName(f"{blocks}_{i}/norm", f"{blocks}.{i}.1")
-        if hasattr(self.extra_blocks, "torch_names"):
-            yield from inside(self.extra_blocks.torch_names(), "extra_blocks", "extra_blocks")  # pyright: ignore[reportOptionalMemberAccess, reportAttributeAccessIssue]
+        yield from inside(names_of(self.extra_blocks), "extra_blocks", "extra_blocks")
+
+    def conv_norm_pairs(self, levels: int) -> tuple[ConvNorm, ...]:
+        """Every convolution with its norm; none without ``use_norm``.
+
+        Args:
+            levels: how many stages the pyramid reads.
+
+        Returns:
+            Pairs, whose paths begin in the pyramid's own variables.
+        """
+        blocks = [f"{kind}_{i}" for i in range(levels) for kind in ("inner_blocks", "layer_blocks")]
+        return tuple(ConvNorm(("conv",), ("norm",)).below(block) for block in blocks if self.use_norm)
+
+    def without_norms(self) -> FeaturePyramidNetwork:
+        """The pyramid that a folded one is.
+
+        Returns:
+            The same pyramid with ``use_norm=False``.
+        """
+        return self.clone(use_norm=False, freeze_bn=False, parent=None)
 
     @nn.compact
     def __call__(
@@ -185,7 +120,7 @@ class FeaturePyramidNetwork(TypedModule):
             train: BatchNorm's mode.
 
         Returns:
-            Levels by name, finest first; beyond the canvas they hold rubbish.
+            Levels by name, finest first; beyond the canvas values are undefined.
 
         Raises:
             ValueError: if two levels would have one name.
@@ -230,19 +165,20 @@ class _ConvNorm(TypedModule):
 
     @nn.compact
     def __call__(self, x: Array, extent: Array | None, train: bool) -> Array:
-        if self.kernel_size > 1:
-            x = mask_beyond(x, extent)
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = conv(
-            self.features,
-            self.kernel_size,
-            use_bias=not self.use_norm,
-            kernel_init=kaiming_uniform_a1,
-            precision=self.precision,
-            name="conv",
-            **options,
-        )(x)
-        return apply_norm(BatchNorm(name="norm", **options) if self.use_norm else None, x, extent, train=train)
+        layers = [
+            Conv(
+                self.features,
+                self.kernel_size,
+                use_bias=not self.use_norm,
+                kernel_init=kaiming_uniform_a1,
+                precision=self.precision,
+                name="conv",
+                **options,
+            ),
+            BatchNorm(name="norm", **options) if self.use_norm else None,
+        ]
+        return chain(layers, x, extent, train=train).value
 
 
 class BackboneWithFPN(nn.Module):
@@ -264,15 +200,44 @@ class BackboneWithFPN(nn.Module):
         return self.fpn.out_channels
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The levels, as far as the body declares the stages that they are made of."""
+        strides = {stage.name: stage.stride for stage in stages_of(self.body)}
+        return tuple(
+            Stage(level_name(name), self.out_channels, strides[name])
+            for name in self.returned_stages
+            if name in strides
+        )
+
+    @property
     def level_strides(self) -> dict[str, int]:
-        """Pixels from cell to cell of the levels, as far as the body declares those of the stages they are made of."""
-        declared = getattr(self.body, "stage_strides", {})
-        return {level_name(stage): declared[stage] for stage in self.returned_stages if stage in declared}
+        """Pixels from cell to cell of each of the ``stages``."""
+        return {stage.name: stage.stride for stage in self.stages}
+
+    @property
+    def trainable_groups(self) -> tuple[tuple[Path, ...], ...]:
+        """The groups that the body declares; the pyramid is in none and always trains."""
+        return tuple(tuple(("body", *path) for path in group) for group in trainable_groups_of(self.body))
+
+    @property
+    def conv_norm_pairs(self) -> tuple[ConvNorm, ...]:
+        """The pairs that the body declares, and the pyramid's."""
+        body = self.body.conv_norm_pairs if is_foldable(self.body) else ()  # pyright: ignore[reportAttributeAccessIssue]
+        pyramid = self.fpn.conv_norm_pairs(len(self.returned_stages))
+        return (*(pair.below("body") for pair in body), *(pair.below("fpn") for pair in pyramid))
+
+    def without_norms(self) -> BackboneWithFPN:
+        """The backbone that a folded one is.
+
+        Returns:
+            The same backbone without the norms of ``conv_norm_pairs``.
+        """
+        body = self.body.without_norms() if is_foldable(self.body) else self.body  # pyright: ignore[reportAttributeAccessIssue]
+        return self.clone(body=body, fpn=self.fpn.without_norms(), parent=None)
 
     def torch_names(self) -> Iterator[TorchName]:
         """Names of the modules in torchvision's BackboneWithFPN, in the order of its state_dict."""
-        if hasattr(self.body, "torch_names"):
-            yield from inside(self.body.torch_names(), "body", "body")  # pyright: ignore[reportAttributeAccessIssue]
+        yield from inside(names_of(self.body), "body", "body")
         yield from inside(self.fpn.torch_names(len(self.returned_stages)), "fpn", "fpn")
 
     def stages_and_levels(

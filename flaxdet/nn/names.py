@@ -7,7 +7,7 @@ torchvision's state_dict. A part without the method, such as a backbone of the u
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class TorchName(NamedTuple):
@@ -22,6 +22,11 @@ class TorchName(NamedTuple):
     path: str
     name: str
     flattened: bool = False
+
+
+def names_of(part: Any) -> Iterable[TorchName]:
+    """The names that a part says, none where it has no ``torch_names``."""
+    return part.torch_names() if hasattr(part, "torch_names") else ()
 
 
 def inside(part: Iterable[TorchName], path: str, name: str) -> Iterator[TorchName]:

@@ -2,30 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
 from jax.nn.initializers import ones, zeros
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 
-from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32, inside, mask_beyond
+from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32
 
-# What a norm does to its input, a factor and a shift for each channel (GroupNorm: and image); None for no norm. Both
-# are float32 at least: their gradients are sums over whole maps, which bfloat16 can't hold.
-Affine = tuple[Array, Array] | None
-
-
-def apply_affine(x: Array, affine: Affine, dtype: Dtype) -> Array:
-    """x * factor + shift, computed in the dtype of the two and returned in ``dtype``."""
-    if affine is None:
-        return x
-    factor, shift = (each.reshape((1,) * (x.ndim - each.ndim) + each.shape) for each in affine)
-    return (x.astype(factor.dtype) * factor + shift).astype(dtype)
+# A norm as x * scale + shift, each [C], or [B, 1, 1, C] where images have their own. They are float32 at least: their
+# gradients are sums over whole maps, which bfloat16 can't hold.
+ScaleShift = tuple[Array, Array]
 
 
-class BatchNorm(TypedModule):
+def scaled_and_shifted(x: Array, by: ScaleShift, dtype: Dtype) -> Array:
+    """x * scale + shift, computed in the dtype of the two and returned in ``dtype``."""
+    scale, shift = (each.reshape((1,) * (x.ndim - each.ndim) + each.shape) for each in by)
+    return (x.astype(scale.dtype) * scale + shift).astype(dtype)
+
+
+class Norm(TypedModule):
+    """Base of the norms, which scale and shift each channel; ``flaxdet.nn.chain`` does so where it reads the map.
+
+    It holds no fields of its own; a subclass has ``dtype`` and ``param_dtype`` and defines ``scale_and_shift``.
+    """
+
+    if TYPE_CHECKING:
+        dtype: Dtype = jnp.float32
+
+    def __call__(
+        self,
+        x: Float[Array, "... C"],
+        *,
+        train: bool = False,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> Float[Array, "... C"]:
+        """Normalises ``x``.
+
+        Args:
+            x: [..., C]; for GroupNorm [B, h, w, C].
+            train: BatchNorm uses and updates the batch's statistics instead of the running ones; it makes no
+                difference to the other norms.
+            mask: [...], True where a cell counts for the statistics; default everywhere.
+
+        Returns:
+            [..., C] in ``dtype``.
+        """
+        x = x.astype(at_least_float32(self.dtype))
+        return scaled_and_shifted(x, self.scale_and_shift(x, train=train, mask=mask), self.dtype)
+
+    def scale_and_shift(
+        self,
+        x: Float[Array, "... C"],
+        *,
+        train: bool = False,
+        mask: Bool[Array, "..."] | None = None,
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
+        """The norm of ``x`` as x * scale + shift, not yet applied.
+
+        Args:
+            x: [..., C]; for GroupNorm [B, h, w, C].
+            train: as for ``__call__``.
+            mask: [...], as for ``__call__``.
+
+        Returns:
+            scale and shift in float32 (float64 if ``dtype`` is), [C] each; GroupNorm's are [B, 1, 1, C].
+
+        Raises:
+            NotImplementedError: by this base.
+        """
+        raise NotImplementedError(f"{type(self).__name__} should define scale_and_shift")
+
+
+class BatchNorm(Norm):
     """``torch.nn.BatchNorm2d`` on channels-last arrays.
 
     In training it normalises with the biased variance of the batch and, as torch, moves the running
@@ -44,14 +95,15 @@ class BatchNorm(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
 
-    def __call__(
+    @nn.compact
+    def scale_and_shift(
         self,
         x: Float[Array, "... C"],
         *,
         train: bool = False,
         mask: Bool[Array, "..."] | None = None,
-    ) -> Float[Array, "... C"]:
-        """Normalises ``x``.
+    ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+        """The norm of ``x`` as x * scale + shift, not yet applied.
 
         Args:
             x: [..., C].
@@ -60,31 +112,7 @@ class BatchNorm(TypedModule):
                 running statistics stay.
 
         Returns:
-            [..., C] in ``dtype``.
-
-        Raises:
-            ValueError: in training with a single value a channel, as torch.
-        """
-        x = x.astype(at_least_float32(self.dtype))
-        return apply_affine(x, self.affine(x, train=train, mask=mask), self.dtype)
-
-    @nn.compact
-    def affine(
-        self,
-        x: Float[Array, "... C"],
-        *,
-        train: bool = False,
-        mask: Bool[Array, "..."] | None = None,
-    ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
-        """What ``__call__`` does to ``x``, which is x * factor + shift, without doing it.
-
-        Args:
-            x: [..., C].
-            train: use and update the batch's statistics instead of the running ones.
-            mask: [...], True where a cell counts for the statistics; default everywhere.
-
-        Returns:
-            factor and shift, [C] each in float32 (float64 if ``dtype`` is).
+            scale and shift, [C] each in float32 (float64 if ``dtype`` is).
 
         Raises:
             ValueError: in training with a single value a channel, as torch.
@@ -127,7 +155,7 @@ def _batch_statistics(x: Array, mask: Array | None) -> tuple[Array, Array, Array
     return mean, jnp.sum(centred * centred, axes) / jnp.maximum(count, 1), count
 
 
-class FrozenBatchNorm(TypedModule):
+class FrozenBatchNorm(Norm):
     """``torchvision.ops.FrozenBatchNorm2d``: a fixed affine map from four stored vectors.
 
     All four (scale, bias, mean, var) live in ``batch_stats`` and are never written, so that neither an
@@ -143,43 +171,23 @@ class FrozenBatchNorm(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
 
-    def __call__(
-        self,
-        x: Float[Array, "... C"],
-        *,
-        train: bool = False,
-        mask: Bool[Array, "..."] | None = None,
-    ) -> Float[Array, "... C"]:
-        """Applies the map.
-
-        Args:
-            x: [..., C].
-            train: makes no difference; taken as ``BatchNorm`` takes it.
-            mask: the same.
-
-        Returns:
-            [..., C] in ``dtype``.
-        """
-        x = x.astype(at_least_float32(self.dtype))
-        return apply_affine(x, self.affine(x, train=train, mask=mask), self.dtype)
-
     @nn.compact
-    def affine(
+    def scale_and_shift(
         self,
         x: Float[Array, "... C"],
         *,
         train: bool = False,
         mask: Bool[Array, "..."] | None = None,
     ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
-        """The map, which is x * factor + shift, without applying it.
+        """The norm as x * scale + shift, not yet applied.
 
         Args:
             x: [..., C].
             train: makes no difference; taken as ``BatchNorm`` takes it.
-            mask: the same.
+            mask: makes no difference; taken as ``BatchNorm`` takes it.
 
         Returns:
-            factor and shift, [C] each in float32 (float64 if ``dtype`` is).
+            scale and shift, [C] each in float32 (float64 if ``dtype`` is).
         """
         del train, mask
         features = (x.shape[-1],)
@@ -197,8 +205,8 @@ class FrozenBatchNorm(TypedModule):
         return factor, bias - mean * factor
 
 
-class GroupNorm(TypedModule):
-    """``torch.nn.GroupNorm`` on NHWC arrays, its statistics over each image's extent alone.
+class GroupNorm(Norm):
+    """``torch.nn.GroupNorm`` on NHWC arrays, with statistics over the cells that ``mask`` admits.
 
     Attributes:
         num_groups: of neighbouring channels, all of one size.
@@ -212,38 +220,28 @@ class GroupNorm(TypedModule):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
 
-    def __call__(self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None) -> Float[Array, "B h w C"]:
-        """Normalises each image's groups of channels.
-
-        Args:
-            x: [B, h, w, C].
-            extent: [B, 2] int32 (rows, columns) that count for the statistics; default all.
-
-        Returns:
-            [B, h, w, C] in ``dtype``.
-
-        Raises:
-            ValueError: if the groups don't divide the channels.
-        """
-        x = x.astype(at_least_float32(self.dtype))
-        return apply_affine(x, self.affine(x, extent), self.dtype)
-
     @nn.compact
-    def affine(
-        self, x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None = None
+    def scale_and_shift(
+        self,
+        x: Float[Array, "B h w C"],
+        *,
+        train: bool = False,
+        mask: Bool[Array, "B h w"] | None = None,
     ) -> tuple[Float[Array, "B 1 1 C"], Float[Array, "B 1 1 C"]]:
-        """What ``__call__`` does to ``x``, which is x * factor + shift, without doing it.
+        """The norm of ``x`` as x * scale + shift, not yet applied.
 
         Args:
             x: [B, h, w, C].
-            extent: [B, 2] int32 (rows, columns) that count for the statistics; default all.
+            train: makes no difference; taken as ``BatchNorm`` takes it.
+            mask: [B, h, w], True where a cell counts for the statistics; default everywhere.
 
         Returns:
-            factor and shift, [B, 1, 1, C] each in float32 (float64 if ``dtype`` is).
+            scale and shift, [B, 1, 1, C] each in float32 (float64 if ``dtype`` is).
 
         Raises:
             ValueError: if the groups don't divide the channels.
         """
+        del train
         batch, height, width, channels = x.shape
         if channels % self.num_groups:
             raise ValueError(f"num_groups={self.num_groups} should divide the {channels} channels")
@@ -252,14 +250,14 @@ class GroupNorm(TypedModule):
 
         wide = x.astype(at_least_float32(self.dtype))
         size = channels // self.num_groups
-        if extent is None:
+        if mask is None:
             count = jnp.full((batch, 1), height * width * size, wide.dtype)
         else:
-            count = (extent[:, :1] * extent[:, 1:] * size).astype(wide.dtype)
+            count = (jnp.sum(mask, (1, 2), dtype=jnp.int32)[:, None] * size).astype(wide.dtype)
 
         def group_mean(values: Array) -> Array:  # [B, h, w, C] -> [B, C], equal within a group
-            if extent is not None:
-                values = jnp.where(inside(extent, (height, width))[..., None], values, 0)
+            if mask is not None:
+                values = jnp.where(mask[..., None], values, 0)
             sums = jnp.sum(values, (1, 2)).reshape(batch, self.num_groups, size).sum(-1) / count
             return jnp.repeat(sums, size, axis=1)
 
@@ -268,36 +266,3 @@ class GroupNorm(TypedModule):
         factor = scale.astype(wide.dtype)[None] * lax.rsqrt(var + self.eps)
         shift = bias.astype(wide.dtype)[None] - mean * factor
         return factor[:, None, None], shift[:, None, None]
-
-
-def apply_norm(norm: nn.Module | None, x: Array, extent: Array | None, *, train: bool) -> Array:
-    """Applies any norm above to a map [B, h, w, C] inside its extent; ``None`` is the identity."""
-    return apply_affine(*norm_affine(norm, x, extent, train=train), x.dtype)
-
-
-def norm_affine(norm: Any, x: Array, extent: Array | None, *, train: bool) -> tuple[Array, Affine]:
-    """What any norm above does to a map [B, h, w, C] inside its extent, for ``apply_affine``.
-
-    Returns:
-        The map cast to float32 (float64 stays), and its factor and shift. Apply them to this map, not to ``x``: its
-        gradient through the statistics and its direct gradient are then added in float32, and rounded once.
-    """
-    if norm is None:
-        return x, None
-    x = x.astype(at_least_float32(norm.dtype))
-    if isinstance(norm, GroupNorm):
-        return x, norm.affine(x, extent)
-    mask = None
-    if train and extent is not None:
-        mask = inside(extent, x.shape[1:3])
-    return x, norm.affine(x, train=train, mask=mask)
-
-
-def masked_conv(layer: Any, x: Array, extent: Array | None) -> Array:
-    """A convolution (``Conv``) of a map [B, h, w, C], zero beyond its extent for kernels that see neighbours."""
-    return layer(x if layer.kernel_size == (1, 1) else mask_beyond(x, extent))
-
-
-def activated_conv(layer: Any, x: Array, affine: Affine, extent: Array | None) -> Array:
-    """The same of ReLU(norm(x)), the norm given by what it does; for ``recomputed``."""
-    return masked_conv(layer, nn.relu(apply_affine(x, affine, layer.dtype)), extent)

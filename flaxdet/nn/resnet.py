@@ -3,36 +3,24 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Float, Int
 
-from flaxdet.nn.layers import (
-    Array,
-    Dtype,
-    Precision,
-    TypedModule,
-    conv,
-    kaiming_normal_fan_out,
-    level_extent,
-    max_pool_3x3,
-    recomputed,
-)
+from flaxdet.nn.backbone import ConvNorm, Path, Stage
+from flaxdet.nn.canvas import level_extent
+from flaxdet.nn.chain import chain
+from flaxdet.nn.initializers import kaiming_normal_fan_out
+from flaxdet.nn.layers import Array, Conv, Dtype, Precision, TypedModule
 from flaxdet.nn.names import TorchName
-from flaxdet.nn.norm import (
-    BatchNorm,
-    FrozenBatchNorm,
-    activated_conv,
-    apply_affine,
-    apply_norm,
-    masked_conv,
-    norm_affine,
-)
+from flaxdet.nn.norm import BatchNorm, FrozenBatchNorm, Norm
+from flaxdet.nn.options import check_counts, check_numbers
+from flaxdet.nn.pooling import max_pool_3x3
+from flaxdet.xla.barriers import materialise
 
 STAGE_SIZES = {
     18: (2, 2, 2, 2),
@@ -44,36 +32,50 @@ STAGE_SIZES = {
 
 
 class _Block(nn.Module):
-    """What the two residual blocks share: convolutions as (kernel size, stride, channel factor) rows."""
+    """A residual block: the basic one of two 3x3 convolutions, or the bottleneck."""
 
     features: int
     strides: int
-    convs: tuple[tuple[int, int, int], ...]
-    conv: Callable[..., nn.Module]
-    norm: Callable[..., nn.Module | None]
-    recompute: Callable[[Callable[..., Any]], Callable[..., Any]]
+    bottleneck: bool
+    conv: Callable[..., Conv]
+    norm: Callable[..., Norm | None]
+    remat: bool  # of norms, ReLUs and masks
 
     @nn.compact
-    def __call__(self, x: Array, extent: Array | None, out_extent: Array | None, train: bool) -> Array:
-        residual = x
-        seen = extent
-        affine = None  # of the last norm, which the next convolution applies
-        for i, (kernel_size, strides, factor) in enumerate(self.convs, start=1):
-            layer = self.conv(self.features * factor, kernel_size, strides=strides, name=f"conv{i}")
-            x = masked_conv(layer, x, seen) if i == 1 else self.recompute(activated_conv)(layer, x, affine, seen)
-            if strides > 1:
-                seen = out_extent
-            x, affine = norm_affine(self.norm(name=f"bn{i}"), x, seen, train=train)
-        x = apply_affine(x, affine, residual.dtype)
-        if residual.shape[-1] != x.shape[-1] or self.strides > 1:
-            residual = self.conv(x.shape[-1], 1, strides=self.strides, name="downsample_conv")(residual)
-            residual = apply_norm(self.norm(name="downsample_bn"), residual, out_extent, train=train)
-        # without a barrier XLA:CPU adds up all earlier blocks again in each, and keeps their maps for it
-        return lax.optimization_barrier(nn.relu(x + residual))
+    def __call__(self, x: Array, extent: Array | None, train: bool) -> Array:
+        conv, norm = self.conv, self.norm
+        if self.bottleneck:
+            layers = [
+                conv(self.features, 1, name="conv1"),
+                norm(name="bn1"),
+                nn.relu,
+                conv(self.features, 3, strides=self.strides, name="conv2"),
+                norm(name="bn2"),
+                nn.relu,
+                conv(4 * self.features, 1, name="conv3"),
+                norm(name="bn3"),
+            ]
+        else:
+            layers = [
+                conv(self.features, 3, strides=self.strides, name="conv1"),
+                norm(name="bn1"),
+                nn.relu,
+                conv(self.features, 3, name="conv2"),
+                norm(name="bn2"),
+            ]
+        y = chain(layers, x, extent, train=train, remat=self.remat).value
+        if self.strides > 1 or x.shape[-1] != y.shape[-1]:
+            shortcut = [
+                conv(y.shape[-1], 1, strides=self.strides, name="downsample_conv"),
+                norm(name="downsample_bn"),
+            ]
+            x = chain(shortcut, x, extent, train=train).value
+        # without it XLA:CPU adds up all earlier blocks again in each block, and saves their maps for that
+        return materialise(nn.relu(x + y))
 
 
 def _no_norm(*, name: str) -> None:
-    """In place of a norm, which a bias already stands for."""
+    """Stands in for a norm that is folded into the convolution's bias."""
     del name
 
 
@@ -87,46 +89,91 @@ class ResNet(TypedModule):
             (an addition to torchvision).
         remat: for the gradient, keeps the input of each residual block alone and computes the block again: less
             memory, more time. XLA:CPU undoes it unless ``jax.jit`` is given ``flaxdet.compiler_options()``.
-        norm_eps: added to the variance of each BatchNorm, live or frozen.
         folded: no BatchNorm; its convolutions have a bias instead. ``flaxdet.fold_batch_norm`` makes such a body.
+        width: channels of the stem; stage i of 4, from 0, has width * 2**i, four times that from depth 50 on.
+        norm_eps: added to the variance by each BatchNorm, live or frozen.
         dtype: computes.
         param_dtype: stores; default float64 if ``dtype`` is, else float32.
         precision: of every convolution and product.
+
+    Raises:
+        ValueError: for a width or an eps out of range.
+        TypeError: for one of another kind.
     """
 
     depth: int = 50
     frozen_bn: bool = False
     freeze_bn: bool = False
     remat: bool = False
-    norm_eps: float = 1e-5
     folded: bool = False
+    width: int = 64
+    norm_eps: float = 1e-5
     dtype: Dtype = jnp.float32
     param_dtype: Dtype | None = None
     precision: Precision = None
 
-    @property
-    def stage_channels(self) -> dict[str, int]:
-        """Channels of each returned stage."""
-        expansion = 1 if self.depth < 50 else 4
-        return {f"c{i}": 64 * 2 ** (i - 2) * expansion for i in range(2, 6)}
+    def __post_init__(self) -> None:
+        check_counts(self, 1, "width")
+        check_numbers(self, "norm_eps", low=0)
+        super().__post_init__()
 
     @property
-    def stage_strides(self) -> dict[str, int]:
-        """Pixels from cell to cell of each returned stage."""
-        return {f"c{i}": 2**i for i in range(2, 6)}
+    def stages(self) -> tuple[Stage, ...]:
+        """The returned maps, finest first."""
+        expansion = 4 if self._bottleneck else 1
+        return tuple(Stage(f"c{i + 2}", self.width * 2**i * expansion, 2 ** (i + 2)) for i in range(4))
+
+    @property
+    def trainable_groups(self) -> tuple[tuple[Path, ...], ...]:
+        """Path prefixes of layer4, layer3, layer2, layer1 and the stem, as ``trainable_backbone_layers`` counts."""
+        layers = [tuple((name,) for name in names) for names in self._block_names()]
+        return (*reversed(layers), (("conv1",), ("bn1",)))
+
+    @property
+    def conv_norm_pairs(self) -> tuple[ConvNorm, ...]:
+        """Every convolution with its norm; none in a folded body."""
+        if self.folded:
+            return ()
+        pairs = [ConvNorm(("conv1",), ("bn1",), self.norm_eps)]
+        for stage, names in enumerate(self._block_names()):
+            for name in names:
+                layers = [(f"conv{i}", f"bn{i}") for i in range(1, 4 if self._bottleneck else 3)]
+                if name == names[0] and (stage > 0 or self._bottleneck):
+                    layers.append(("downsample_conv", "downsample_bn"))
+                pairs += [ConvNorm((name, conv), (name, norm), self.norm_eps) for conv, norm in layers]
+        return tuple(pairs)
+
+    def without_norms(self) -> ResNet:
+        """The body that a folded one is.
+
+        Returns:
+            The same ResNet with ``folded=True``.
+
+        Raises:
+            ValueError: if the body is folded already.
+        """
+        if self.folded:
+            raise ValueError("the model's BatchNorm is folded already")
+        return self.clone(folded=True, frozen_bn=False, freeze_bn=False, parent=None)
+
+    @property
+    def _bottleneck(self) -> bool:
+        return self.depth >= 50
+
+    def _block_names(self) -> list[list[str]]:
+        return [[f"layer{i}_{j}" for j in range(blocks)] for i, blocks in enumerate(STAGE_SIZES[self.depth], start=1)]
 
     def torch_names(self) -> Iterator[TorchName]:
         """Names of the modules in torchvision's ResNet, in the order of its state_dict."""
         yield TorchName("conv1", "conv1")
         yield TorchName("bn1", "bn1")
-        for stage, blocks in enumerate(STAGE_SIZES[self.depth], start=1):
-            for i in range(blocks):
-                block, torch = f"layer{stage}_{i}", f"layer{stage}.{i}"
-                for j in (1, 2) if self.depth < 50 else (1, 2, 3):
-                    yield TorchName(f"{block}/conv{j}", f"{torch}.conv{j}")
-                    yield TorchName(f"{block}/bn{j}", f"{torch}.bn{j}")
-                yield TorchName(f"{block}/downsample_conv", f"{torch}.downsample.0")
-                yield TorchName(f"{block}/downsample_bn", f"{torch}.downsample.1")
+        for block in itertools.chain(*self._block_names()):
+            torch = block.replace("_", ".")
+            for j in range(1, 4 if self._bottleneck else 3):
+                yield TorchName(f"{block}/conv{j}", f"{torch}.conv{j}")
+                yield TorchName(f"{block}/bn{j}", f"{torch}.bn{j}")
+            yield TorchName(f"{block}/downsample_conv", f"{torch}.downsample.0")
+            yield TorchName(f"{block}/downsample_bn", f"{torch}.downsample.1")
 
     @nn.compact
     def __call__(
@@ -144,7 +191,7 @@ class ResNet(TypedModule):
             train: BatchNorm's mode.
 
         Returns:
-            Feature maps by name; beyond the canvas they hold rubbish.
+            Feature maps by name; values beyond the canvas are undefined.
 
         Raises:
             ValueError: for an unknown depth.
@@ -152,42 +199,30 @@ class ResNet(TypedModule):
         if self.depth not in STAGE_SIZES:
             raise ValueError(f"depth should be one of {sorted(STAGE_SIZES)}, got {self.depth}")
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv_ = functools.partial(
-            conv,
-            use_bias=self.folded,
-            kernel_init=kaiming_normal_fan_out,
-            precision=self.precision,
-            **options,
+        conv = functools.partial(
+            Conv, use_bias=self.folded, kernel_init=kaiming_normal_fan_out, precision=self.precision, **options
         )
         norm = functools.partial(FrozenBatchNorm if self.frozen_bn else BatchNorm, eps=self.norm_eps, **options)
         if self.folded:
             norm = _no_norm
         norm_train = train and not self.freeze_bn
         # the blocks are named below, so their variables have the same paths either way
-        block, recompute = _Block, recomputed
-        if self.remat:  # then not its parts once more
-            block, recompute = nn.remat(_Block, static_argnums=(4,)), lambda function: function  # pyright: ignore[reportArgumentType]
+        block = nn.remat(_Block, static_argnums=(3,)) if self.remat else _Block
         bucket = pixels.shape[1:3]
 
         def extent(x: Array) -> Array | None:
             return level_extent(canvas, bucket, x.shape[1:3])
 
-        x = conv_(64, 7, strides=2, name="conv1")(pixels.astype(self.dtype))
-        x, affine = norm_affine(norm(name="bn1"), x, extent(x), train=norm_train)
-        pooled = recomputed(
-            lambda x, affine: max_pool_3x3(nn.relu(apply_affine(x, affine, self.dtype))), jax.checkpoint
-        )
-        x = pooled(x, affine)
+        stem = [conv(self.width, 7, strides=2, name="conv1"), norm(name="bn1"), nn.relu, max_pool_3x3]
+        x = pixels.astype(self.dtype)
+        x = chain(stem, x, extent(x), train=norm_train).value
 
         stages = {}
-        for stage, blocks in enumerate(STAGE_SIZES[self.depth], start=1):
-            features = 64 * 2 ** (stage - 1)
-            for i in range(blocks):
-                strides = 2 if stage > 1 and i == 0 else 1
-                convs = ((3, strides, 1), (3, 1, 1)) if self.depth < 50 else ((1, 1, 1), (3, strides, 1), (1, 1, 4))
-                before = extent(x)
-                after = before if strides == 1 or before is None else -(-before // 2)
-                layer = block(features, strides, convs, conv_, norm, recompute, name=f"layer{stage}_{i}")
-                x = layer(x, before, after, norm_train)
-            stages[f"c{stage + 1}"] = x
+        for i, names in enumerate(self._block_names()):
+            for name in names:
+                strides = 2 if i > 0 and name == names[0] else 1
+                # a block that is rematerialised as a whole does not rematerialise parts once more
+                layer = block(self.width * 2**i, strides, self._bottleneck, conv, norm, not self.remat, name=name)
+                x = layer(x, extent(x), norm_train)
+            stages[f"c{i + 2}"] = x
         return stages

@@ -19,6 +19,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
+from flaxdet.xla.barriers import materialise
+
 TILE = 64
 BLOCK = 512  # kept boxes that a tile is compared with at a time
 MIN_CHUNK = 512  # candidates sorted at a time, at least: fewer mean more passes over all scores
@@ -205,7 +207,7 @@ def _greedy(boxes, keys, idxs, threshold, *, capacity):
         """The best ``chunk`` candidates that come after (last_key, last_index) in the order."""
         later = (keys < last_key) | ((keys == last_key) & (index > last_index))
         # Without the barrier XLA slices inside top_k, which it then compiles as a full sort.
-        best, order = map(lax.optimization_barrier, lax.top_k(jnp.where(later, keys, -jnp.inf), taken))
+        best, order = materialise(lax.top_k(jnp.where(later, keys, -jnp.inf), taken))
         order = order.astype(jnp.int32)
         x1, y1, x2, y2 = boxes.at[order].get(mode="promise_in_bounds").T
         rows = jnp.stack([x1, y1, x2, y2, (x2 - x1) * (y2 - y1)])

@@ -7,55 +7,49 @@ from typing import Any
 
 from flax import traverse_util
 
-from flaxdet.nn.fpn import BackboneWithFPN
-from flaxdet.nn.resnet import ResNet
+from flaxdet.nn.backbone import trainable_groups_of
 
 Params = Mapping[str, Any]
 Tree = dict[str, Any]
 
-ALL_LAYERS = 5
-# torchvision's order, from the last stage; the stem's convolution and norm train only with everything.
-STAGES = ("layer4", "layer3", "layer2", "layer1")
+ALL_LAYERS = 5  # of a ResNet: layer4, layer3, layer2, layer1, and the stem
 
 
 def trainable_mask(model: Any, params: Params, *, layers: int | None = None) -> Tree:
     """Says which parameters train, by torchvision's ``trainable_backbone_layers``.
 
-    Everything outside the backbone's body always trains. Of the body, the last ``layers`` of (stem, layer1, ...,
-    layer4) do; the stem, conv1 and bn1, is the fifth. BatchNorm's statistics are no parameters: they move in frozen
+    Of the groups that the backbone declares (``trainable_groups``, see ``flaxdet.nn.backbone``) the first ``layers``
+    train. A ResNet's are layer4, layer3, layer2, layer1, and the stem (conv1 and bn1). Everything outside the groups
+    always trains. BatchNorm's statistics are no parameters: they move in frozen
     layers too, as torchvision's do (``freeze_bn=True`` keeps them still).
 
     Args:
         model: the detector.
         params: its ``params``, or their shapes.
-        layers: 0 (none of the body) to 5 (all of it); default ``model.trainable_backbone_layers``.
+        layers: 0 (none of the groups) to 5 (all of a ResNet's; more where a backbone declares more groups); default
+            ``model.trainable_backbone_layers``.
 
     Returns:
         A tree of bools like ``params``.
 
     Raises:
-        ValueError: for layers outside 0..5, or below 5 with a backbone that is no ``BackboneWithFPN`` on a
-            ``ResNet``: what its layers are is unknown, so make a mask of your own for it.
+        ValueError: for layers out of range, or below 5 with a backbone that declares no groups: make a mask of your
+            own for it.
     """
     count = model.trainable_backbone_layers if layers is None else layers
-    if count not in range(ALL_LAYERS + 1):
-        raise ValueError(f"Trainable layers should be in the range [0, {ALL_LAYERS}], got {count}")
-    backbone = model.backbone
-    if count < ALL_LAYERS and not (isinstance(backbone, BackboneWithFPN) and isinstance(backbone.body, ResNet)):
-        name = type(getattr(backbone, "body", backbone)).__name__
+    groups = trainable_groups_of(model.backbone)
+    most = max(ALL_LAYERS, len(groups))
+    if count not in range(most + 1):
+        raise ValueError(f"Trainable layers should be in the range [0, {most}], got {count}")
+    if count < ALL_LAYERS and not groups:
+        name = type(getattr(model.backbone, "body", model.backbone)).__name__
         raise ValueError(
             f"trainable_backbone_layers={count} counts the layers of a ResNet, and the backbone's body is "
             f"{name}: train all of it (trainable_backbone_layers={ALL_LAYERS}), or pass a mask of your own as "
             "`trainable` to create_state and make_train_step"
         )
-    trained = STAGES[:count]
-
-    def trains(path: tuple[str, ...]) -> bool:
-        if count == ALL_LAYERS or path[:2] != ("backbone", "body"):
-            return True
-        return path[2].split("_")[0] in trained  # layer3_0 is a block of layer3
-
-    return _map_paths(trains, params)
+    frozen = [("backbone", *prefix) for group in groups[count:] for prefix in group]
+    return _map_paths(lambda path: all(path[: len(prefix)] != prefix for prefix in frozen), params)
 
 
 def norm_mask(params: Params) -> Tree:

@@ -18,7 +18,8 @@ from flaxdet.train.mask import Params, Tree, merge
 from flaxdet.train.sharding import BATCH_KEYS
 from flaxdet.train.state import Trainable, TrainState, split_trainable
 from flaxdet.xla import routes
-from flaxdet.xla.compiling import JitBySize
+from flaxdet.xla.barriers import wait_for_all
+from flaxdet.xla.jit import JitBySize
 from flaxdet.xla.mesh import by_rows, on_mesh, replicated
 
 Batch = Mapping[str, Any]
@@ -79,7 +80,7 @@ def make_train_step(
             model, trained, frozen, state.batch_stats, images, targets, key, loss_weights=loss_weights
         )
         if routes.platform() == "cpu":  # else XLA copies each parameter that a gradient might yet read
-            gradients = jax.lax.optimization_barrier(gradients)
+            gradients = wait_for_all(gradients)
         updates, opt_state = update(gradients, state.opt_state, trained, value=loss)
         params = merge(optax.apply_updates(trained, updates), frozen)  # pyright: ignore[reportArgumentType]
         new = state.replace(  # pyright: ignore[reportAttributeAccessIssue]

@@ -2,14 +2,14 @@
 
 A route is one way to compute a result. The routes of an algorithm give the same numbers up to the order of sums, and
 each is quick on another platform. ``by_platform`` takes the route of the platform that a program is lowered for. Where
-the route changes how jax differentiates, it is chosen earlier, when the program is traced: ``platform`` then gives the
-default backend. ``routes_for`` overrides both choices.
+the route changes how jax differentiates, it is chosen earlier, when the program is traced: by the devices of the
+arguments where a ``JitByDevice`` traces it, else by the default backend. ``routes_for`` overrides every choice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import jax
@@ -43,11 +43,26 @@ def routes_for(platform: Platform | None) -> AbstractContextManager[Any]:
     return _override(platform)
 
 
+def of_devices(platform: str) -> AbstractContextManager[Any]:
+    """A context in which programs take the routes of the devices they run on, unless ``routes_for`` overrides them.
+
+    Args:
+        platform: of the devices, as ``flaxdet.xla.devices.platform_of`` has it.
+
+    Returns:
+        The context manager; it changes nothing where ``platform()`` says the same already.
+    """
+    if _override.value is not None or platform == jax.default_backend():
+        return nullcontext()
+    return _override(platform)
+
+
 def platform() -> str:
     """The platform whose routes a program takes where they are chosen while it is traced.
 
     Returns:
-        "cpu", "gpu" or "tpu": the override if there is one, else jax's default backend (asking starts that backend).
+        "cpu", "gpu" or "tpu": the override if there is one, else the platform of the ``JitByDevice`` that traces, else
+        jax's default backend (asking starts that backend).
     """
     return _override.value or jax.default_backend()
 

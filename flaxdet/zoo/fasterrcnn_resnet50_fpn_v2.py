@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flaxdet.models.faster_rcnn import FasterRCNN, default_anchor_generator
 from flaxdet.models.roi_heads import FastRCNNConvFCHead
 from flaxdet.models.rpn import RPNHead
-from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelMaxPool
+from flaxdet.nn.extra_levels import LastLevelMaxPool
+from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork
 from flaxdet.registry import Architecture, Keys, Training, register
 from flaxdet.zoo.build import build
 from flaxdet.zoo.categories import COCO_CATEGORIES

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from flaxdet.models.fcos import FCOS
-from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelP6P7
+from flaxdet.nn.extra_levels import LastLevelP6P7
+from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork
 from flaxdet.registry import Architecture, Keys, Training, register
 from flaxdet.zoo.build import build
 from flaxdet.zoo.categories import COCO_CATEGORIES

@@ -13,7 +13,7 @@ import pytest
 
 from flaxdet.models import FCOS, FasterRCNN, FastRCNNConvFCHead, FastRCNNPredictor
 from flaxdet.models.detector import example_batch
-from flaxdet.nn.layers import level_extent, mask_beyond
+from flaxdet.nn.canvas import level_extent, mask_beyond
 from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import ImageBatch
 from tests.drawn import drawn

@@ -33,7 +33,7 @@ def gradient(module, x, cotangent):
 @pytest.mark.parametrize("layer", ["convolution", "dense"])
 def test_gradient_of_a_bias(layer):
     """With a cotangent of one, the number of cells: bfloat16 stops counting at 256, and in pairs at 4096."""
-    module = Conv(2, (1, 1), dtype=jnp.bfloat16) if layer == "convolution" else Dense(2, dtype=jnp.bfloat16)
+    module = Conv(2, 1, dtype=jnp.bfloat16) if layer == "convolution" else Dense(2, dtype=jnp.bfloat16)
     found = gradient(module, jnp.ones((*CELLS, 3), jnp.bfloat16), 1.0)["bias"]
     np.testing.assert_array_equal(found, np.full(2, np.prod(CELLS), np.float32))
 

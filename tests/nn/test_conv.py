@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from flaxdet.nn.conv import conv_general_dilated
+from flaxdet.nn.conv.dispatch import conv_general_dilated
 from tests.tolerances import OP_F64, WINOGRAD_F32
 
 CASES = {

@@ -13,7 +13,7 @@ from jax import lax
 
 import flaxdet
 from flaxdet.nn.dot import dot_general, product
-from flaxdet.nn.layers import linear
+from flaxdet.nn.layers import Dense
 from tests.tolerances import OP_F64
 
 LAST_AND_FIRST = (((1,), (0,)), ((), ()))
@@ -96,7 +96,7 @@ def test_other_products_are_laxs():
 
 def test_linear_layer(x64):
     """Leading axes are those of the input; the precision reaches the product."""
-    layer = linear(5, 3, dtype=jnp.float64, precision=lax.Precision.HIGHEST)
+    layer = Dense(5, dtype=jnp.float64, precision=lax.Precision.HIGHEST)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)))
     variables = layer.init(jax.random.key(0), x)
     kernel, bias = variables["params"]["kernel"], variables["params"]["bias"]

@@ -9,8 +9,8 @@ import pytest
 
 from flaxdet.convert import reference
 from flaxdet.nn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7, ResNet
+from flaxdet.nn.canvas import inside, level_extent, mask_beyond
 from flaxdet.nn.fpn import level_name, upsample_nearest
-from flaxdet.nn.layers import inside, level_extent, mask_beyond
 from tests.drawn import drawn
 from tests.tolerances import BATCH_STATS_F64, LAYERS_F32, STAGE_F64
 

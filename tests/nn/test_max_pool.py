@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdet.nn.layers import max_pool_3x3
+from flaxdet.nn.pooling import max_pool_3x3
 
 torch = pytest.importorskip("torch")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from flaxdet.nn import BatchNorm, FrozenBatchNorm, GroupNorm
-from flaxdet.nn.norm import apply_norm
+from flaxdet.nn.canvas import inside
 from tests.tolerances import HAND_EPS_F32, HAND_F32, LAYERS_F32, NET_F32, NORM_F32, OP_F64
 
 BARS = {"float32": NORM_F32, "float64": OP_F64}
@@ -106,7 +106,7 @@ def test_masked_batch_norm_is_the_crops(dtype):
 
     def run(x, extent=None):
         bound = norm.bind(live(values), mutable=["batch_stats"])
-        y = apply_norm(bound, x, extent, train=True)
+        y = bound(x, train=True, mask=None if extent is None else inside(extent, x.shape[1:3]))
         return y, bound.variables["batch_stats"]
 
     expected, expected_state = run(cropped)
@@ -187,7 +187,7 @@ def test_gradient_under_a_mask_is_finite_and_the_crops(norm):
     def gradient(x, extent):
         def loss(params, x):
             bound = norm.bind({**variables, "params": params})
-            y = apply_norm(bound, x, extent, train=True)
+            y = bound(x, train=True, mask=None if extent is None else inside(extent, x.shape[1:3]))
             return jnp.sum(jnp.sin(y[:, :4, :3]))
 
         return jax.grad(loss, (0, 1))(variables["params"], x)
@@ -248,7 +248,7 @@ def test_group_norm_inside_an_extent_is_the_crops(dtype):
     for image, (rows, columns) in zip(x, extents, strict=True):
         image[rows:] = image[:, columns:] = 1e4
     norm = GroupNorm(4, dtype=dtype)
-    found = jax.jit(norm.apply)({"params": params}, x, extents)
+    found = jax.jit(norm.apply)({"params": params}, x, mask=inside(jnp.asarray(extents), x.shape[1:3]))
     for i, (rows, columns) in enumerate(extents):
         expected = norm.apply({"params": params}, x[i : i + 1, :rows, :columns])
         close(found[i : i + 1, :rows, :columns], expected, dtype)

@@ -50,10 +50,9 @@ def test_stages_have_torchvisions_sizes(depth, size):
     stages = jax.eval_shape(
         lambda x: model.init_with_output(jax.random.key(0), x)[0], jnp.zeros((2, *size, 3), jnp.float32)
     )
-    assert tuple(stages) == STAGES == tuple(model.stage_channels)
-    for i, (name, stage) in enumerate(stages.items(), start=2):
-        rows, columns = (-(-side // 2**i) for side in size)
-        assert stage.shape == (2, rows, columns, model.stage_channels[name])
+    assert tuple(stages) == STAGES == tuple(stage.name for stage in model.stages)
+    for found, stage in zip(stages.values(), model.stages, strict=True):
+        assert found.shape == (2, *(-(-side // stage.stride) for side in size), stage.channels)
 
 
 def test_resnet18_in_training_is_torchvisions(torch, x64):

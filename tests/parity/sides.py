@@ -12,7 +12,8 @@ from PIL import Image
 
 from flaxdet import registry
 from flaxdet.convert import from_torchvision, reference
-from flaxdet.nn.fpn import LastLevelMaxPool, level_name
+from flaxdet.nn.extra_levels import LastLevelMaxPool
+from flaxdet.nn.fpn import level_name
 from flaxdet.registry import make_model
 
 FCOS_NAME, V2_NAME = "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flaxdet.nn.conv import conv_general_dilated
+from flaxdet.nn.conv.dispatch import conv_general_dilated
 from flaxdet.nn.dot import product
-from flaxdet.nn.layers import kept
+from flaxdet.xla.barriers import save_for_backward
 from flaxdet.xla.routes import by_platform, platform, routes_for
 from tests.tolerances import STAGE_F32
 
@@ -87,7 +87,7 @@ def test_the_layers_choices_follow():
     x, kernel = jnp.ones((1, 64, 64, 64), jnp.float32), jnp.ones((3, 3, 64, 64), jnp.float32)
 
     def loss(x, y):
-        return jnp.sum(kept(product(x, y)))
+        return jnp.sum(save_for_backward(product(x, y)))
 
     def texts(name):
         with routes_for(name):

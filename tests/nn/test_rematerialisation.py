@@ -11,8 +11,8 @@ import flaxdet
 from flaxdet.models.fcos_head import FCOSHead
 from flaxdet.models.roi_heads import FastRCNNConvFCHead
 from flaxdet.nn import ResNet, resnet
-from flaxdet.nn.layers import kept
 from flaxdet.xla import routes
+from flaxdet.xla.barriers import save_for_backward
 from tests.drawn import drawn
 from tests.tolerances import OP_F64
 
@@ -73,14 +73,17 @@ def test_same_numbers(name, x64, monkeypatch):
             np.testing.assert_allclose(a, b, rtol=0, atol=OP_F64 * max(np.linalg.norm(b), 1))
 
 
-def test_kept_is_the_identity():
+def test_save_for_backward_is_the_identity():
     x, tangent = jnp.asarray([1.0, -2.0]), jnp.asarray([3.0, 5.0])
-    primal, moved = jax.jvp(kept, (x,), (tangent,))
+    primal, moved = jax.jvp(save_for_backward, (x,), (tangent,))
     np.testing.assert_array_equal(primal, x)
     np.testing.assert_array_equal(moved, tangent)
-    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(kept(x) ** 2))(x), 2 * x)
-    assert "optimization_barrier" not in str(jax.make_jaxpr(kept)(x))
-    assert str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(kept(x) ** 2)))(x)).count("optimization_barrier") >= 2
+    np.testing.assert_array_equal(jax.grad(lambda x: jnp.sum(save_for_backward(x) ** 2))(x), 2 * x)
+    assert "optimization_barrier" not in str(jax.make_jaxpr(save_for_backward)(x))
+    assert (
+        str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(save_for_backward(x) ** 2)))(x)).count("optimization_barrier")
+        >= 2
+    )
 
 
 @pytest.mark.parametrize("part", ["FCOS head", "box head"])

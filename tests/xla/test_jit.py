@@ -1,4 +1,4 @@
-"""The options that flaxdet compiles with: taken where jax knows them, and left out where not."""
+"""Jit with the options of the platform at hand: taken where jax knows them, left out elsewhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,39 +16,56 @@ import numpy as np
 import pytest
 
 import flaxdet
-from flaxdet.xla import compiling, routes
+from flaxdet.xla import jit, memory, options, routes
+from flaxdet.xla.devices import platform_of
 
 
 @pytest.fixture(autouse=True)
 def asked_anew():
-    compiling._known.cache_clear()
+    options.known.cache_clear()
     yield
-    compiling._known.cache_clear()
+    options.known.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float64])
 def test_a_jit_of_ones_own_takes_them(dtype):
-    options = flaxdet.compiler_options(dtype)
-    assert jax.jit(lambda x: x + 1, compiler_options=options)(jnp.float32(1)) == 2
-    if options is not None:
-        options.clear()  # a copy: the next caller's are whole
+    found = flaxdet.compiler_options(dtype)
+    assert jax.jit(lambda x: x + 1, compiler_options=found)(jnp.float32(1)) == 2
+    if found is not None:
+        found.clear()  # a copy: the next caller's are whole
         assert flaxdet.compiler_options(dtype)
 
 
 def test_another_jaxlib_knows_some(monkeypatch):
-    monkeypatch.setattr(compiling, "_CPU_FLOAT32", {"xla_cpu_of_another_year": "1"})
-    options = flaxdet.compiler_options()
-    assert options is None or set(options) == {"xla_disable_hlo_passes"}
-    monkeypatch.setattr(compiling, "_CPU", {"xla_of_another_year": "1"})
+    monkeypatch.setattr(options, "_CPU_FLOAT32", {"xla_cpu_of_another_year": "1"})
+    found = flaxdet.compiler_options()
+    assert found is None or set(found) == {"xla_disable_hlo_passes"}
+    monkeypatch.setattr(options, "_CPU", {"xla_of_another_year": "1"})
     assert flaxdet.compiler_options() is None
 
 
 def test_other_platforms_have_none(monkeypatch):
+    cpu = flaxdet.compiler_options(platform="cpu")
+    assert flaxdet.compiler_options(platform="gpu") is None
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert flaxdet.compiler_options() is None
+    assert flaxdet.compiler_options(platform="cpu") == cpu != {}
 
 
-LARGE = compiling._PIECE // 4 + 1  # float32s
+def test_a_process_without_a_cpu_backend_knows_the_same(monkeypatch):
+    """As under JAX_PLATFORMS=cuda, where an artifact still records the options for CPUs."""
+    cpu = flaxdet.compiler_options(platform="cpu")
+    options.known.cache_clear()
+
+    def none(platform):
+        raise RuntimeError(f"Unknown backend {platform}")
+
+    monkeypatch.setattr(jax, "devices", none)
+    assert flaxdet.compiler_options(platform="cpu") == cpu
+
+
+HERE = jax.default_backend()
+LARGE = jit._PIECE // 4 + 1  # float32s
 
 
 def total(x):
@@ -55,9 +73,9 @@ def total(x):
     return jax.lax.optimization_barrier(x * 2).sum()
 
 
-def of_size(function=total, **options) -> compiling.JitBySize:
-    jitted = compiling.JitBySize(function, **options)
-    if jitted._pieces is jitted._plain:
+def of_size(function=total) -> jit.JitBySize:
+    jitted = jit.JitBySize(function)
+    if jitted.in_pieces(HERE) is jitted.on(HERE):
         pytest.skip("temporaries are in pieces on CPUs under glibc alone")
     return jitted
 
@@ -67,8 +85,9 @@ def test_pieces_for_programs_of_small_arrays_alone():
     small, large = jnp.ones(LARGE - 1), jnp.ones(LARGE)
     for x in (small, large, small):
         assert jitted(x) == 2 * x.size
-    assert list(jitted.chosen.values()) == [jitted._pieces, jitted._plain]
-    assert [jit._cache_size() for jit in (jitted._pieces, jitted._plain)] == [1, 1]
+    assert list(jitted.chosen.values()) == [jitted.in_pieces(HERE), jitted.on(HERE)]
+    assert [each._cache_size() for each in jitted.chosen.values()] == [1, 1]
+    assert jitted._cache_size() == 2
     assert jitted.lower(jax.ShapeDtypeStruct((LARGE,), jnp.float32)).compile()(large) == 2 * LARGE
     assert len(jitted.chosen) == 2
     assert jitted.__name__ == "total"
@@ -95,8 +114,8 @@ def with_a_rule(function):
 def test_arrays_are_found_wherever_they_are(around):
     jitted = of_size(around(total))
     for size in (LARGE - 1, LARGE):
-        assert jitted._choose(jax.ShapeDtypeStruct((size,), jnp.float32)) is (
-            jitted._pieces if size < LARGE else jitted._plain
+        assert jitted._choose(HERE, jax.ShapeDtypeStruct((size,), jnp.float32)) is (
+            jitted.in_pieces(HERE) if size < LARGE else jitted.on(HERE)
         )
 
 
@@ -115,7 +134,7 @@ def test_keyword_arguments():
     small, large = jnp.ones(3), jnp.ones(LARGE)
     assert jitted(small, more={"y": small}) == jitted(more={"y": small}, x=small) == 12
     assert jitted(small, more={"y": large}) == 6 + 2 * LARGE
-    assert list(jitted.chosen.values()) == [jitted._pieces, jitted._pieces, jitted._plain]
+    assert list(jitted.chosen.values()) == [jitted.in_pieces(HERE), jitted.in_pieces(HERE), jitted.on(HERE)]
     assert jitted.lower(small, more={"y": small}).compile()(small, more={"y": small}) == 12
     assert len(jitted.chosen) == 3
 
@@ -124,7 +143,7 @@ def test_a_choice_is_made_once_a_signature(monkeypatch):
     """Also where calls take turns, in other threads, and with numpy's arrays and Python's numbers."""
     jitted = of_size(lambda x, y: total(x) + y)
     chosen = []
-    monkeypatch.setattr(compiling, "_largest", lambda jaxpr: chosen.append(jaxpr) or 0)
+    monkeypatch.setattr(jit, "_largest", lambda jaxpr: chosen.append(jaxpr) or 0)
     calls = [(jnp.ones(3), 1.0), (jnp.ones(4), 1.0), (np.ones(3, np.float32), 1.0), (jnp.ones(3), jnp.float32(1))]
     for _ in range(2):
         assert [float(jitted(*call)) for call in calls] == [7, 9, 7, 7]
@@ -152,15 +171,56 @@ def test_the_choice_costs_little():
 @pytest.mark.parametrize("reason", ["another C library", "another jaxlib", "another platform"])
 def test_elsewhere_one_jit_for_all(monkeypatch, reason):
     if reason == "another C library":
-        monkeypatch.setattr(compiling.platform, "libc_ver", lambda: ("", ""))
+        monkeypatch.setattr(jit.machine, "libc_ver", lambda: ("", ""))
     elif reason == "another jaxlib":
-        monkeypatch.setattr(compiling, "_IN_PIECES", {"xla_cpu_of_another_year": "1"})
+        monkeypatch.setattr(jit, "_IN_PIECES", {"xla_cpu_of_another_year": "1"})
     else:
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    jitted = compiling.JitBySize(total)
-    assert jitted._pieces is jitted._plain
+    jitted = jit.JitBySize(total)
     assert jitted(jnp.ones(3)) == jitted(x=jnp.ones(3)) == jax.jit(jitted)(jnp.ones(3)) == 6
     assert not jitted.chosen  # nothing was looked up
+
+
+@pytest.mark.skipif(HERE != "cpu", reason="the arguments are to lie on another device than the default one")
+class TestTheArgumentsDecide:
+    """Of arrays on a CPU in a process whose default backend is a GPU."""
+
+    @pytest.fixture(autouse=True)
+    def another_default(self, monkeypatch):
+        self.cpu = jax.devices("cpu")[0]
+        self.here = jax.device_put(jnp.ones(3), self.cpu)
+        self.anywhere = jnp.ones(3)
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def test_platform_of(self):
+        sharded = jax.ShapeDtypeStruct((3,), jnp.float32, sharding=self.here.sharding)
+        for held in (self.here, self.here.sharding, sharded):
+            assert platform_of({"x": [1.0, np.ones(3), self.anywhere, held]}) == "cpu"
+        assert platform_of(self.anywhere, np.ones(3), jax.ShapeDtypeStruct((3,), jnp.float32), "name") == "gpu"
+        for default in (self.cpu, "cpu"):
+            with jax.default_device(default):
+                assert platform_of(self.anywhere) == "cpu"
+
+    @pytest.mark.parametrize("kind", [jit.JitByDevice, jit.JitBySize])
+    def test_options_and_routes_are_theirs(self, kind):
+        seen = []
+        jitted = kind(lambda x: seen.append(routes.platform()) or x + 1)
+        assert jitted(self.here).tolist() == [2, 2, 2]
+        with routes.routes_for("tpu"):  # an override has the last word on routes, and none on options
+            assert jitted(self.here).tolist() == [2, 2, 2]
+        assert jitted.lower(self.here).compile()(self.here).tolist() == [2, 2, 2]
+        assert (set(seen), set(jitted._jitted)) == ({"cpu", "tpu"}, {"cpu"})
+        assert jitted.on("cpu") is jitted.on("cpu") is not jitted.on("gpu")
+
+    def test_arrays_held_nowhere_take_the_defaults(self):
+        jitted = jit.JitByDevice(lambda x: x + 1)
+        assert jitted(self.anywhere).tolist() == [2, 2, 2]
+        assert set(jitted._jitted) == {"gpu"}
+
+    def test_a_meshs_shardings(self):
+        jitted = jit.JitByDevice(lambda x: x + 1, in_shardings=self.here.sharding)
+        assert jitted(self.anywhere).tolist() == [2, 2, 2]
+        assert set(jitted._jitted) == {"cpu"}
 
 
 def in_a_process(code: str, *arguments: object, **environment: str) -> str:
@@ -177,7 +237,7 @@ def in_a_process(code: str, *arguments: object, **environment: str) -> str:
     return done.stdout.strip()
 
 
-KEEP = "import sys; from flaxdet.xla.compiling import keep_compiled; print(keep_compiled(sys.argv[1]))"
+KEEP = "import sys; from flaxdet.xla.compilation_cache import keep_compiled; print(keep_compiled(sys.argv[1]))"
 
 
 def test_the_cache_is_the_users_own_where_there_is_one(tmp_path):
@@ -192,7 +252,7 @@ def test_the_cache_does_without_pieces_in_silence(tmp_path, raises):
     of_size()
     code = """if True:
         import jax
-        from flaxdet.xla.compiling import JitBySize
+        from flaxdet.xla.jit import JitBySize
 
         @JitBySize
         def several(x):  # arrays that live together, each in a piece of its own
@@ -202,7 +262,7 @@ def test_the_cache_does_without_pieces_in_silence(tmp_path, raises):
         x = jax.numpy.ones(5_000_000)
         several.lower(x)
         print(int(several(x)), int(several(x)))
-        print([jit._cache_size() for jit in (several._pieces, several._plain)])
+        print([jitted._cache_size() for jitted in (several.in_pieces("cpu"), several.on("cpu"))])
     """
     told = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_RAISE_PERSISTENT_CACHE_ERRORS": str(raises).lower()}
     found = in_a_process(code, JAX_COMPILATION_CACHE_DIR=str(tmp_path), **told)
@@ -210,6 +270,9 @@ def test_the_cache_does_without_pieces_in_silence(tmp_path, raises):
     assert sum(path.name.startswith("jit_several") for path in tmp_path.glob("*-cache")) == raises
 
 
-def test_another_c_library_has_nothing_to_give_back(monkeypatch):
-    monkeypatch.setattr(compiling.ctypes, "CDLL", lambda name: object())
-    compiling.give_memory_back()
+def test_glibc_alone_is_asked_for_freed_memory(monkeypatch):
+    asked = []
+    for library in (types.SimpleNamespace(malloc_trim=asked.append), object()):
+        monkeypatch.setattr(memory.ctypes, "CDLL", lambda name, library=library: library)
+        memory.give_memory_back()
+    assert asked == [0]

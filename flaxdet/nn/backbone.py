@@ -1,0 +1,91 @@
+"""What a backbone may declare of itself, as timm's feature_info does, for freezing, folding and strides.
+
+A backbone declares what it likes, as attributes or properties:
+
+- ``stages``: a ``Stage`` for each map, finest first;
+- ``trainable_groups``: groups of path prefixes of its parameters, from the last stage to the stem;
+- ``conv_norm_pairs``: a ``ConvNorm`` for each norm that can be folded, and with them ``without_norms()``, which returns
+  the same module with biases in the norms' place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+Path = tuple[str, ...]  # of names in a tree of variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A map that a backbone returns.
+
+    Attributes:
+        name: of the map.
+        channels: of the map.
+        stride: pixels from cell to cell.
+    """
+
+    name: str
+    channels: int
+    stride: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvNorm:
+    """A convolution and the BatchNorm after it, which can be folded into the convolution.
+
+    Attributes:
+        conv: path of the convolution in the module's parameters.
+        norm: path of the norm in the module's parameters or statistics.
+        eps: of the norm.
+    """
+
+    conv: tuple[str, ...]
+    norm: tuple[str, ...]
+    eps: float = 1e-5
+
+    def below(self, *names: str) -> ConvNorm:
+        """The same pair, as a module that holds this one declares it.
+
+        Args:
+            *names: path of this module in the other's variables.
+
+        Returns:
+            The pair with longer paths.
+        """
+        return ConvNorm((*names, *self.conv), (*names, *self.norm), self.eps)
+
+
+def stages_of(module: Any) -> tuple[Stage, ...]:
+    """The stages that a module declares.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Its ``stages``; none where it has no such attribute, or one of another kind.
+    """
+    stages = getattr(module, "stages", ())
+    return tuple(stages) if isinstance(stages, tuple) and all(isinstance(stage, Stage) for stage in stages) else ()
+
+
+def trainable_groups_of(module: Any) -> tuple[tuple[Path, ...], ...]:
+    """The groups of parameters that a module declares, from the last stage to the stem.
+
+    Args:
+        module: any module.
+
+    Returns:
+        Its ``trainable_groups``; none where it declares none.
+    """
+    return tuple(getattr(module, "trainable_groups", ()))
+
+
+def is_foldable(module: Any) -> bool:
+    """Whether a module declares ``conv_norm_pairs`` and ``without_norms``.
+
+    Args:
+        module: any module.
+    """
+    return hasattr(module, "conv_norm_pairs") and hasattr(module, "without_norms")

@@ -1,0 +1,132 @@
+"""A chain of layers as a paper says it: convolution, norm, ReLU, each named once and in that order.
+
+What the paper leaves out is done here. A convolution that sees neighbours reads zeros beyond the canvas, and norms
+leave out the cells there. A norm and the ReLU after it are applied where the next layer reads the map, so that the
+result can be rematerialised for the gradient instead of being saved. Norms compute in float32 at least.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from flaxdet.nn.canvas import inside, mask_beyond
+from flaxdet.nn.layers import Array, Conv, Dtype, at_least_float32
+from flaxdet.nn.norm import Norm, ScaleShift, scaled_and_shifted
+from flaxdet.xla.barriers import save_for_backward
+from flaxdet.xla.rematerialisation import rematerialise
+
+# None stands for a norm that the chain does without, such as one that is folded into the convolution's bias.
+Layer = Conv | Norm | Callable[[Array], Array] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A map between two layers of a chain, with the norm and the ReLU that are not applied yet.
+
+    Attributes:
+        x: [B, h, w, C]; with a norm in float32 at least. The gradient of the norm's statistics and of the map itself
+            are then added in float32 and rounded once.
+        extent: [B, 2] int32 (rows, columns) inside the canvas; None where that is the whole map.
+        norm: the norm as a scale and a shift; None for no norm.
+        dtype: of the norm's result.
+        relu: whether a ReLU follows.
+        biased: whether a convolution has just added a bias.
+    """
+
+    x: Array
+    extent: Array | None = None
+    norm: ScaleShift | None = None
+    dtype: Dtype = None
+    relu: bool = False
+    biased: bool = False
+
+    @property
+    def value(self) -> Array:
+        """The map [B, h, w, C] with norm and ReLU."""
+        return self.read(self.x, self.norm)
+
+    def read(self, x: Array, norm: ScaleShift | None) -> Array:
+        """``value`` as a function of the arrays, so that it can be rematerialised.
+
+        Args:
+            x: [B, h, w, C], the field.
+            norm: the field.
+        """
+        if norm is not None:
+            x = scaled_and_shifted(x, norm, self.dtype)
+        return nn.relu(x) if self.relu else x
+
+
+def chain(
+    layers: Iterable[Layer],
+    x: Array | Link,
+    extent: Array | None = None,
+    *,
+    train: bool = False,
+    rows: Array | None = None,
+    remat: bool = True,
+) -> Link:
+    """Applies layers one after the other.
+
+    Args:
+        layers: ``Conv``, norms, ``nn.relu``, and other functions of one map such as a pooling.
+        x: [B, h, w, C], or the link that another chain ended with, which this one goes on from.
+        extent: [B, 2] int32 (rows, columns) of ``x`` inside the canvas; None where that is the whole map. Strided
+            convolutions halve it upwards; other functions should not change the size unless they come last.
+        train: BatchNorm's mode.
+        rows: [B], True where a row of the batch counts for the statistics of norms; default all.
+        remat: rematerialises norm, ReLU and mask for the gradient, where that pays.
+
+    Returns:
+        The last link; ``.value`` is the map.
+
+    Raises:
+        TypeError: for a module that is neither a ``Conv`` nor a norm.
+    """
+    link = x if isinstance(x, Link) else Link(x, extent)
+    for layer in layers:
+        if layer is nn.relu:
+            link = dataclasses.replace(link, relu=True)
+        elif isinstance(layer, Conv):
+            link = _convolved(layer, link, remat)
+        elif isinstance(layer, Norm):
+            link = _normalised(layer, link, train, rows)
+        elif isinstance(layer, nn.Module):
+            raise TypeError(f"a chain takes Conv, norms and functions, got {type(layer).__name__}")
+        elif layer is not None:
+            read = _composed(layer, link)
+            link = Link((rematerialise(read) if remat else read)(link.x, link.norm), link.extent)
+    return link
+
+
+def _convolved(layer: Conv, link: Link, remat: bool) -> Link:
+    def read(layer: Conv, x: Array, norm: ScaleShift | None, extent: Array | None) -> Array:
+        return layer(mask_beyond(link.read(x, norm), extent))
+
+    extent = None if layer.kernel_size == 1 else link.extent
+    if remat and (link.norm is not None or link.relu or extent is not None):
+        read = rematerialise(read, nn.remat)
+    y = read(layer, link.x, link.norm, extent)
+    inner = link.extent if link.extent is None or layer.strides == 1 else -(-link.extent // layer.strides)
+    return Link(y, inner, biased=layer.use_bias)
+
+
+def _normalised(norm: Norm, link: Link, train: bool, rows: Array | None) -> Link:
+    x = link.value
+    if link.biased:
+        x = save_for_backward(x)  # else XLA:CPU saves the map without the bias too
+    x = x.astype(at_least_float32(norm.dtype))
+    mask = None if link.extent is None else inside(link.extent, x.shape[1:3])
+    if rows is not None:
+        cells = jnp.broadcast_to(rows[:, None, None], x.shape[:3])
+        mask = cells if mask is None else mask & cells
+    return Link(x, link.extent, norm.scale_and_shift(x, train=train, mask=mask), norm.dtype)
+
+
+def _composed(function: Callable[[Array], Array], link: Link) -> Callable[..., Any]:
+    return lambda x, norm: function(link.read(x, norm))

@@ -1,0 +1,23 @@
+"""A 3x3 convolution column by column, whose gradient of the kernel XLA:CPU computes quickly."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+
+
+def by_columns(x: Array, kernel: Array, **kwargs: Any) -> Array:
+    """A 3x3 convolution of stride 1, padded by 1: the sum of three 3x1 ones, for the gradient of its kernel.
+
+    XLA:CPU reads patches of three rows more quickly than those of three rows and columns, as long as images are few.
+    """
+    width = x.shape[2]
+    conv = functools.partial(lax.conv_general_dilated, window_strides=(1, 1), padding=((1, 1), (0, 0)), **kwargs)
+    columns = (jnp.pad(conv(x, kernel[:, j : j + 1]), ((0, 0), (0, 0), (2 - j, j), (0, 0))) for j in range(3))
+    return sum(column[:, :, 1 : 1 + width] for column in columns)  # pyright: ignore[reportReturnType]
