@@ -63,7 +63,6 @@ def evaluate(
     Raises:
         ValueError: for an empty data set, annotations that are not COCO's, or an image that can't be read
             (``ImageError``), naming it.
-        RuntimeError: if candidates overflowed a capacity chosen below the default.
         ImportError: without pycocotools.
     """
     require_pycocotools()
@@ -134,7 +133,6 @@ def detect_dataset(
 
     Raises:
         ValueError: for an empty data set, or an image that can't be read or is too elongated, naming it.
-        RuntimeError: if candidates overflowed a capacity chosen below the default.
     """
     from tqdm import tqdm
 
@@ -160,7 +158,7 @@ def detect_dataset(
             host = jax.device_get(detections)
             for row, index in enumerate(indices):
                 own = jax.tree.map(lambda x, row=row: x[row : row + 1], host)
-                (results[index],) = unpad(own, first=index)
+                (results[index],) = unpad(own)
             bar.update(len(indices))
 
         for batch in plan:

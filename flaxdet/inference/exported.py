@@ -98,7 +98,7 @@ class ExportedDetector:
         sizes = np.array([image.shape[:2] for _, image, _ in batch], np.int32)
         new_sizes = np.array([new_size for _, _, new_size in batch], np.int32)
         found = self._run(number)(self.weights, padded, sizes, new_sizes)
-        return unpad(Detections(**found, overflow=np.zeros(len(batch), bool)))  # pyright: ignore[reportArgumentType]
+        return unpad(Detections(**found))
 
 
 def split_batch(count: int, sizes: Iterable[int], *, fill: bool) -> list[int]:

@@ -58,7 +58,6 @@ def predict(
     Raises:
         TypeError: for images of another or of mixed dtypes.
         ValueError: for something that is no image, naming it by its number, or an unknown ``canvas``.
-        RuntimeError: if candidates overflowed a capacity chosen below the default.
     """
     check_canvas(canvas)
     arrays = check_images(images)
@@ -70,30 +69,20 @@ def predict(
     results: list[dict[str, np.ndarray]] = []
     for group in groups:
         batch = transform(group, config, canvas=canvas, dtype=model.box_dtype)
-        results.extend(unpad(jitted_detect(model, variables, batch), first=len(results)))
+        results.extend(unpad(jitted_detect(model, variables, batch)))
     return results
 
 
-def unpad(detections: Detections, *, first: int = 0) -> list[dict[str, np.ndarray]]:
+def unpad(detections: Detections) -> list[dict[str, np.ndarray]]:
     """``Detections`` as one dict an image, without the padding.
 
     Args:
         detections: of B images.
-        first: number of the first image, for error messages.
 
     Returns:
         For each image {"boxes": [N, 4], "scores": [N], "labels": [N]}, numpy, best first.
-
-    Raises:
-        RuntimeError: if an image's candidates overflowed a capacity chosen below the default.
     """
     host = jax.device_get(detections)
-    if host.overflow.any():
-        numbers = (first + np.flatnonzero(host.overflow)).tolist()
-        raise RuntimeError(
-            f"images {numbers}: more candidates than the chosen capacity holds, so detections may be missing; "
-            "choose a larger one"
-        )
     return [
         {"boxes": boxes[valid], "scores": scores[valid], "labels": labels[valid]}
         for boxes, scores, labels, valid in zip(host.boxes, host.scores, host.labels, host.valid, strict=True)

@@ -143,7 +143,6 @@ class Predictor:
             TypeError: for images of another or of mixed dtypes.
             ValueError: for something that is no image, or that no bucket holds, naming it by its number; nothing is
                 computed then.
-            RuntimeError: if candidates overflowed a capacity chosen below the default.
             MemoryError: if the device has too little memory for a batch of a bucket.
         """
         samples = [self._sample(i, array, f"image {i}") for i, array in enumerate(check_images(images))]
@@ -168,7 +167,7 @@ class Predictor:
 
         Raises:
             ValueError: for fewer than one worker.
-            RuntimeError, MemoryError: as ``__call__``; what a function raises beyond OSError, TypeError and ValueError.
+            MemoryError: as ``__call__``; what a function raises beyond OSError, TypeError and ValueError.
         """
         if workers < 1:
             raise ValueError(f"workers should be at least 1, got {workers}")
@@ -222,7 +221,7 @@ class Predictor:
                 host = jax.device_get(detections)
             for row, sample in enumerate(batch):
                 own = jax.tree.map(lambda x, row=row: x[row : row + 1], host)
-                (done[sample.number],) = unpad(own, first=sample.number)
+                (done[sample.number],) = unpad(own)
 
         def start(bucket: Size) -> None:
             batch = self._take(waiting, bucket)
