@@ -59,7 +59,7 @@ def predict(
         TypeError: for images of another or of mixed dtypes.
         ValueError: for something that is no image, naming it by its number, or an unknown ``canvas``.
     """
-    check_canvas(canvas)
+    check_canvas(canvas, ("image", "batch"))
     arrays = check_images(images)
     config = model.transform
     for i, array in enumerate(arrays):  # every fault shows, by its number, before the first image is computed
