@@ -19,7 +19,7 @@ from flaxdet.convert import from_torchvision, reference
 from flaxdet.convert.stages import OF_PROPOSALS, PROPOSAL_IMAGE, Detection, Stages, run, run_reference
 from flaxdet.files.models import ModelFile, read_model
 from flaxdet.images.transform import transform
-from flaxdet.inference.predict import jitted_detect, unpad
+from flaxdet.inference.detect import jitted_detect, unpad
 from flaxdet.models.detector import Detector
 from flaxdet.zoo.builders import NUM_COCO_CLASSES, make_model
 from flaxdet.zoo.weights import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights
@@ -147,7 +147,7 @@ def compare(
     *,
     timed: bool = False,
 ) -> Comparison:
-    """Runs both sides on one batch, padded as torchvision pads it.
+    """Runs both sides on one batch, padded as torchvision pads it; BatchNorm is not folded on either side.
 
     Args:
         model: ours.

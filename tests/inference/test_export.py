@@ -12,7 +12,7 @@ import pytest
 
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.images.resize import resize_image
-from flaxdet.inference.predict import detect
+from flaxdet.inference.detect import detect
 from flaxdet.structures import ImageBatch
 from flaxdet.zoo import builders
 from tests.parity.sides import FCOS_NAME, V2_NAME

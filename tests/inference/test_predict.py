@@ -10,8 +10,8 @@ import pytest
 
 import flaxdet
 from flaxdet.images.transform import transform
-from flaxdet.inference import predict as module
-from flaxdet.inference.predict import detect_program, jitted_detect, unpad
+from flaxdet.inference import programs
+from flaxdet.inference.detect import detect_program, jitted_detect, unpad
 from flaxdet.models.detector import example_batch
 from flaxdet.structures import Detections
 from tests.tolerances import HAND_F32, LAYERS_F32
@@ -155,8 +155,8 @@ def test_bad_images_are_named_and_nothing_is_computed(monkeypatch, images, error
     def never(*_, **__):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(module, "jitted_detect", never)
-    monkeypatch.setattr(module, "transform", never)
+    monkeypatch.setattr(programs, "jitted_detect", never)
+    monkeypatch.setattr(programs, "transform", never)
     with pytest.raises(error, match=message):
         flaxdet.predict(detector(), {}, images, canvas=canvas)
 
