@@ -17,7 +17,7 @@ from photos import photos, training_examples
 from flaxdet.convert import from_torchvision, reference, to_torchvision
 from flaxdet.convert.verify import both_sides, compare, match_detections
 from flaxdet.images.transform import transform, transform_targets
-from flaxdet.inference.predict import jitted_detect, unpad
+from flaxdet.inference.detect import jitted_detect, unpad
 from flaxdet.registry import make_model
 from flaxdet.train import loss_and_gradients
 

@@ -131,7 +131,8 @@ class _Inference:
 
     def _batch(self, pixels: Any, size: Any, new_size: Any) -> ImageBatch:
         """A batch as the predictor makes it."""
-        canvas = jnp.tile(jnp.asarray([self.bucket], jnp.int32), (len(size), 1)) if self.programs.masked else None
+        masked = self.programs.masked(self.bucket)
+        canvas = jnp.tile(jnp.asarray([self.bucket], jnp.int32), (len(size), 1)) if masked else None
         return ImageBatch(pixels, new_size, size, canvas)
 
     def _pooled(self) -> Any:

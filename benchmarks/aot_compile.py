@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import flaxdet
 from flaxdet.images.transform import transform, transform_targets
-from flaxdet.inference.predict import detect
+from flaxdet.inference.detect import detect
 from flaxdet.models.initial import initial_variables
 from flaxdet.registry import make_model
 from flaxdet.train import create_state, make_train_step, sgd, shard_batch

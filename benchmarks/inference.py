@@ -40,7 +40,7 @@ from contenders import CONTENDERS, DTYPES, MODELS, Contender, load_torch, make_p
 from PIL import Image
 
 from flaxdet.images.transform import transform
-from flaxdet.inference.predict import detect
+from flaxdet.inference.detect import detect
 
 SIZE = (480, 640)
 

@@ -18,7 +18,7 @@ import torch
 
 from flaxdet.convert import reference
 from flaxdet.images.transform import to_original
-from flaxdet.inference.predict import unpad
+from flaxdet.inference.detect import unpad
 from flaxdet.models.detector import Detector
 from flaxdet.structures import Detections, ImageBatch, Proposals
 
@@ -39,7 +39,7 @@ def _apply(model: Detector, variables: Any, batch: ImageBatch) -> tuple[Detectio
 
 
 def run(model: Detector, variables: Any, batch: ImageBatch) -> tuple[list[Detection], Stages]:
-    """Runs our model.
+    """Runs our model as it is given: BatchNorm is not folded, so that every stage is torchvision's but for rounding.
 
     Args:
         model: ours.

@@ -20,7 +20,7 @@ from flaxdet.convert import from_torchvision, reference
 from flaxdet.convert.stages import OF_PROPOSALS, PROPOSAL_IMAGE, Detection, Stages, run, run_reference
 from flaxdet.files.models import ModelFile, read_model
 from flaxdet.images.transform import transform
-from flaxdet.inference.predict import jitted_detect, unpad
+from flaxdet.inference.detect import jitted_detect, unpad
 from flaxdet.models.detector import Detector
 
 # What counts as the same answer: largest difference of a box (pixels) and of a score. torchvision in float32 differs
@@ -146,7 +146,7 @@ def compare(
     *,
     timed: bool = False,
 ) -> Comparison:
-    """Runs both sides on one batch, padded as torchvision pads it.
+    """Runs both sides on one batch, padded as torchvision pads it; BatchNorm is not folded on either side.
 
     Args:
         model: ours.

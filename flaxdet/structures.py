@@ -13,6 +13,7 @@ where they appear; sizes and extents are (rows, columns).
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass, fields
@@ -28,7 +29,7 @@ Array = jax.Array
 Class = TypeVar("Class", bound=type)
 
 
-def exportable(cls: Class) -> Class:
+def exportable(cls: Class, *, dropped: Sequence[str] = ()) -> Class:
     """Registers a pytree class with jax.export, so that functions which take or return it can be serialised.
 
     The file holds the names of the fields. A field that the file lacks is ``None`` when it is read, so that fields may
@@ -36,23 +37,27 @@ def exportable(cls: Class) -> Class:
 
     Args:
         cls: a ``flax.struct.dataclass`` of arrays and pytrees, without static fields.
+        dropped: fields that the class once had. Functions in older files return the class of today, without them.
+            Functions that take the class with such a field can be read, but jax can't call them: they expect its array.
 
     Returns:
         The class.
 
     Raises:
-        ValueError: when a file is read that has a field which the class lacks, unless it is ``None`` there, or that
-            has the fields in another order.
+        ValueError: when a file is read that has a field which the class lacks, unless it is ``None`` there or dropped,
+            or that has the fields in another order.
     """
     names = [field.name for field in fields(cls)]
     title = f"flaxdet.{cls.__name__}"
 
     def build(written: Any, children: Sequence[Any]) -> Any:
         values = dict(zip(written, children, strict=True))
-        present = [name for name in written if values[name] is not None]
+        present = [name for name in written if values[name] is not None and name not in dropped]
         if present != [name for name in names if name in present]:
             expected = f"expected the fields {', '.join(names)}, in this order"
             raise ValueError(f"{title}: {expected}, got {', '.join(present)}")
+        if any(values.get(name) is not None for name in dropped):
+            return _Older(cls, values)
         return cls(**{name: values.get(name) for name in names})
 
     jax.export.register_pytree_node_serialization(
@@ -63,6 +68,28 @@ def exportable(cls: Class) -> Class:
         from_children=build,  # pyright: ignore[reportArgumentType]  # parameters of other names
     )
     return cls
+
+
+@jax.tree_util.register_pytree_node_class
+class _Older:
+    """In the structure of a function from an older file: a class with every field that the file has.
+
+    jax counts the arrays of all fields there, and then gets the class of today.
+    """
+
+    def __init__(self, cls: type, values: dict[str, Any]):
+        self.cls, self.values = cls, values
+
+    def tree_flatten(self) -> tuple[tuple[Any, ...], tuple[type, tuple[str, ...]]]:
+        """For jax."""
+        return tuple(self.values.values()), (self.cls, tuple(self.values))
+
+    @staticmethod
+    def tree_unflatten(kind: tuple[type, tuple[str, ...]], children: Iterable[Any]) -> Any:
+        """For jax: an instance of ``cls``, not of this class."""
+        cls, written = kind
+        values = dict(zip(written, children, strict=True))
+        return cls(**{field.name: values.get(field.name) for field in fields(cls)})
 
 
 @exportable
@@ -121,7 +148,7 @@ class Proposals:
     valid: Bool[Array, "B R"]
 
 
-@exportable
+@functools.partial(exportable, dropped=("overflow",))
 @struct.dataclass
 class Detections:
     """Detections in the pixels of the resized image, best first.
@@ -131,15 +158,12 @@ class Detections:
         scores: [B, K] in [0, 1]; padding is 0.
         labels: [B, K] int32; padding is -1.
         valid: [B, K].
-        overflow: [B], True where a capacity was too small to hold every candidate, so that a detection
-            may be missing. The default capacities cannot overflow.
     """
 
     boxes: Float[Array, "B K 4"]
     scores: Float[Array, "B K"]
     labels: Int[Array, "B K"]
     valid: Bool[Array, "B K"]
-    overflow: Bool[Array, " B"]
 
 
 @dataclass(frozen=True)

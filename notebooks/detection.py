@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 
 import flaxdet
 from flaxdet import to_original, transform, transform_targets
-from flaxdet.inference.predict import unpad
+from flaxdet.inference.detect import unpad
 from flaxdet.nn import BatchNorm, FeaturePyramidNetwork, LastLevelP6P7
 
 # %% [markdown]

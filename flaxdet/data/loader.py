@@ -22,6 +22,7 @@ from flaxdet.data.batches import EvalPlan, TrainPlan
 from flaxdet.data.samples import BatchSource, BucketCanvas, Dataset, Options, check_dataset_labels
 from flaxdet.data.streams import import_grain, open_stream
 from flaxdet.images.buckets import Size, assign, canvases, choose_buckets, sort_buckets
+from flaxdet.images.transform import check_canvas
 from flaxdet.structures import TransformConfig
 
 _SLOT_STEP = 8  # slots for boxes are a multiple of it
@@ -251,8 +252,7 @@ def _layout(
     canvas: BucketCanvas,
 ) -> _Layout:
     """What is the same for every batch: the images' canvases (the largest of each), the buckets, G, and masks."""
-    if canvas not in ("image", "bucket"):
-        raise ValueError(f'canvas should be "image" or "bucket", got {canvas!r}')
+    check_canvas(canvas, ("image", "bucket"))
     records = [dataset[i] for i in range(len(dataset))]
     if not records:
         raise ValueError("expected at least one image, the data set has none")

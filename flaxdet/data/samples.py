@@ -20,7 +20,7 @@ from flaxdet.images.transform import canvas_size, resized_size
 from flaxdet.models.labels import check_labels
 from flaxdet.structures import TransformConfig
 
-BucketCanvas = Literal["image", "bucket"]
+BucketCanvas = Literal["image", "bucket"]  # of ``images.transform.Canvas``: a batch's arrays are its whole bucket
 
 
 class Dataset(Protocol):

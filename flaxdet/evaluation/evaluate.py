@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flaxdet.data.batches import Batch, EvalPlan
 from flaxdet.data.coco import CocoDataset
 from flaxdet.data.samples import Dataset
 from flaxdet.evaluation.coco_metrics import (
@@ -22,12 +19,12 @@ from flaxdet.evaluation.coco_metrics import (
     read_annotations,
     require_pycocotools,
 )
-from flaxdet.images.ahead import read_ahead
-from flaxdet.images.buckets import Size, canvases, choose_buckets
-from flaxdet.images.transform import transform
-from flaxdet.inference.predict import jitted_detect, unpad
+from flaxdet.images.buckets import assign, canvases, choose_buckets
+from flaxdet.inference.engine import stream
+from flaxdet.inference.folded import folded
+from flaxdet.inference.programs import JittedPrograms
+from flaxdet.inference.samples import Sample, place
 from flaxdet.models.detector import Detector
-from flaxdet.structures import Detections, TransformConfig
 
 __all__ = ["ClassResult", "CocoResult", "coco_results", "detect_dataset", "evaluate", "evaluate_results"]
 
@@ -63,7 +60,7 @@ def evaluate(
     Raises:
         ValueError: for an empty data set, annotations that are not COCO's, or an image that can't be read
             (``ImageError``), naming it.
-        RuntimeError: if candidates overflowed a capacity chosen below the default.
+        MemoryError: if the device has too little memory for a batch; names the bucket.
         ImportError: without pycocotools.
     """
     require_pycocotools()
@@ -118,7 +115,8 @@ def detect_dataset(
     """Detects objects in every image of a data set: ``predict`` for thousands of images.
 
     Images are read by threads ahead of the device, few at a time, and run in few buckets, each on its own canvas, so
-    that the answer for an image is the one that it gets alone, up to rounding.
+    that the answer for an image is the one that it gets alone, up to rounding. BatchNorm is folded, as in ``predict``;
+    variables divided over several devices are used as they are.
 
     Args:
         model: from a builder or ``flaxdet.load``.
@@ -134,7 +132,7 @@ def detect_dataset(
 
     Raises:
         ValueError: for an empty data set, or an image that can't be read or is too elongated, naming it.
-        RuntimeError: if candidates overflowed a capacity chosen below the default.
+        MemoryError: if the device has too little memory for a batch; names the bucket.
     """
     from tqdm import tqdm
 
@@ -143,52 +141,34 @@ def detect_dataset(
             raise ValueError(f"{name} should be at least 1, got {value}")
     if not len(dataset):
         raise ValueError("expected a data set with at least one image, got an empty one")
-    plan, masked = _plan(dataset, model.transform, min(batch_size, len(dataset)))
-    variables = on_one_device(variables)
-    results: list[dict[str, np.ndarray]] = [{}] * len(dataset)
-    order = [index for batch in plan for index in batch.indices[batch.real].tolist()]
-    with (
-        contextlib.closing(
-            read_ahead(dataset.read_image, order, ahead=batch_size + workers, workers=workers)
-        ) as images,
-        tqdm(total=len(dataset), unit="image", disable=not progress) as bar,
-    ):
-        running: deque[tuple[list[int], Detections]] = deque()
-
-        def settle() -> None:
-            indices, detections = running.popleft()
-            host = jax.device_get(detections)
-            for row, index in enumerate(indices):
-                own = jax.tree.map(lambda x, row=row: x[row : row + 1], host)
-                (results[index],) = unpad(own, first=index)
-            bar.update(len(indices))
-
-        for batch in plan:
-            indices, size = batch.indices[batch.real].tolist(), len(batch.indices)
-            arrays = list(itertools.islice(images, len(indices)))
-            arrays += arrays[:1] * (size - len(arrays))  # the last batch of a bucket keeps its shape
-            inputs = transform(arrays, model.transform, bucket=batch.bucket, dtype=model.box_dtype)
-            if batch.bucket in masked and inputs.canvas is None:  # without canvases it would compile once more
-                canvas = jnp.tile(jnp.asarray(batch.bucket, jnp.int32)[None], (size, 1))
-                inputs = inputs.replace(canvas=canvas)  # pyright: ignore[reportAttributeAccessIssue]
-            running.append((indices, jitted_detect(model, variables, inputs)))
-            if len(running) > 1:  # the device has its next work before the host waits for the last
-                settle()
-        settle()
-    return results
-
-
-def _plan(dataset: Dataset, config: TransformConfig, batch_size: int) -> tuple[list[Batch], set[Size]]:
-    """Which images run together, and the buckets in which some canvas is smaller."""
-    records = [dataset[i] for i in range(len(dataset))]
+    config, records = model.transform, [dataset[i] for i in range(len(dataset))]
     sizes = [record.size for record in records]
     own = canvases(sizes, config, names=[record.path for record in records])
     # canvases that 32 doesn't divide can't be smaller than their bucket
     buckets = choose_buckets(sizes, config, len(own) if config.size_divisible % 32 else _BUCKETS)
-    plan = EvalPlan(own, buckets, batch_size)
-    batches = [plan[i] for i in range(plan.steps_per_epoch)]
-    masked = {batch.bucket for batch in batches if (own[batch.indices] != np.asarray(batch.bucket)).any()}
-    return batches, masked
+    assigned = assign(own, buckets)
+    order = np.argsort(assigned, kind="stable").tolist()  # bucket by bucket, so that few images wait for others
+    smaller = (own != np.asarray(buckets)[assigned]).any(axis=1)
+    masked = {buckets[number] for number in np.unique(assigned[smaller])}
+    model, variables = folded(model, on_one_device(variables))
+    count = min(batch_size, len(order))
+    programs = JittedPrograms(model, variables, batch_size=count, masked=masked)
+
+    def load(numbered: tuple[int, int]) -> Sample:
+        number, index = numbered
+        return place(number, dataset.read_image(index), str(records[index].path), config, buckets)
+
+    results: list[Any] = [None] * len(order)
+    with (
+        contextlib.closing(
+            stream(load, enumerate(order), programs, ahead=batch_size + workers, workers=workers, patience=count)
+        ) as found,
+        tqdm(total=len(order), unit="image", disable=not progress) as bar,
+    ):
+        for index, detections in zip(order, found, strict=True):
+            results[index] = detections
+            bar.update()
+    return results
 
 
 def on_one_device(variables: Any) -> Any:
@@ -204,4 +184,10 @@ def on_one_device(variables: Any) -> Any:
     spread = any(not leaf.is_fully_replicated for leaf in leaves)
     if spread:  # parts of tensors on several devices: jit computes where they are
         return variables
-    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else jnp.asarray(x), variables)
+
+    def one(x: Any) -> jax.Array:
+        if not isinstance(x, jax.Array):
+            return jnp.asarray(x)
+        return x if len(x.sharding.device_set) == 1 else x.addressable_data(0)
+
+    return jax.tree.map(one, variables)

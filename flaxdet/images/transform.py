@@ -20,7 +20,9 @@ from flaxdet.models.labels import check_labels, label_range
 from flaxdet.ops import resize_boxes
 from flaxdet.structures import Detections, ImageBatch, Targets, TransformConfig
 
-Canvas = Literal["image", "batch"]
+# The padded size that an image counts as having: the smallest for the image itself, the largest of those in the batch
+# (as torchvision pads), or the whole bucket. Every option `canvas` takes some of these words.
+Canvas = Literal["image", "batch", "bucket"]
 
 # Floats may lie outside [0, 1] by so much, as they do after a resize: torchvision's own gives 1.0000001.
 RANGE_SLACK = 1e-4
@@ -85,10 +87,11 @@ def check_images(images: Sequence[Any]) -> list[np.ndarray]:
     return arrays
 
 
-def check_canvas(canvas: Any) -> None:
-    """Raises ValueError unless ``canvas`` is "image" or "batch"."""
-    if canvas not in ("image", "batch"):
-        raise ValueError(f'canvas should be "image" or "batch", got {canvas!r}')
+def check_canvas(canvas: Any, allowed: Sequence[str] = ("image", "batch", "bucket")) -> None:
+    """Raises ValueError unless ``canvas`` is one of the words."""
+    if canvas not in allowed:
+        *others, last = (f'"{word}"' for word in allowed)
+        raise ValueError(f"canvas should be {', '.join(others)} or {last}, got {canvas!r}")
 
 
 def resized_size(
@@ -146,7 +149,7 @@ def transform(
         config: ``model.transform``.
         canvas: "image" pads each image's canvas to its own multiple of ``size_divisible``, so that its
             answer does not depend on its neighbours; "batch" takes the largest of the batch for all, as
-            torchvision does.
+            torchvision does; "bucket" takes the whole bucket for all.
         bucket: (rows, columns) of the array; default the smallest that holds every canvas.
         dtype: float32 or float64 (bfloat16 models take float32 pixels).
 
@@ -170,13 +173,15 @@ def transform(
     if canvas == "batch":
         canvases = [largest] * len(arrays)
     bucket = largest if bucket is None else (int(bucket[0]), int(bucket[1]))
+    if canvas == "bucket":
+        canvases = [bucket] * len(arrays)
     if bucket[0] < largest[0] or bucket[1] < largest[1]:
         raise ValueError(f"bucket should hold {largest[0]}x{largest[1]} (rows x columns), got {bucket}")
     whole = all(own == bucket for own in canvases)
     if not whole and any(side % 32 for side in (*bucket, *(side for own in canvases for side in own))):
         raise ValueError(
             f"canvases smaller than their bucket need multiples of 32, got size_divisible={config.size_divisible} "
-            f'and bucket {bucket}: use canvas="batch", or a multiple of 32'
+            f'and bucket {bucket}: use canvas="batch" or "bucket", or a multiple of 32'
         )
 
     pixels = []

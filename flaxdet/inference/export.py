@@ -7,7 +7,6 @@ NMS. README.md shows how to run one with jax alone.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -23,8 +22,8 @@ from flaxdet.files.checkpoint import replacing, write_safetensors
 from flaxdet.files.models import check_categories
 from flaxdet.files.variables import flat_arrays
 from flaxdet.images.buckets import Size, model_buckets
-from flaxdet.images.resize import resize_image
-from flaxdet.inference.predict import detect
+from flaxdet.inference.detect import detect
+from flaxdet.inference.programs import resize_to
 from flaxdet.models.detector import Detector
 from flaxdet.models.folding import fold_batch_norm
 from flaxdet.structures import ImageBatch
@@ -137,19 +136,12 @@ def export(
 
 
 def _pipeline(model: Detector, bucket: Size, masked: bool) -> Callable[..., dict[str, jax.Array]]:
-    config = model.transform
-    resize = functools.partial(
-        resize_image,
-        bucket=bucket,
-        mean=config.image_mean,  # pyright: ignore[reportArgumentType]
-        std=config.image_std,  # pyright: ignore[reportArgumentType]
-        dtype=model.box_dtype,
-    )
+    resize = resize_to(model, bucket)
 
     def pipeline(weights: dict[str, Any], images: Any, size: Any, new_size: Any) -> dict[str, jax.Array]:
-        step = int(config.size_divisible)
+        step = int(model.transform.size_divisible)
         batch = ImageBatch(
-            pixels=jax.vmap(resize)(images, size, new_size),
+            pixels=resize(images, size, new_size),
             size=new_size,
             original_size=size,
             canvas=-(-new_size // step) * step if masked else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import jax.export
 import numpy as np
 import safetensors.numpy
 
-from flaxdet.images.buckets import Size, assign
-from flaxdet.images.transform import canvas_size, check_images, resized_size
+from flaxdet.images.buckets import Size
+from flaxdet.images.transform import check_images
+from flaxdet.inference.detect import Found
+from flaxdet.inference.engine import run
 from flaxdet.inference.export import FORMAT, SIGNATURE, digest
-from flaxdet.inference.predict import unpad
+from flaxdet.inference.samples import Sample, place, raw_squares, size_arrays
 from flaxdet.structures import Detections, TransformConfig
-from flaxdet.xla import routes
 
 
 class ExportError(ValueError):
@@ -39,7 +40,7 @@ class ExportedDetector:
     weights: dict[str, Any]
     _run: Callable[[int], Callable[..., dict[str, jax.Array]]]
 
-    def __call__(self, images: Sequence[Any]) -> list[dict[str, np.ndarray]]:
+    def __call__(self, images: Sequence[Any]) -> list[Found]:
         """Detects objects in images of any sizes up to the artifact's raw size.
 
         Images of a bucket run together where the artifact has programs of several ``batch_sizes``. On a CPU the larger
@@ -55,69 +56,54 @@ class ExportedDetector:
         Raises:
             TypeError: for images that are not uint8.
             ValueError: for something that is no image, is larger than the raw size, or fits no bucket, by its number.
+            MemoryError: if the device has too little memory for a batch of a bucket.
         """
-        signature = self.signature
-        raw, resize = signature["raw_size"], signature["resize"]
-        config = TransformConfig(
+        programs = _ArtifactPrograms(self)
+        raw, arrays, samples = self.signature["raw_size"], check_images(images), []
+        for i, image in enumerate(arrays):
+            if image.dtype != np.uint8:
+                raise TypeError(f"image {i}: expected uint8, got {image.dtype}")
+            if max(image.shape[:2]) > raw:
+                raise ValueError(
+                    f"image {i}: expected at most {raw} pixels a side, got {image.shape[0]}x{image.shape[1]}"
+                )
+            samples.append(place(i, image, f"image {i}", programs.config, programs.buckets))
+        return list(run(samples, programs))  # pyright: ignore[reportReturnType]
+
+
+class _ArtifactPrograms:
+    """The programs of an artifact, by bucket and batch size; a program of any batch size counts as one of 1."""
+
+    def __init__(self, artifact: ExportedDetector):
+        self._artifact, signature = artifact, artifact.signature
+        resize = signature["resize"]
+        self.config = TransformConfig(
             resize["min_size"],
             resize["max_size"],
             size_divisible=resize["size_divisible"],
             fixed_size=resize["fixed_size"],
         )
-        programs: dict[Size, dict[int, int]] = {}  # by bucket and batch size, their numbers
+        self._numbers: dict[Size, dict[int, int]] = {}
         for number, program in enumerate(signature["programs"]):
-            programs.setdefault((program["bucket"][0], program["bucket"][1]), {})[program["batch"] or 1] = number
-        buckets = list(programs)
-        waiting: dict[Size, list[tuple[int, np.ndarray, Size]]] = {}
-        arrays = check_images(images)
-        for i, image in enumerate(arrays):
-            size = (image.shape[0], image.shape[1])
-            if image.dtype != np.uint8:
-                raise TypeError(f"image {i}: expected uint8, got {image.dtype}")
-            if max(size) > raw:
-                raise ValueError(f"image {i}: expected at most {raw} pixels a side, got {size[0]}x{size[1]}")
-            new_size = resized_size(size, config, name=f"image {i}")
-            own = np.array([canvas_size(new_size, config)])
-            bucket = buckets[assign(own, buckets, names=[f"image {i}"])[0]]
-            waiting.setdefault(bucket, []).append((i, image, new_size))
-        results: list[dict[str, np.ndarray]] = [{}] * len(arrays)
-        for bucket, queue in waiting.items():
-            for count in split_batch(len(queue), programs[bucket], fill=routes.platform() != "cpu"):
-                batch, queue = queue[:count], queue[count:]
-                found = self._detect(programs[bucket][count], batch + batch[:1] * (count - len(batch)))
-                for (i, _, _), row in zip(batch, found, strict=False):  # the rest are copies
-                    results[i] = row
-        return results
+            rows, columns = program["bucket"]
+            self._numbers.setdefault((rows, columns), {})[program["batch"] or 1] = number
+        self.buckets = list(self._numbers)
 
-    def _detect(self, number: int, batch: Sequence[tuple[int, np.ndarray, Size]]) -> list[dict[str, np.ndarray]]:
-        """Runs a program on as many images (number, pixels, size after the resize) as it takes."""
-        raw = self.signature["raw_size"]
-        padded = np.zeros((len(batch), raw, raw, 3), np.uint8)
-        for place, (_, image, _) in zip(padded, batch, strict=True):
-            place[: image.shape[0], : image.shape[1]] = image
-        sizes = np.array([image.shape[:2] for _, image, _ in batch], np.int32)
-        new_sizes = np.array([new_size for _, _, new_size in batch], np.int32)
-        found = self._run(number)(self.weights, padded, sizes, new_sizes)
-        return unpad(Detections(**found, overflow=np.zeros(len(batch), bool)))  # pyright: ignore[reportArgumentType]
+    def batch_sizes(self, bucket: Size) -> Sequence[int]:
+        """As ``engine.Programs``."""
+        return tuple(self._numbers[bucket])
 
+    def masked(self, bucket: Size) -> bool:
+        """As ``engine.Programs``: only the one bucket of a model with ``fixed_size`` has no masks."""
+        del bucket
+        return True
 
-def split_batch(count: int, sizes: Iterable[int], *, fill: bool) -> list[int]:
-    """The batches that some images run in, by programs of fixed batch sizes.
-
-    Args:
-        count: images.
-        sizes: batch sizes of the programs.
-        fill: whether a batch that is not full costs less than several small ones, as on a GPU or TPU.
-
-    Returns:
-        The batch size of each call; at most the last call is filled up with copies.
-    """
-    calls = []
-    while count > 0:
-        smaller, larger = [size for size in sizes if size <= count], [size for size in sizes if size >= count]
-        calls.append(min(larger) if larger and (fill or not smaller) else max(smaller))
-        count -= calls[-1]
-    return calls
+    def start(self, bucket: Size, rows: Sequence[Sample]) -> Detections:
+        """As ``engine.Programs``."""
+        program = self._artifact._run(self._numbers[bucket][len(rows)])
+        size, new_size, _ = size_arrays(rows)
+        pixels = raw_squares(rows, self._artifact.signature["raw_size"])
+        return Detections(**program(self._artifact.weights, pixels, size, new_size))
 
 
 def load_exported(folder: str | Path) -> ExportedDetector:

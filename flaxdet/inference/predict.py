@@ -2,50 +2,30 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from flaxdet.images.transform import Canvas, check_canvas, check_images, resized_size, to_original, transform
+from flaxdet.images.transform import check_canvas, check_images
+from flaxdet.inference.detect import Found
+from flaxdet.inference.engine import run
+from flaxdet.inference.folded import folded
+from flaxdet.inference.programs import JittedPrograms
+from flaxdet.inference.samples import place
 from flaxdet.models.detector import Detector
-from flaxdet.structures import Detections, ImageBatch
-from flaxdet.xla.jit import JitByDevice
-
-
-def detect(model: Detector, variables: Any, batch: ImageBatch) -> Detections:
-    """``model.apply``, its boxes [B, K, 4] in the pixels of the original images."""
-    return to_original(model.apply(variables, batch), batch)  # pyright: ignore[reportArgumentType]
-
-
-def jitted_detect(model: Detector, variables: Any, batch: ImageBatch) -> Detections:
-    """``detect`` under jit, which keeps what it has compiled for the life of the process."""
-    return detect_program(model.box_dtype)(model, variables, batch)
-
-
-def detect_program(dtype: Any) -> Any:
-    """The function behind ``jitted_detect`` for models of a dtype; always the same one."""
-    return _detect_program(jnp.dtype(dtype))
-
-
-@functools.cache
-def _detect_program(dtype: Any) -> Any:
-    return JitByDevice(detect, dtype, static_argnums=0)
 
 
 def predict(
-    model: Detector, variables: Any, images: Sequence[Any], *, canvas: Canvas = "image"
-) -> list[dict[str, np.ndarray]]:
+    model: Detector, variables: Any, images: Sequence[Any], *, canvas: Literal["image", "batch"] = "image"
+) -> list[Found]:
     """Detects objects in images of any sizes.
 
-    Compiles once for each canvas size met (and keeps it for the life of the process).
+    Compiles a program for each canvas size, and keeps it for the life of the process. BatchNorm is folded into the
+    convolutions, as ``Predictor`` does; a model that is folded already, or has nothing to fold, runs as it is.
 
     Args:
         model: from a builder or ``flaxdet.load``.
-        variables: its ``{"params": ..., "batch_stats": ...}``.
+        variables: {"params": ..., "batch_stats": ...}. For those in jax arrays the folded ones are computed once and
+            kept as long as these live, in as much memory again; for those in numpy arrays at every call.
         images: arrays [H, W, 3], RGB, all uint8 or all floats in [0, 1].
         canvas: "image": the answer for an image is the one that it gets alone. "batch": all images share the
             largest canvas, which reproduces torchvision's answer for this very list.
@@ -56,44 +36,20 @@ def predict(
 
     Raises:
         TypeError: for images of another or of mixed dtypes.
-        ValueError: for something that is no image, naming it by its number, or an unknown ``canvas``.
-        RuntimeError: if candidates overflowed a capacity chosen below the default.
+        ValueError: for something that is no image, naming it by its number, an unknown ``canvas``, or variables that
+            don't fit the model.
+        MemoryError: if the device has too little memory for an image, or for the batch.
     """
-    check_canvas(canvas)
+    check_canvas(canvas, ("image", "batch"))
     arrays = check_images(images)
-    config = model.transform
-    for i, array in enumerate(arrays):  # every fault shows, by its number, before the first image is computed
-        resized_size((array.shape[0], array.shape[1]), config, name=f"image {i}")
-    # alone, an image's canvas is its bucket: no masks are traced, and no work is done beyond it
-    groups = [arrays] if canvas == "batch" and arrays else [[array] for array in arrays]
-    results: list[dict[str, np.ndarray]] = []
-    for group in groups:
-        batch = transform(group, config, canvas=canvas, dtype=model.box_dtype)
-        results.extend(unpad(jitted_detect(model, variables, batch), first=len(results)))
-    return results
-
-
-def unpad(detections: Detections, *, first: int = 0) -> list[dict[str, np.ndarray]]:
-    """``Detections`` as one dict an image, without the padding.
-
-    Args:
-        detections: of B images.
-        first: number of the first image, for error messages.
-
-    Returns:
-        For each image {"boxes": [N, 4], "scores": [N], "labels": [N]}, numpy, best first.
-
-    Raises:
-        RuntimeError: if an image's candidates overflowed a capacity chosen below the default.
-    """
-    host = jax.device_get(detections)
-    if host.overflow.any():
-        numbers = (first + np.flatnonzero(host.overflow)).tolist()
-        raise RuntimeError(
-            f"images {numbers}: more candidates than the chosen capacity holds, so detections may be missing; "
-            "choose a larger one"
-        )
-    return [
-        {"boxes": boxes[valid], "scores": scores[valid], "labels": labels[valid]}
-        for boxes, scores, labels, valid in zip(host.boxes, host.scores, host.labels, host.valid, strict=True)
-    ]
+    # alone, the canvas of an image is the bucket: no masks are traced, and nothing is computed beyond the canvas
+    samples = [place(i, array, f"image {i}", model.transform, None) for i, array in enumerate(arrays)]
+    if not samples:
+        return []
+    count = 1
+    if canvas == "batch":
+        largest = max(sample.canvas[0] for sample in samples), max(sample.canvas[1] for sample in samples)
+        samples, count = [sample._replace(bucket=largest) for sample in samples], len(samples)
+    model, variables = folded(model, variables)
+    programs = JittedPrograms(model, variables, batch_size=count)
+    return list(run(samples, programs))  # pyright: ignore[reportReturnType]

@@ -1,10 +1,9 @@
-"""The compiled programs of a ``Predictor``: one of the model a bucket, and a small resize a bucket and raw size."""
+"""The programs that inference runs: compiled for a predictor, or jitted and shared by the whole process."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from flaxdet.images.buckets import Size
-from flaxdet.images.resize import resize_image
-from flaxdet.inference.predict import detect
+from flaxdet.images.resize import resize_array, resize_image
+from flaxdet.images.transform import transform
+from flaxdet.inference.detect import detect, jitted_detect
+from flaxdet.inference.engine import naming_bucket
+from flaxdet.inference.samples import Sample, raw_squares, resized_pixels, size_arrays
 from flaxdet.models.detector import Detector
 from flaxdet.structures import Detections, ImageBatch
 from flaxdet.xla.devices import platform_of
@@ -23,22 +25,128 @@ from flaxdet.xla.mesh import by_rows, on_mesh
 from flaxdet.xla.options import compiler_options
 
 
-class Programs:
+class JittedPrograms:
+    """``jitted_detect`` on batches that ``transform`` builds: compiled once in the process for each shape.
+
+    Args:
+        model: the detector.
+        variables: {"params": ..., "batch_stats": ...}.
+        batch_size: B, images a call.
+        masked: buckets in which some canvas is smaller, so that the program takes canvases.
+    """
+
+    def __init__(
+        self,
+        model: Detector,
+        variables: Any,
+        *,
+        batch_size: int,
+        masked: Collection[Size] = (),
+    ):
+        self.model, self.variables = model, variables
+        self._batch_size, self._masked = batch_size, masked
+
+    def batch_sizes(self, bucket: Size) -> Sequence[int]:
+        """As ``engine.Programs``."""
+        del bucket
+        return (self._batch_size,)
+
+    def masked(self, bucket: Size) -> bool:
+        """As ``engine.Programs``."""
+        return bucket in self._masked
+
+    def start(self, bucket: Size, rows: Sequence[Sample]) -> Detections:
+        """As ``engine.Programs``."""
+        batch = transform(
+            [row.image for row in rows],
+            self.model.transform,
+            canvas="image" if self.masked(bucket) else "bucket",
+            bucket=bucket,
+            dtype=self.model.box_dtype,
+        )
+        if self.masked(bucket) and batch.canvas is None:  # without canvases it would compile once more
+            canvas = jnp.tile(jnp.asarray(bucket, jnp.int32)[None], (len(rows), 1))
+            batch = batch.replace(canvas=canvas)  # pyright: ignore[reportAttributeAccessIssue]
+        return jitted_detect(self.model, self.variables, batch)
+
+
+class CompiledPrograms:
     """Compiles the model and its resize for a batch, each for a bucket, when first asked for.
 
     Args:
         model: the detector.
-        variables: its variables, on the devices.
+        variables: {"params": ..., "batch_stats": ...}, on the devices.
         batch_size: B, images a call.
-        masked: whether an image's canvas may be smaller than its bucket.
+        masked: whether a canvas may be smaller than its bucket.
+        raw_sizes: sides of the square arrays that 8-bit images are sent in, the smallest first.
         mesh: over whose devices a batch is divided.
     """
 
-    def __init__(self, model: Detector, variables: Any, *, batch_size: int, masked: bool, mesh: Mesh | None):
+    def __init__(
+        self,
+        model: Detector,
+        variables: Any,
+        *,
+        batch_size: int,
+        masked: bool,
+        raw_sizes: Sequence[int],
+        mesh: Mesh | None,
+    ):
         self.model, self.variables = model, variables
-        self.batch_size, self.masked, self.mesh = batch_size, masked, mesh
+        self.batch_size, self.raw_sizes, self.mesh, self._masked = batch_size, raw_sizes, mesh, masked
         self.resizes: dict[tuple[Size, int], Callable[..., Any]] = {}
         self.detects: dict[Size, Callable[..., Any]] = {}
+
+    def batch_sizes(self, bucket: Size) -> Sequence[int]:
+        """As ``engine.Programs``."""
+        del bucket
+        return (self.batch_size,)
+
+    def masked(self, bucket: Size) -> bool:
+        """As ``engine.Programs``."""
+        del bucket
+        return self._masked
+
+    def prepare(self, sample: Sample) -> Sample:
+        """The sample, resized now if the device can't resize it: so that a thread does it."""
+        return sample if sample.resized or self._raw_size(sample) else self._resize_on_host(sample)
+
+    def start(self, bucket: Size, rows: Sequence[Sample]) -> Detections:
+        """As ``engine.Programs``."""
+        size, new_size, canvas = size_arrays(rows)
+        sides = [self._raw_size(row) for row in rows]
+        if None in sides:
+            resized = [row if row.resized else self._resize_on_host(row) for row in rows]
+            pixels = self.put(resized_pixels(resized, bucket, np.dtype(self.model.box_dtype)))
+        else:
+            side = max(sides)  # pyright: ignore[reportArgumentType]
+            resize = self.resize(bucket, side)
+            pixels = resize(self.put(raw_squares(rows, side)), self.put(size), self.put(new_size))
+        batch = ImageBatch(
+            pixels=pixels,
+            size=self.put(new_size),
+            original_size=self.put(size),
+            canvas=self.put(canvas) if self._masked else None,
+        )
+        return self.detect(bucket)(batch)
+
+    def _raw_size(self, sample: Sample) -> int | None:
+        """The side of the smallest square that holds the image as 8-bit pixels; None for what the host resizes."""
+        if sample.resized or sample.image.dtype != np.uint8:
+            return None
+        return next((side for side in self.raw_sizes if side >= max(sample.size)), None)
+
+    def _resize_on_host(self, sample: Sample) -> Sample:
+        config = self.model.transform
+        image = resize_array(
+            sample.image,
+            sample.new_size,
+            bucket=sample.new_size,
+            mean=config.image_mean,  # pyright: ignore[reportArgumentType]
+            std=config.image_std,  # pyright: ignore[reportArgumentType]
+            dtype=np.dtype(self.model.box_dtype),
+        )
+        return sample._replace(image=image, resized=True)
 
     def resize(self, bucket: Size, raw: int) -> Callable[..., Any]:
         """The resize of a batch, compiled now if it is not there.
@@ -54,17 +162,9 @@ class Programs:
             MemoryError: if compiling takes more memory than there is.
         """
         if (bucket, raw) not in self.resizes:
-            config = self.model.transform
-            run = functools.partial(
-                resize_image,
-                bucket=bucket,
-                mean=config.image_mean,  # pyright: ignore[reportArgumentType]
-                std=config.image_std,  # pyright: ignore[reportArgumentType]
-                dtype=self.model.box_dtype,
-            )
             sizes = self._abstract((2,), jnp.int32)
-            image = self._abstract((raw, raw, 3), jnp.uint8)
-            self.resizes[bucket, raw] = self._compile(jax.vmap(run), (image, sizes, sizes), bucket)
+            images = self._abstract((raw, raw, 3), jnp.uint8)
+            self.resizes[bucket, raw] = self._compile(resize_to(self.model, bucket), (images, sizes, sizes), bucket)
         return self.resizes[bucket, raw]
 
     def detect(self, bucket: Size) -> Callable[[ImageBatch], Detections]:
@@ -86,7 +186,7 @@ class Programs:
                 pixels=pixels,
                 size=sizes,
                 original_size=sizes,
-                canvas=sizes if self.masked else None,
+                canvas=sizes if self._masked else None,
             )
             self.detects[bucket] = self._compile(functools.partial(detect, self.model), (self.variables, batch), bucket)
         return functools.partial(self.detects[bucket], self.variables)
@@ -99,31 +199,8 @@ class Programs:
         """
         return jax.device_put(array, None if self.mesh is None else by_rows(self.mesh))
 
-    @contextlib.contextmanager
-    def memory(self, bucket: Size) -> Iterator[None]:
-        """Turns XLA's error of too little memory into one that names the bucket.
-
-        Args:
-            bucket: (rows, columns) of the batch at work.
-
-        Raises:
-            MemoryError: instead of XLA's error.
-        """
-        try:
-            yield
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
-                raise
-            remedy = "make the batch, or the model's min_size and max_size, smaller"
-            if self.batch_size == 1:
-                remedy = "make the model's min_size and max_size smaller"
-            raise MemoryError(
-                f"out of memory in bucket {bucket[0]}x{bucket[1]} (rows x columns) in batches of "
-                f"{self.batch_size}: {remedy}"
-            ) from error
-
     def _compile(self, run: Callable[..., Any], shapes: tuple[Any, ...], bucket: Size) -> Callable[..., Any]:
-        with self.memory(bucket):
+        with naming_bucket(bucket, self.batch_size):
             options = compiler_options(self.model.box_dtype, platform=platform_of(self.variables))
             program = jax.jit(on_mesh(run, self.mesh)).lower(*shapes).compile(options)
         give_memory_back()
@@ -132,3 +209,25 @@ class Programs:
     def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         sharding = None if self.mesh is None else by_rows(self.mesh)
         return jax.ShapeDtypeStruct((self.batch_size, *shape), dtype, sharding=sharding)
+
+
+def resize_to(model: Detector, bucket: Size) -> Callable[..., Any]:
+    """The resize of a batch into a bucket.
+
+    Args:
+        model: says how images are normalised.
+        bucket: (rows, columns) of the result.
+
+    Returns:
+        (images [B, H, W, 3], sizes [B, 2], new sizes [B, 2]) -> pixels [B, rows, columns, 3].
+    """
+    config = model.transform
+    return jax.vmap(
+        functools.partial(
+            resize_image,
+            bucket=bucket,
+            mean=config.image_mean,  # pyright: ignore[reportArgumentType]
+            std=config.image_std,  # pyright: ignore[reportArgumentType]
+            dtype=model.box_dtype,
+        )
+    )

@@ -292,7 +292,6 @@ def gather_detections(
     scores: Float[Array, " N"],
     labels: Int[Array, " N"],
     keep: Int[Array, " K"],
-    overflow: Bool[Array, ""],
 ) -> Detections:
     """The kept candidates of one image as a row of ``Detections``; ``keep`` has -1 beyond the last."""
     valid = keep >= 0
@@ -302,5 +301,4 @@ def gather_detections(
         scores=jnp.where(valid, scores[index], 0),
         labels=jnp.where(valid, labels[index].astype(jnp.int32), -1),
         valid=valid,
-        overflow=overflow,
     )

@@ -437,7 +437,7 @@ class FasterRCNN(Detector):
             batch: the images (sizes are read).
 
         Returns:
-            Detections in the pixels of the resized images; ``overflow`` is never set.
+            Detections in the pixels of the resized images.
         """
         self.sow_all({"class_scores": nn.softmax(class_logits, axis=-1)})
         return postprocess_detections(

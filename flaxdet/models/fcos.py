@@ -205,7 +205,7 @@ class FCOS(Detector):
             shapes: (h, w) of each level's map.
 
         Returns:
-            Detections in the pixels of the resized images; ``overflow`` is never set.
+            Detections in the pixels of the resized images.
         """
         canvas, extents = whole_extents(batch, shapes)
         outputs = {name: x.astype(self.box_dtype) for name, x in outputs.items()}
@@ -249,4 +249,4 @@ class FCOS(Detector):
             max_output=self.detections_per_img,
             valid=scores >= 0,
         )
-        return gather_detections(boxes, scores, labels, keep, jnp.zeros((), bool))
+        return gather_detections(boxes, scores, labels, keep)

@@ -259,7 +259,7 @@ def postprocess_detections(
         detections_per_img: K.
 
     Returns:
-        Detections in the pixels of the resized images; ``overflow`` is never set.
+        Detections in the pixels of the resized images.
     """
 
     def image(logits: Array, deltas: Array, boxes: Array, valid: Array, size: Array) -> Detections:
@@ -272,6 +272,6 @@ def postprocess_detections(
         kept = kept.reshape(-1) & remove_small_boxes(decoded, MIN_SIZE)
         scores = scores.reshape(-1)
         keep = batched_nms(decoded, scores, labels, nms_thresh, max_output=detections_per_img, valid=kept)
-        return gather_detections(decoded, scores, labels, keep, jnp.zeros((), bool))
+        return gather_detections(decoded, scores, labels, keep)
 
     return per_image(image)(class_logits, box_regression, proposals.boxes, proposals.valid, size)

@@ -16,6 +16,7 @@ from tests.cli.conftest import NAMES, files
 pytest.importorskip("pycocotools")
 
 from flaxdet.evaluation.evaluate import coco_results, evaluate_results
+from flaxdet.inference import programs
 
 pytestmark = [pytest.mark.xdist_group("eval"), pytest.mark.usefixtures("quick")]
 
@@ -239,7 +240,7 @@ def test_interrupted(run, weights, data, out, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["flaxdet.evaluate"], "jitted_detect", interrupt)
+    monkeypatch.setattr(programs, "jitted_detect", interrupt)
     found = run(*write(data), "--weights", weights, "--out", out)
     assert (found.status, found.error) == (130, "flaxdet: interrupted")
     assert files(out) == []

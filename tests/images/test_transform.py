@@ -161,13 +161,17 @@ def test_bucket():
     assert same.canvas is None
     batch = transform([image], SMALL, canvas="batch", bucket=[96, 128])
     assert batch.canvas.tolist() == [[64, 96]]
+    whole = transform([image], SMALL, canvas="bucket", bucket=(96, 128))
+    assert whole.canvas is None
+    np.testing.assert_array_equal(whole.pixels, larger.pixels)
+    assert transform([image, image.swapaxes(0, 1)], SMALL, canvas="bucket").canvas is None
 
 
 def test_bad_arguments():
     image = noise(40, 60)
     with pytest.raises(ValueError, match=r"bucket should hold 64x96 \(rows x columns\), got \(64, 64\)"):
         transform([image], SMALL, bucket=(64, 64))
-    with pytest.raises(ValueError, match='canvas should be "image" or "batch", got \'own\''):
+    with pytest.raises(ValueError, match='canvas should be "image", "batch" or "bucket", got \'own\''):
         transform([image], SMALL, canvas="own")
     with pytest.raises(ValueError, match="at least one image, got an empty list"):
         transform([], SMALL)

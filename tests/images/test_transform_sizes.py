@@ -87,7 +87,6 @@ def detections(boxes) -> Detections:
         scores=jnp.zeros(count, boxes.dtype),
         labels=jnp.zeros(count, jnp.int32),
         valid=jnp.ones(count, bool),
-        overflow=jnp.zeros(count[:1], bool),
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from flaxdet import registry
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.images.resize import resize_image
-from flaxdet.inference.predict import detect
+from flaxdet.inference.detect import detect
 from flaxdet.structures import ImageBatch
 from tests.parity.sides import FCOS_NAME, V2_NAME
 

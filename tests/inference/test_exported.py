@@ -18,7 +18,7 @@ from PIL import Image
 import flaxdet
 from flaxdet.cli.main import main
 from flaxdet.convert.state_dict import abstract_variables
-from flaxdet.inference.exported import ExportError, split_batch
+from flaxdet.inference.exported import ExportError
 from flaxdet.registry import make_model
 from flaxdet.xla.routes import routes_for
 from tests.drawn import drawn
@@ -106,23 +106,6 @@ def test_one_canvas_of_any_size(tmp_path):
             same(found, other)
     with pytest.raises(ValueError, match="size_divisible=1 gives canvases that don't fit into buckets"):
         flaxdet.export(tmp_path, model, variables, buckets=[(96, 64)])
-
-
-@pytest.mark.parametrize(
-    ("count", "sizes", "on_cpu", "elsewhere"),
-    [
-        (8, (8, 1), [8], [8]),
-        (1, (8, 1), [1], [1]),
-        (3, (8, 1), [1, 1, 1], [8]),
-        (11, (1, 8), [8, 1, 1, 1], [8, 8]),
-        (5, (8, 4), [4, 4], [8]),
-        (3, (1,), [1, 1, 1], [1, 1, 1]),
-        (7, (2,), [2, 2, 2, 2], [2, 2, 2, 2]),
-    ],
-)
-def test_the_batches_of_several_images(count, sizes, on_cpu, elsewhere):
-    assert split_batch(count, sizes, fill=False) == on_cpu
-    assert split_batch(count, sizes, fill=True) == elsewhere
 
 
 def test_a_program_for_each_batch_size(tmp_path):

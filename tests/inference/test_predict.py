@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,13 +10,13 @@ import pytest
 
 import flaxdet
 from flaxdet.images.transform import transform
-from flaxdet.inference.predict import detect_program, jitted_detect, unpad
+from flaxdet.inference import programs
+from flaxdet.inference.detect import detect_program, jitted_detect, unpad
 from flaxdet.models.detector import example_batch
 from flaxdet.structures import Detections
 from tests.tolerances import HAND_F32, LAYERS_F32
 
 pytestmark = pytest.mark.xdist_group("predict")
-module = importlib.import_module("flaxdet.predict")  # `flaxdet.predict` is the function
 
 SIZES = [(40, 60), (60, 40), (33, 90), (40, 60), (1, 1)]
 
@@ -157,8 +155,8 @@ def test_bad_images_are_named_and_nothing_is_computed(monkeypatch, images, error
     def never(*_, **__):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(module, "jitted_detect", never)
-    monkeypatch.setattr(module, "transform", never)
+    monkeypatch.setattr(programs, "jitted_detect", never)
+    monkeypatch.setattr(programs, "transform", never)
     with pytest.raises(error, match=message):
         flaxdet.predict(detector(), {}, images, canvas=canvas)
 
@@ -179,7 +177,7 @@ def test_float64(images, variables, x64):
     assert (found["boxes"].dtype, found["scores"].dtype, found["labels"].dtype) == (np.float64, np.float64, np.int32)
 
 
-def detections(valid, overflow) -> Detections:
+def detections(valid) -> Detections:
     valid = np.array(valid)
     count = valid.shape
     return Detections(
@@ -187,19 +185,13 @@ def detections(valid, overflow) -> Detections:
         scores=np.linspace(1, 0, int(np.prod(count)), dtype=np.float32).reshape(count),
         labels=np.arange(np.prod(count), dtype=np.int32).reshape(count),
         valid=valid,
-        overflow=np.array(overflow),
     )
 
 
 def test_unpad():
-    first, second, third = unpad(detections([[True, True, False], [False] * 3, [True] * 3], [False] * 3))
+    first, second, third = unpad(detections([[True, True, False], [False] * 3, [True] * 3]))
     assert first["labels"].tolist() == [0, 1]
     assert first["boxes"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert second["boxes"].shape == (0, 4)
     assert second["scores"].shape == second["labels"].shape == (0,)
     assert third["labels"].tolist() == [6, 7, 8]
-
-
-def test_overflow_is_no_silence():
-    with pytest.raises(RuntimeError, match=r"images \[1\]: more candidates than the chosen capacity"):
-        unpad(detections([[True], [True], [True]], [False, True, False]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -152,45 +151,6 @@ def test_what_fails_is_reported_in_its_place(fcos, tmp_path):
     assert messages[5].startswith("image 5: its canvas of 96x64 (rows x columns) fits none of the buckets 64x96")
 
 
-def test_an_endless_stream_reads_few_and_gives_a_rare_shape_its_turn(fcos):
-    taken = 0
-
-    def frames():
-        nonlocal taken
-        for i in itertools.count():
-            taken += 1
-            yield noise((80, 64) if i == 1 else (64, 80), seed=i)[0]  # image 1 is alone in its bucket
-
-    predictor = flaxdet.Predictor(*fcos, buckets=BUCKETS, batch_size=2, mesh=make_mesh(jax.devices()[:1]))
-    stream = predictor.stream(frames())
-    found = list(itertools.islice(stream, 5))
-    same(found[1:2], predictor(noise((80, 64), seed=1)), 0)
-    assert taken < 40
-    stream.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("flaxdet-read")]
-
-
-@pytest.mark.parametrize("mesh", [None, make_mesh(jax.devices()[:1])], ids=["alone", "batches"])
-def test_one_photo_before_many_unreadable_paths(fcos, tmp_path, mesh):
-    """The photo and the errors come while the paths are read, although no batch ever fills."""
-    taken = 0
-
-    def sources():
-        nonlocal taken
-        yield noise((64, 80))[0]
-        for i in range(300):
-            taken += 1
-            yield tmp_path / f"{i}.png"
-
-    predictor = flaxdet.Predictor(*fcos, buckets=BUCKETS[:1], batch_size=2, mesh=mesh)
-    stream = predictor.stream(sources())
-    photo, *errors = itertools.islice(stream, 10)
-    stream.close()
-    same([photo], predictor(noise((64, 80))), 0)
-    assert [str(error).partition(":")[0] for error in errors] == [str(tmp_path / f"{i}.png") for i in range(9)]
-    assert taken < 40
-
-
 # Bad input
 
 
@@ -226,18 +186,3 @@ def test_bad_images_are_named_and_nothing_is_computed(fcos):
     with pytest.raises(ValueError, match="workers should be at least 1, got 0"):
         next(predictor.stream([good], workers=0))
     assert predictor.compile_count == 0
-
-
-def test_out_of_memory_says_where(fcos, monkeypatch):
-    predictor = flaxdet.Predictor(*fcos, buckets=[(64, 96)], batch_size=4)
-
-    def exhausted(*_):
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12 bytes.")
-
-    monkeypatch.setattr(predictor, "_detect", exhausted)
-    with pytest.raises(MemoryError, match=r"bucket 64x96 \(rows x columns\) in batches of 1: make the model's"):
-        predictor(noise((64, 80)))
-    other = jax.errors.JaxRuntimeError("INTERNAL: something else")
-    monkeypatch.setattr(predictor, "_detect", lambda *_: (_ for _ in ()).throw(other))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
-        predictor(noise((64, 80)))

@@ -10,7 +10,7 @@ import pytest
 
 from flaxdet.convert import stages, verify
 from flaxdet.images.transform import transform
-from flaxdet.inference.predict import jitted_detect, unpad
+from flaxdet.inference.detect import jitted_detect, unpad
 from tests.parity import sides
 from tests.tolerances import (
     BOXES_BF16,

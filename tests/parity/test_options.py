@@ -17,7 +17,7 @@ import torch
 
 from flaxdet.convert import stages, verify
 from flaxdet.images.transform import to_original, transform
-from flaxdet.inference.predict import unpad
+from flaxdet.inference.detect import unpad
 from flaxdet.models.detector import level_shapes
 from flaxdet.structures import Detections, Proposals
 from tests.parity import sides

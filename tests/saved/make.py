@@ -61,7 +61,7 @@ def pytrees() -> list[Any]:
         flaxdet.ImageBatch(pixels, sizes, sizes, sizes),  # pyright: ignore[reportArgumentType]
         flaxdet.Targets(boxes, labels, valid),  # pyright: ignore[reportArgumentType]
         flaxdet.Proposals(boxes, scores, valid),  # pyright: ignore[reportArgumentType]
-        flaxdet.Detections(boxes, scores, labels, valid, np.zeros(1, bool)),  # pyright: ignore[reportArgumentType]
+        flaxdet.Detections(boxes, scores, labels, valid),  # pyright: ignore[reportArgumentType]
         TrainState(step, params, {}, {"trace": params}, key),  # pyright: ignore[reportArgumentType]
     ]
     return trees

@@ -1,0 +1,110 @@
+"""Every way to detect computes with BatchNorm folded, once for given variables."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+import flaxdet
+from flaxdet.convert.state_dict import abstract_variables
+from flaxdet.data.coco import read_coco
+from flaxdet.evaluation.evaluate import detect_dataset
+from flaxdet.images.transform import transform
+from flaxdet.inference import folded as module
+from flaxdet.inference.detect import jitted_detect, unpad
+from flaxdet.inference.folded import folded
+from tests.drawn import drawn
+from tests.tiny import FCOS_NAME, small_model, tiny_model, tiny_variables, write_coco
+
+pytestmark = pytest.mark.xdist_group("folded")
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    model = small_model(FCOS_NAME, num_classes=4, min_size=64, max_size=96, score_thresh=0.01)
+    return model, drawn(abstract_variables(model))
+
+
+def test_predict_and_evaluation_fold(resnet, tmp_path):
+    """By the bits: the answers of the folded model, which are not those of the model as given."""
+    model, variables = resnet
+    dataset = read_coco(*write_coco(tmp_path, count=1))
+    image = dataset.read_image(0)
+    batch = transform([image], model.transform)
+    (expected,) = unpad(jitted_detect(*flaxdet.fold_batch_norm(model, variables), batch))
+    (given,) = unpad(jitted_detect(model, variables, batch))
+    assert len(expected["scores"]) > 3
+    assert not np.array_equal(expected["scores"], given["scores"])
+    (predicted,), (evaluated,) = flaxdet.predict(model, variables, [image]), detect_dataset(model, variables, dataset)
+    for found in (predicted, evaluated):
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_kept_as_long_as_the_variables_live(resnet):
+    model, variables = resnet[0], jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), resnet[1])
+    before = len(module._kept)
+    first = folded(model, variables)
+    assert first[0] != model
+    assert folded(model.clone(), {**variables})[1] is first[1]  # an equal model, the same arrays
+    params = {**variables["params"], "backbone": jax.tree.map(lambda x: x + 1, variables["params"]["backbone"])}
+    other = folded(model, {**variables, "params": params})[1]
+    assert other is not first[1]
+    assert len(module._kept) == before + 2
+    del variables, params, first, other
+    gc.collect()
+    assert len(module._kept) == before
+
+
+def test_arrays_that_may_change_are_not_kept(resnet):
+    model, variables = resnet[0], jax.tree.map(np.array, resnet[1])
+    before = len(module._kept)
+    _, first = folded(model, variables)
+    variables["batch_stats"]["backbone"]["body"]["bn1"]["var"] *= 4
+    _, second = folded(model, variables)
+    body, other = (tree["params"]["backbone"]["body"]["conv1"]["kernel"] for tree in (first, second))
+    np.testing.assert_allclose(body, 2 * other, rtol=1e-4)
+    assert len(module._kept) == before
+
+
+def test_what_has_nothing_to_fold_runs_as_it_is(resnet):
+    tiny = tiny_model(FCOS_NAME)
+    for model, variables in ((tiny, tiny_variables(tiny)), flaxdet.fold_batch_norm(*resnet)):
+        before = len(module._kept)
+        found = folded(model, variables)
+        assert found[0] is model
+        assert found[1] is variables
+        assert len(module._kept) == before
+
+
+def test_on_the_devices_of_the_variables():
+    """Replicated over two devices they stay so; divided over them they are not folded."""
+    code = f"""
+import jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from flaxdet.convert.state_dict import abstract_variables
+from flaxdet.inference.folded import folded
+from flaxdet.train import make_mesh, replicate
+from tests.drawn import drawn
+from tests.tiny import small_model
+model, mesh = small_model("{FCOS_NAME}", num_classes=4), make_mesh()
+variables = replicate(drawn(abstract_variables(model)), mesh)
+made, fewer = folded(model, variables)
+assert made != model
+assert {{len(leaf.sharding.device_set) for leaf in jax.tree.leaves(fewer)}} == {{2}}
+last = jax.devices()[1]
+_, fewer = folded(model, jax.device_put(variables, last))
+assert {{device for leaf in jax.tree.leaves(fewer) for device in leaf.devices()}} == {{last}}
+kernel = variables["params"]["backbone"]["body"]["conv1"]["kernel"]
+divided = jax.device_put(kernel, NamedSharding(mesh, PartitionSpec(None, None, None, "data")))
+variables["params"]["backbone"]["body"]["conv1"]["kernel"] = divided
+assert folded(model, variables) == (model, variables)
+"""
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
