@@ -101,8 +101,8 @@ def _checked(name, boxes, scores, idxs, iou_threshold, max_output, valid) -> jax
     if boxes.ndim != 2 or boxes.shape[1] != 4:
         raise ValueError(f"{name}: boxes must have shape [N, 4], got {list(boxes.shape)}")
     n = boxes.shape[0]
-    wanted = {"scores": (scores, jnp.floating), "idxs": (idxs, jnp.integer), "valid": (valid, jnp.bool_)}
-    for argument, (value, kind) in wanted.items():
+    arguments = {"scores": (scores, jnp.floating), "idxs": (idxs, jnp.integer), "valid": (valid, jnp.bool_)}
+    for argument, (value, kind) in arguments.items():
         if value is None:
             continue
         if value.shape != (n,):

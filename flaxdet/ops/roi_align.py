@@ -175,20 +175,20 @@ def _level_thresholds(canonical_scale: float, canonical_level: int, reach: int =
         The number of the lowest level, ``canonical_level - reach``, and the [2 * reach + 1] ascending sides at which
         the levels from ``canonical_level - reach`` to ``canonical_level + reach`` begin.
     """
-    wanted = np.arange(canonical_level - reach, canonical_level + reach + 1)
+    numbers = np.arange(canonical_level - reach, canonical_level + reach + 1)
 
     def level(side):  # every step is rounded to float32, as in torch; the logarithm is correctly rounded
         ratio = (side / np.float32(canonical_scale)).astype(np.float64)
         return np.floor(np.float32(canonical_level) + np.log2(ratio).astype(np.float32) + np.float32(1e-6))
 
     # Bisection on the bits: positive floats and their bits as integers have the same order.
-    middle = (canonical_scale * 2.0 ** (wanted - canonical_level)).astype(np.float32)
+    middle = (canonical_scale * 2.0 ** (numbers - canonical_level)).astype(np.float32)
     low, high = ((middle * np.float32(factor)).view(np.int32) for factor in (0.75, 1.25))
     while np.any(high - low > 1):
         half = low + (high - low) // 2
-        reached = level(half.view(np.float32)) >= wanted
+        reached = level(half.view(np.float32)) >= numbers
         low, high = np.where(reached, low, half), np.where(reached, half, high)
-    return int(wanted[0]), high.view(np.float32)
+    return int(numbers[0]), high.view(np.float32)
 
 
 def _area(boxes):
