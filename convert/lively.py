@@ -1,4 +1,4 @@
-"""Seeded weights for torchvision's detectors that make a comparison worth something."""
+"""Seeded weights for torchvision's detectors with which a comparison detects every error of conversion."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from torch import nn
 
 from flaxdet.convert.reference import torchvision
 
-Calibration = tuple[float, float]  # (mean, standard deviation) that every channel of a prediction gets
+Calibration = tuple[float, float]  # (mean, standard deviation) of every channel of a prediction, after calibration
 
 _CENTERNESS = (0.0, 1.0)
-_FCOS_DISTANCES = (2.6, 0.7)  # in anchor sizes: boxes of about five strides, which overlap their neighbours'
+_FCOS_DISTANCES = (2.6, 0.7)  # in anchor sizes: boxes of about five strides, so that neighbouring boxes overlap
 _RPN_DELTAS = (0.0, 0.2)  # boxes move and grow by about a fifth of an anchor
 _ROI_DELTAS = (0.0, 0.4)  # divided by the coder's weights 10, 10, 5, 5
-_CLASS_SPREAD = 1.0  # of FCOS's class logits
+_CLASS_SPREAD = 1.0  # standard deviation of FCOS's class logits
 _OBJECTNESS = (0.0, 1.5)
-_ROI_CLASSES = (0.0, 0.55)  # low, so that a softmax does not saturate, where scores would tie at 1
-_FCOS_CANDIDATES = 300  # above the score threshold before NMS, on the calibration picture
-_ROI_CANDIDATES = 0.3  # the same for each proposal
+_ROI_CLASSES = (0.0, 0.55)  # low, since scores would tie at 1 if the softmax saturated
+_FCOS_CANDIDATES = 300  # number above the score threshold before NMS, on the calibration picture
+_ROI_CANDIDATES = 0.3  # number per proposal above the score threshold before NMS, on the calibration picture
 
 
 @torch.no_grad()
 def make_lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives an FCOS or Faster R-CNN of torchvision seeded weights under which every tensor matters.
+    """Gives an FCOS or Faster R-CNN of torchvision seeded weights with which every tensor affects the detections.
 
-    Freshly initialised detectors prove little: their BatchNorms are identities, their biases zero, every
+    A comparison of freshly initialised detectors proves little: BatchNorms are identities, biases are zero, every
     score is about 0.01 and NMS has nothing to do, so that two swapped tensors give the same answer. Here,
     from one seed:
 
-    - Every convolution and linear layer is drawn anew (normal, smooth in space, each filter summing to zero,
-      so that the picture and not the mean of the features drives the answer), and every bias is moved.
-    - Every BatchNorm, live or frozen, gets the mean and variance that its input has on a seeded synthetic
-      picture, each moved at random by up to 30 %, a weight between 0.7 and 1.3 (0.15 to 0.35 at the end of a
-      residual branch) and a bias; every GroupNorm gets such weights and biases too. So features neither die
-      nor explode over 50 layers, and rounding is amplified about ten times and not fifty.
-    - The prediction layers are scaled channel by channel on the same picture: class scores so that some
-      hundred candidates, of many classes and in overlapping groups, pass the threshold at 256 x 320, without
-      saturating; box deltas so that boxes overlap their neighbours and few touch the border.
+    - Every convolution and linear layer gets random weights (normal, smooth in space). Each filter sums to zero,
+      so that the detections depend on the picture and not on the mean of the features. Every bias is random.
+    - Every BatchNorm, live or frozen, gets the mean and variance of the layer's input on a seeded synthetic
+      picture, changed at random by up to 30 %, a weight between 0.7 and 1.3 (0.15 to 0.35 at the end of a
+      residual branch) and a bias; every GroupNorm gets such weights and biases too. So features neither vanish
+      nor explode over 50 layers, and rounding is amplified about ten times instead of fifty.
+    - The prediction layers are scaled channel by channel on the same picture. A few hundred candidates at
+      256 x 320, of many classes and in overlapping groups, have class scores above the threshold and below
+      saturation. Box deltas make neighbouring boxes overlap, and few boxes touch the border.
 
-    On photos of 192 px (short side) FCOS then has 100 to 800 candidates above its threshold and Faster R-CNN
-    about 1,000 proposals and 300 to 3,500 candidates, of which NMS drops between a third and a half. Nothing is
-    steep: torchvision in float32 and in float64 find the same detections, within .02 px and 1.5e-4.
+    On photos of 192 px (short side) FCOS then has 100 to 800 candidates above the threshold and Faster R-CNN
+    about 1,000 proposals and 300 to 3,500 candidates, of which NMS drops between a third and a half. The detections
+    are insensitive to rounding: torchvision's agree in float32 and float64, within .02 px and 1.5e-4.
 
     Args:
         model: built by torchvision, in float32 (call ``.double()`` afterwards for float64); changed in place.
-        seed: of all that is drawn; torch's own generator is left as it was.
+        seed: seed of all random numbers; torch's global generator is left unchanged.
 
     Returns:
         The model, in evaluation mode.
@@ -79,7 +79,7 @@ def make_lively(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def _draw(model: nn.Module) -> None:
-    """Draws all weights, biases and affine terms; statistics and scales are calibrated later."""
+    """Draws weights and biases of all layers and norms; statistics and scales are calibrated later."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             weight = torch.randn_like(module.weight)
@@ -97,7 +97,7 @@ def _draw(model: nn.Module) -> None:
 
 
 def _bell(size: int) -> torch.Tensor:
-    """A smooth kernel [size, size]: neighbouring places then get like features, and like boxes and scores."""
+    """A smooth kernel [size, size], so that neighbouring locations get similar features, boxes and scores."""
     line = torch.exp(-0.5 * (torch.linspace(-1, 1, size) / 0.7) ** 2)
     return line[:, None] * line
 
@@ -116,7 +116,7 @@ def _ends_branch(model: nn.Module, name: str) -> bool:
 
 
 def _picture(height: int, width: int) -> torch.Tensor:
-    """A picture [3, height, width] in [0, 1] as photos are: detail at every scale, edges, flat areas."""
+    """A picture [3, height, width] in [0, 1] that resembles photos: detail at every scale, edges, flat areas."""
     picture = torch.zeros(1, 3, height, width)
     for scale in (3, 6, 12, 24, 48, 96):
         noise = torch.randn(1, 1, scale, scale) + 0.4 * torch.randn(1, 3, scale, scale)
@@ -134,28 +134,28 @@ _PREDICTIONS = ("cls_logits", "bbox_reg", "bbox_ctrness", "bbox_pred", "cls_scor
 
 @contextlib.contextmanager
 def _calibrating_stages(model: nn.Module) -> Iterator[None]:
-    """While it lasts, each layer is calibrated on the first input that it sees, just before it is used."""
-    seen: set[nn.Module] = set()
+    """Within the block, each layer is calibrated on its first input, before the layer's output is used."""
+    calibrated: set[nn.Module] = set()
     handles = []
 
     def first(hook: Callable[..., Any]) -> Callable[..., Any]:
         def once(module: nn.Module, *args: Any) -> Any:
-            if module not in seen:
-                seen.add(module)
+            if module not in calibrated:
+                calibrated.add(module)
                 return hook(module, *args)
             return None
 
         return once
 
     def scale(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
-        """Scales a layer to outputs of standard deviation 1, its bias apart."""
+        """Scales a layer's weight so that the output without the bias has a standard deviation of 1."""
         bias = 0.0 if module.bias is None else module.bias.reshape(-1, *[1] * (output.dim() - 2))
         factor = 1 / (output - bias).std()
         module.weight.mul_(factor)
         return (output - bias) * factor + bias
 
     def statistics(module: Any, inputs: tuple[torch.Tensor]) -> None:
-        """Gives a BatchNorm the statistics of its input, moved at random."""
+        """Gives a BatchNorm the statistics of the layer's input, changed at random."""
         axes = [0, *range(2, inputs[0].dim())]
         variance = inputs[0].var(dim=axes) + 1e-3
         module.running_mean.copy_(inputs[0].mean(dim=axes) + 0.3 * variance.sqrt() * _noise(variance))
@@ -181,13 +181,13 @@ def _set_channels(layer: Any, inputs: list[torch.Tensor], target: Calibration) -
     """Scales a prediction layer so that each channel has about the target's mean and spread over `inputs`.
 
     Returns:
-        Its outputs over all inputs, [positions, channels].
+        The layer's outputs over all inputs, [positions, channels].
     """
     output = torch.cat(
         [layer(x).flatten(2).permute(0, 2, 1).flatten(0, 1) if x.dim() > 2 else layer(x) for x in inputs]
     )
     mean, spread = target
-    # No two channels quite alike, so that exchanging them shows.
+    # No two channels have equal statistics, so that swapped channels change the detections.
     wanted_mean = mean + 0.3 * spread * torch.randn_like(layer.bias)
     factor = spread * (1 + 0.2 * _noise(layer.bias)) / output.std(dim=0)
     shift = wanted_mean - factor * output.mean(dim=0)
@@ -216,7 +216,7 @@ def _calibrate_faster_rcnn(model: Any, features: dict[str, torch.Tensor]) -> Non
     _set_channels(model.rpn.head.cls_logits, hidden, _OBJECTNESS)
     _set_channels(model.rpn.head.bbox_pred, hidden, _RPN_DELTAS)
 
-    # Boxes of all sizes over the picture stand for proposals: no cut-off takes part in the calibration.
+    # Random boxes of all sizes instead of proposals, so that the calibration depends on no threshold.
     size = torch.exp(torch.empty(400, 2, dtype=levels[0].dtype).uniform_(math.log(16), math.log(220)))
     corner = torch.rand_like(size) * (torch.tensor([320.0, 256.0]) - size).clamp(min=0)
     boxes = torch.cat([corner, corner + size], dim=1)
@@ -225,7 +225,7 @@ def _calibrate_faster_rcnn(model: Any, features: dict[str, torch.Tensor]) -> Non
     predictor = model.roi_heads.box_predictor
     _set_channels(predictor.bbox_pred, hidden, _ROI_DELTAS)
     logits = _set_channels(predictor.cls_score, hidden, _ROI_CLASSES)
-    # The background's bias decides how many pass: bisection, as a softmax has no closed form.
+    # The background's bias decides how many candidates pass; a softmax has no closed form, hence the bisection.
     low, high, shift = -20.0, 40.0, 0.0
     for _ in range(40):
         shift = (low + high) / 2
