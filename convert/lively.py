@@ -12,22 +12,22 @@ from torch import nn
 
 from flaxdet.convert.reference import torchvision
 
-Calibration = tuple[float, float]  # (mean, standard deviation) of every channel of a prediction, after calibration
+Calibration = tuple[float, float]  # (mean, standard deviation) that every channel of a prediction gets
 
 _CENTERNESS = (0.0, 1.0)
-_FCOS_DISTANCES = (2.6, 0.7)  # in anchor sizes: boxes of about five strides, so that neighbouring boxes overlap
+_FCOS_DISTANCES = (2.6, 0.7)  # in anchor sizes: boxes of about five strides, which overlap their neighbours'
 _RPN_DELTAS = (0.0, 0.2)  # boxes move and grow by about a fifth of an anchor
 _ROI_DELTAS = (0.0, 0.4)  # divided by the coder's weights 10, 10, 5, 5
-_CLASS_SPREAD = 1.0  # standard deviation of FCOS's class logits
+_CLASS_SPREAD = 1.0  # of FCOS's class logits
 _OBJECTNESS = (0.0, 1.5)
-_ROI_CLASSES = (0.0, 0.55)  # low, since scores would tie at 1 if the softmax saturated
-_FCOS_CANDIDATES = 300  # number above the score threshold before NMS, on the calibration picture
-_ROI_CANDIDATES = 0.3  # number per proposal above the score threshold before NMS, on the calibration picture
+_ROI_CLASSES = (0.0, 0.55)  # low, so that a softmax does not saturate, where scores would tie at 1
+_FCOS_CANDIDATES = 300  # above the score threshold before NMS, on the calibration picture
+_ROI_CANDIDATES = 0.3  # the same for each proposal
 
 
 @torch.no_grad()
 def make_lively(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives an FCOS or Faster R-CNN of torchvision seeded weights with which every tensor affects the detections.
+    """Gives an FCOS or Faster R-CNN of torchvision seeded weights under which every tensor matters.
 
     A comparison of freshly initialised detectors proves little: BatchNorms are identities, biases are zero, every
     score is about 0.01 and NMS has nothing to do, so that two swapped tensors give the same answer. Here,
@@ -216,7 +216,7 @@ def _calibrate_faster_rcnn(model: Any, features: dict[str, torch.Tensor]) -> Non
     _set_channels(model.rpn.head.cls_logits, hidden, _OBJECTNESS)
     _set_channels(model.rpn.head.bbox_pred, hidden, _RPN_DELTAS)
 
-    # Random boxes of all sizes instead of proposals, so that the calibration depends on no threshold.
+    # Boxes of all sizes over the picture stand for proposals: no cut-off takes part in the calibration.
     size = torch.exp(torch.empty(400, 2, dtype=levels[0].dtype).uniform_(math.log(16), math.log(220)))
     corner = torch.rand_like(size) * (torch.tensor([320.0, 256.0]) - size).clamp(min=0)
     boxes = torch.cat([corner, corner + size], dim=1)
@@ -225,7 +225,7 @@ def _calibrate_faster_rcnn(model: Any, features: dict[str, torch.Tensor]) -> Non
     predictor = model.roi_heads.box_predictor
     _set_channels(predictor.bbox_pred, hidden, _ROI_DELTAS)
     logits = _set_channels(predictor.cls_score, hidden, _ROI_CLASSES)
-    # The background's bias decides how many candidates pass; a softmax has no closed form, hence the bisection.
+    # The background's bias decides how many pass: bisection, as a softmax has no closed form.
     low, high, shift = -20.0, 40.0, 0.0
     for _ in range(40):
         shift = (low + high) / 2

@@ -248,7 +248,7 @@ def _layout(
     max_boxes: int | None,
     canvas: BucketCanvas,
 ) -> _Layout:
-    """What all batches share: the largest canvas of each image, the buckets, G, and whether batches have masks."""
+    """What is the same for every batch: the images' canvases (the largest of each), the buckets, G, and masks."""
     if canvas not in ("image", "bucket"):
         raise ValueError(f'canvas should be "image" or "bucket", got {canvas!r}')
     records = [dataset[i] for i in range(len(dataset))]

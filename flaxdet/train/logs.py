@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from flaxdet.files.checkpoint import replacing
 from flaxdet.train import _files
 
-_FCOS_LOSSES = {"classification", "bbox_regression", "bbox_ctrness"}  # torchvision's names, which lack "loss"
+_FCOS_LOSSES = {"classification", "bbox_regression", "bbox_ctrness"}  # torchvision's names, unlike v2's without "loss"
 
 
 class Writer(Protocol):
@@ -136,7 +136,7 @@ def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
 
 
 def is_loss(name: str) -> bool:
-    """Whether a number of this name is a loss: the sum "loss", or one of a detector's losses."""
+    """Whether a number of this name is a loss: their sum "loss", or one of either detector's."""
     return name.startswith("loss") or name in _FCOS_LOSSES
 
 

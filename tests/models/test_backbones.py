@@ -82,7 +82,7 @@ ANSWERS = {
         r"out_channels\); map '1' has shape \[1, 4, 4, 8\]",
     ),
     "coarsest first": (lambda maps: dict(reversed(maps.items())), ValueError, "finest first"),
-    "a field's name": (lambda maps: {"backbone": maps["0"]}, ValueError, "a map named 'backbone', a name that .* uses itself"),
+    "a field's name": (lambda maps: {"backbone": maps["0"]}, ValueError, "map named 'backbone', a name .* uses itself"),
 }
 
 
