@@ -1,33 +1,36 @@
-"""What an accelerator does with both detectors, in one command for a machine that is at hand for minutes.
+"""Checks and measures both detectors on an accelerator, in one command for a machine that is available for minutes.
 
     python benchmarks/accelerator.py --out DIR [--seconds 240] [--small [--model MODEL]]
 
-Two passes of stages (accelerator_plan.py). The first has one bfloat16 case a model of everything, at batch 16:
+There are two passes of stages (accelerator_plan.py). The first measures one case per model, in bfloat16 at batch 16:
 
-1. versions, device, seconds to import; the ceilings: a copy, and a matrix product in bfloat16, TF32 and float32
-2. flaxdet's programs of inference compiled, while the host makes weights
-3. correctness on the device, by stages that run beside each other, as none of their figures is a time: every layer and
-   detection against torchvision's in float32, detections in bfloat16 against float32, and each parameter's gradient in
-   bfloat16 against float32, beside the same of torch's autocast
+1. versions, device, seconds to import; upper limits of the device: a copy, and a matrix product in bfloat16, TF32 and
+   float32
+2. compilation of flaxdet's inference programs, while the host makes weights
+3. correctness on the device, in concurrent stages, since none measures time: every layer and detection against
+   torchvision's in float32, detections in bfloat16 against float32, and each parameter's gradient in bfloat16 against
+   float32, with the same figures for torch's autocast
 4. inference at 800x1088, from pixels to detections, on the device alone, and the network alone: flaxdet, torchvision
-   eager, and under AMP with channels_last (``cudnn.benchmark`` on)
-5. parts, each timed against torchvision's and compared with it: top-k, NMS, RoIAlign, norms, resize
-6. a training step at 800x1088, compiled before, the same contenders
-7. with 4 and 6: peak memory of both sides, and the kernels of one call by name and time
+   eager, and torchvision under AMP with channels_last (``cudnn.benchmark`` on)
+5. single operators, timed and compared with torchvision's: top-k, NMS, RoIAlign, norms, resize
+6. a training step at 800x1088, compiled in advance, of the contenders of 4
+7. during 4 and 6: peak memory of flaxdet and torchvision, and the kernels of one call by name and time
 
-The second first tries again what was killed in the first, and then has the rest, most telling first, until the time is
-up: other batch sizes, AMP without channels_last, torch.compile, 320x448, float32 and TF32. On an H100 with 16 cores
-stages of the first pass took more than 17 s for 1, 30 to 45 s for 2, 58 s for 3, 70 s for 4 and more than 65 s for 5:
-240 seconds are thought to reach some of 5. For 6, XLA had not compiled the steps of both models after 112 s, beside
-inference, and torch takes 27 s a model and contender to try out its kernels: 500 seconds may reach flaxdet's steps.
+The second pass first repeats the stages that were killed in the first. Then it measures other cases, the most important
+first, until the time is up: other batch sizes, AMP without channels_last, torch.compile, 320x448, float32 and TF32. On
+an H100 with 16 cores stages of the first pass took more than 17 s for 1, 30 to 45 s for 2, 58 s for 3, 70 s for 4 and
+more than 65 s for 5: 240 seconds should reach a part of 5. For 6, XLA had not compiled the steps of both models after
+112 s, concurrently with inference, and torch takes 27 s per model and contender to choose kernels: 500 seconds may
+reach flaxdet's steps.
 
-Each stage is a process with its own limit; limits sum to --seconds, and what a stage leaves goes to those after it. A
-stage that fails, or is killed at its limit, says why in the report, and what it had found until then counts. Programs
-are compiled into DIR/cache, those of stages that run beside others apart. DIR/accelerator.json has everything and is
-rewritten as stages end, DIR/profile.txt the kernels, DIR/logs what each stage printed. The table comes last.
+Each stage is a process with a time limit. The limits sum to --seconds, and time that a stage leaves goes to later
+stages. If a stage fails, or is killed at the limit, the report says why, and keeps the stage's figures until then.
+Programs are compiled into DIR/cache, with separate folders for concurrent stages. DIR/accelerator.json has all figures
+and is rewritten after each stage, DIR/profile.txt has the kernels, DIR/logs the output of each stage. The table is
+printed last.
 
-It needs jax, flaxdet's own requirements, torch, torchvision, safetensors and matplotlib (for a photo), and no network.
---small runs every stage at toy size, on a CPU too, where it shows that the instrument works and nothing else.
+It needs jax, flaxdet's requirements, torch, torchvision, safetensors and matplotlib (for a photo), and no network.
+--small runs every stage at toy size, also on a CPU, only to test the benchmark itself.
 """
 
 from __future__ import annotations

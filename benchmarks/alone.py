@@ -1,10 +1,10 @@
-"""One contender alone in a process of its own: how long until its first detection, and its peak memory.
+"""One contender in a separate process: the time to the first detection, and the peak memory.
 
     python benchmarks/alone.py CONTENDER MODEL WEIGHTS PHOTO [--batch 1] [--repeats 1] [--started TIME]
 
-Other benchmarks start it; it prints one line of JSON. It imports the contender's libraries and no others. Times are
-seconds since --started. Memory is the resident set in MiB: at these moments, its peak over the whole life, loading and
-compiling included, and its peak over the calls after the first alone; on a GPU the device's peak as well.
+Other benchmarks start this script; it prints one line of JSON. It imports only the contender's libraries. Times are
+seconds since --started. Memory is the resident set in MiB: at the times of the measurement, the peak over the whole
+process (including loading and compiling), and the peak over the calls after the first; on a GPU also the device's peak.
 """
 
 import time

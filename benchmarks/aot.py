@@ -1,21 +1,22 @@
-"""Compiles a detector's program for an accelerator that isn't there, and says what the compiled program does.
+"""Compiles a detector's program for an accelerator without the device, and reports on the compiled program.
 
     python benchmarks/aot.py {h100|tpu-v5e|all} {MODEL|all} {infer|train|all} [--dtype bfloat16] [--batch N]
         [--size 800x1088] [--masked] [--depth 50] [--json FILE] [--keep FOLDER]
 
-The compiler is the device's own, and nothing runs. ``infer`` is from normalised pixels to detections, with BatchNorm
-folded; ``train`` is a step of SGD with up to 100 boxes an image. Without --masked every canvas fills its bucket, as the
-photos of one size do. The batch is 16 on an H100 and 8 on a TPU by default. --depth 18 takes a smaller ResNet, for a
-quick look.
+The compiler is the device's, and nothing is run. ``infer`` is from normalised pixels to detections, with BatchNorm
+folded; ``train`` is a step of SGD with up to 100 boxes an image. Without --masked every canvas fills the bucket, as for
+photos of one size. The batch is 16 on an H100 and 8 on a TPU by default. --depth 18 takes a smaller ResNet, for a
+quick test.
 
-Printed, and with --json merged into a file: arithmetic and traffic, temporaries and code; kernels, loops with their
-turns where XLA knows them, and sorts; convolutions, products and sums by dtype; and a roofline, the least time that the
-device's rates in practice (``aot_devices.py``) leave. An H100's is the sum over kernels of the longer of arithmetic and
-traffic, and a launch for each; of a TPU, whose compiler counts for itself, the longer of the whole program's. A loop of
-unknown length counts one turn. Where the JSON holds the same program already, the former figures stand beside.
+It prints, and with --json merges into a file: arithmetic and memory traffic, temporary buffers and size of the code;
+kernels, loops (with the number of iterations if known) and sorts; convolutions, products and sums by dtype; and a
+roofline, the lower bound of the time at the device's practical rates (``aot_devices.py``). For an H100 the roofline is
+the sum over kernels of the longer of arithmetic and traffic, plus a launch for each. For a TPU, whose compiler reports
+totals, it is the longer of the program's arithmetic and traffic. A loop of unknown length counts as one iteration. If
+the JSON file has the same program already, its former figures are printed too.
 
-The compilers are plugins of jax, some 500 MB each, which every ``import jax`` would find. So they lie in a folder of
-their own (.aot-plugins, or $FLAXDET_AOT_PLUGINS), which only the processes that compile see; the first run without it
+The compilers are plugins of jax, some 500 MB each, which every ``import jax`` would find. So they are in a separate
+folder (.aot-plugins, or $FLAXDET_AOT_PLUGINS), which only the compiling processes see; without the folder, the script
 prints the command that makes it.
 """
 

@@ -1,7 +1,7 @@
-"""Both sides of the comparison, ready to run. Each imports its own library alone, so that a process can hold one.
+"""The contenders of a comparison, flaxdet and torchvision, ready to run. Each imports only the library it measures.
 
-A contender is a function from a list of photos, [H, W, 3] uint8 in host memory, to detections in host memory: the
-transfer, the resize and the normalisation count on both sides. Both read their weights from the same .safetensors.
+A contender is a function from a list of photos, [H, W, 3] uint8 in host memory, to detections in host memory, so that
+transfer, resize and normalisation count. All contenders read the same .safetensors file of weights.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/finetune.py OUT [--side flaxdet|torchvision|both] [--json FILE] -- OPTIONS OF flaxdet train
 
-flaxdet trains by its own command (a run that OUT holds already is only evaluated). torchvision starts from the same
-variables, converted, takes the same pixels and boxes from the same pipeline, and steps by torch.optim.SGD at the same
-rates; each side is then evaluated by its own model on the validation images, one at a time, at their original size, and
-flaxdet's model by torchvision's too. Prints COCO AP before and after; writes them as JSON, with the time.
+flaxdet trains by `flaxdet train` (a run that is already in OUT is only evaluated). torchvision starts from the same
+variables, converted, gets the same pixels and boxes from the same pipeline, and steps by torch.optim.SGD at the same
+learning rates. Each library then evaluates its model on the validation images, one at a time, at their original size,
+and torchvision evaluates flaxdet's model too. Prints COCO AP before and after; writes them as JSON, with the time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""How long `import flaxdet` takes, beside `import flax` alone.
+"""The time of `import flaxdet`, compared with `import flax` alone.
 
     python benchmarks/import_time.py [--repeat 5] [--json FILE]
 
-Every import is a fresh interpreter; the shortest of the repeats counts, as the others measure the machine.
+Every import runs in a fresh interpreter; the shortest of the repeats counts, since longer times measure other load.
 """
 
 from __future__ import annotations

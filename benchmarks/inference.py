@@ -5,10 +5,10 @@
 Photos of 480x640 at 800x1088 (--min-size 800), the same lively weights on both sides, from uint8 pixels in host memory
 to detections in host memory. flaxdet is ``Predictor`` with one bucket; torchvision runs eager, channels_last, and with
 backbone and heads compiled (inductor, frozen weights). bfloat16 is torchvision under autocast; tf32 is for GPUs. Prints
-medians, images/s, flaxdet's compile time and its share of what a large matrix product reaches on this machine, and
-writes them as JSON. With --memory each contender's peak is measured in a process of its own, at batches
-1 and 8 (--memory-batches). A contender that fails is reported with its error. torchvision's NMS and RoIAlign are its
-C++ ones where they load; the first line says so.
+medians, images/s, flaxdet's compile time and flaxdet's speed relative to a large matrix product on this machine, and
+writes them as JSON. With --memory each contender's peak memory is measured in a separate process, at batches 1 and 8
+(--memory-batches). A contender that fails is reported with the error. torchvision's NMS and RoIAlign are the C++
+operators if these can be loaded; the first line says so.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/stream.py [--model MODEL ...] [--count 200] [--batch 1] [--torch-count 200] [--json FILE]
 
-Photos of `--count` different sizes (crops of three real ones, resized) are written as JPEG files; both sides read them.
-flaxdet has its default buckets and is warmed up; every program that XLA compiles after that is counted, the model's and
-all others. torchvision runs eager, one photo at a time, on the first --torch-count of the list, and flaxdet's images/s
-of the whole list stand beside it. Prints images/s and the counts, and writes them as JSON.
+Photos of `--count` different sizes (resized crops of three real photos) are written as JPEG files, which both libraries
+read. flaxdet has the default buckets and is warmed up; every program that XLA compiles after that is counted, of the
+model or not. torchvision runs eager, one photo at a time, on the first --torch-count photos, flaxdet on all. Prints
+images/s and the counts, and writes them as JSON.
 """
 
 from __future__ import annotations

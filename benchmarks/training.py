@@ -3,12 +3,12 @@
     python benchmarks/training.py [--model MODEL ...] [--batch 2] [--rows 320 --columns 448] [--dtype float32]
         [--contenders NAME ...] [--repeats 5] [--json FILE]
 
-Photos (at 320x448) with 3 and 8 boxes in turn, 91 classes, everything trains, live BatchNorm, SGD with momentum and
-weight decay; from normalised pixels (ours) or images that the model only normalises (torchvision's) to the updated
-parameters. Both start from the same weights. torchvision runs eager, channels_last and, if asked or on a GPU, with
-backbone and heads compiled; bfloat16 is autocast there, tf32 for GPUs. Prints medians, images/s, ratios and flaxdet's
-share of what a large matrix product reaches, and writes them as JSON. torchvision's NMS and RoIAlign are its C++ ones
-where they load; the first line says so.
+Photos (at 320x448) with 3 and 8 boxes in turn, 91 classes, all parameters train, live BatchNorm, SGD with momentum and
+weight decay. The time is from normalised pixels (flaxdet) or images that the model only normalises (torchvision) to the
+updated parameters. Both models start from the same weights. torchvision runs eager, channels_last and, on request or on
+a GPU, with backbone and heads compiled; its bfloat16 is autocast, tf32 is for GPUs. Prints medians, images/s, ratios
+and flaxdet's speed relative to a large matrix product, and writes them as JSON. torchvision's NMS and RoIAlign are the
+C++ operators if these can be loaded; the first line says so.
 """
 
 from __future__ import annotations

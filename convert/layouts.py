@@ -1,4 +1,4 @@
-"""How one tensor lies in torch and in Flax: invertible permutations of its elements, bit for bit.
+"""Layouts of a tensor in torch and in Flax: invertible permutations of the elements, bit for bit.
 
 Letters: O, I output and input channels; H, W rows and columns (of a kernel or of pooled features); C
 channels.
@@ -15,13 +15,13 @@ import numpy as np
 
 
 class Layout(NamedTuple):
-    """A pair of inverse functions on arrays, and what they do to the shape.
+    """A pair of inverse functions between torch's and Flax's arrays, and the function between their shapes.
 
     Attributes:
-        name: torch's axes and Flax's.
-        to_flax: torch's array -> Flax's; a view where numpy can give one.
-        to_torch: Flax's array -> torch's.
-        torch_shape: Flax's shape -> torch's.
+        name: torch's axes and Flax's axes.
+        to_flax: torch's array -> Flax's array; a view if numpy can make one.
+        to_torch: Flax's array -> torch's array.
+        torch_shape: Flax's shape -> torch's shape.
     """
 
     name: str
@@ -44,14 +44,14 @@ DENSE = Layout("OI <-> IO", lambda x: x.T, lambda x: x.T, lambda shape: shape[::
 
 @functools.cache
 def flattened(height: int, width: int) -> Layout:
-    """The first linear layer after [H, W, C] features: torch flattens them as CHW, Flax as HWC.
+    """The layout of the first linear layer after [H, W, C] features, which torch flattens as CHW and Flax as HWC.
 
     Args:
         height: H of the features.
         width: W of the features.
 
     Returns:
-        The layout O(CHW) <-> (HWC)O of its kernel.
+        The layout O(CHW) <-> (HWC)O of the kernel.
     """
     grid = (height, width)
     return Layout(

@@ -1,4 +1,4 @@
-"""Seeded weights for torchvision's detectors that make a comparison worth something."""
+"""Seeded weights for torchvision's detectors with which a comparison detects every error of conversion."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ Calibration = tuple[float, float]  # (mean, standard deviation) that every chann
 def make_lively(model: Any, seed: int = 0) -> Any:
     """Gives a detector of torchvision seeded weights under which every tensor matters.
 
-    Freshly initialised detectors prove little: their BatchNorms are identities, their biases zero, every
+    A comparison of freshly initialised detectors proves little: BatchNorms are identities, biases are zero, every
     score is about 0.01 and NMS has nothing to do, so that two swapped tensors give the same answer. Here,
     from one seed:
 
-    - Every convolution and linear layer is drawn anew (normal, smooth in space, each filter summing to zero,
-      so that the picture and not the mean of the features drives the answer), and every bias is moved.
-    - Every BatchNorm, live or frozen, gets the mean and variance that its input has on a seeded synthetic
-      picture, each moved at random by up to 30 %, a weight between 0.7 and 1.3 (0.15 to 0.35 at the end of a
-      residual branch) and a bias; every GroupNorm gets such weights and biases too. So features neither die
-      nor explode over 50 layers, and rounding is amplified about ten times and not fifty.
-    - The prediction layers are scaled channel by channel on the same picture: class scores so that some
-      hundred candidates, of many classes and in overlapping groups, pass the threshold at 256 x 320, without
-      saturating; box deltas so that boxes overlap their neighbours and few touch the border.
+    - Every convolution and linear layer gets random weights (normal, smooth in space). Each filter sums to zero,
+      so that the detections depend on the picture and not on the mean of the features. Every bias is random.
+    - Every BatchNorm, live or frozen, gets the mean and variance of the layer's input on a seeded synthetic
+      picture, changed at random by up to 30 %, a weight between 0.7 and 1.3 (0.15 to 0.35 at the end of a
+      residual branch) and a bias; every GroupNorm gets such weights and biases too. So features neither vanish
+      nor explode over 50 layers, and rounding is amplified about ten times instead of fifty.
+    - The prediction layers are scaled channel by channel on the same picture. A few hundred candidates at
+      256 x 320, of many classes and in overlapping groups, have class scores above the threshold and below
+      saturation. Box deltas make neighbouring boxes overlap, and few boxes touch the border.
 
-    On photos of 192 px (short side) FCOS then has 100 to 800 candidates above its threshold and Faster R-CNN
-    about 1,000 proposals and 300 to 3,500 candidates, of which NMS drops between a third and a half. Nothing is
-    steep: torchvision in float32 and in float64 find the same detections, within .02 px and 1.5e-4.
+    On photos of 192 px (short side) FCOS then has 100 to 800 candidates above the threshold and Faster R-CNN
+    about 1,000 proposals and 300 to 3,500 candidates, of which NMS drops between a third and a half. The detections
+    are insensitive to rounding: torchvision's agree in float32 and float64, within .02 px and 1.5e-4.
 
     Args:
         model: built by torchvision, in float32 (call ``.double()`` afterwards for float64); changed in place.
-        seed: of all that is drawn; torch's own generator is left as it was.
+        seed: seed of all random numbers; torch's global generator is left unchanged.
 
     Returns:
         The model, in evaluation mode.
@@ -60,7 +60,7 @@ def make_lively(model: Any, seed: int = 0) -> Any:
 
 
 def _draw(model: nn.Module) -> None:
-    """Draws all weights, biases and affine terms; statistics and scales are calibrated later."""
+    """Draws weights and biases of all layers and norms; statistics and scales are calibrated later."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             weight = torch.randn_like(module.weight)
@@ -78,7 +78,7 @@ def _draw(model: nn.Module) -> None:
 
 
 def _bell(size: int) -> torch.Tensor:
-    """A smooth kernel [size, size]: neighbouring places then get like features, and like boxes and scores."""
+    """A smooth kernel [size, size], so that neighbouring locations get similar features, boxes and scores."""
     line = torch.exp(-0.5 * (torch.linspace(-1, 1, size) / 0.7) ** 2)
     return line[:, None] * line
 
@@ -97,7 +97,7 @@ def _ends_branch(model: nn.Module, name: str) -> bool:
 
 
 def _picture(height: int, width: int) -> torch.Tensor:
-    """A picture [3, height, width] in [0, 1] as photos are: detail at every scale, edges, flat areas."""
+    """A picture [3, height, width] in [0, 1] that resembles photos: detail at every scale, edges, flat areas."""
     picture = torch.zeros(1, 3, height, width)
     for scale in (3, 6, 12, 24, 48, 96):
         noise = torch.randn(1, 1, scale, scale) + 0.4 * torch.randn(1, 3, scale, scale)
@@ -115,28 +115,28 @@ _PREDICTIONS = ("cls_logits", "bbox_reg", "bbox_ctrness", "bbox_pred", "cls_scor
 
 @contextlib.contextmanager
 def _calibrating_stages(model: nn.Module) -> Iterator[None]:
-    """While it lasts, each layer is calibrated on the first input that it sees, just before it is used."""
-    seen: set[nn.Module] = set()
+    """Within the block, each layer is calibrated on its first input, before the layer's output is used."""
+    calibrated: set[nn.Module] = set()
     handles = []
 
     def first(hook: Callable[..., Any]) -> Callable[..., Any]:
         def once(module: nn.Module, *args: Any) -> Any:
-            if module not in seen:
-                seen.add(module)
+            if module not in calibrated:
+                calibrated.add(module)
                 return hook(module, *args)
             return None
 
         return once
 
     def scale(module: Any, _: Any, output: torch.Tensor) -> torch.Tensor:
-        """Scales a layer to outputs of standard deviation 1, its bias apart."""
+        """Scales a layer's weight so that the output without the bias has a standard deviation of 1."""
         bias = 0.0 if module.bias is None else module.bias.reshape(-1, *[1] * (output.dim() - 2))
         factor = 1 / (output - bias).std()
         module.weight.mul_(factor)
         return (output - bias) * factor + bias
 
     def statistics(module: Any, inputs: tuple[torch.Tensor]) -> None:
-        """Gives a BatchNorm the statistics of its input, moved at random."""
+        """Gives a BatchNorm the statistics of the layer's input, changed at random."""
         axes = [0, *range(2, inputs[0].dim())]
         variance = inputs[0].var(dim=axes) + 1e-3
         module.running_mean.copy_(inputs[0].mean(dim=axes) + 0.3 * variance.sqrt() * _noise(variance))
@@ -162,13 +162,13 @@ def set_channels(layer: Any, inputs: list[torch.Tensor], target: Calibration) ->
     """Scales a prediction layer so that each channel has about the target's mean and spread over `inputs`.
 
     Returns:
-        Its outputs over all inputs, [positions, channels].
+        The layer's outputs over all inputs, [positions, channels].
     """
     output = torch.cat(
         [layer(x).flatten(2).permute(0, 2, 1).flatten(0, 1) if x.dim() > 2 else layer(x) for x in inputs]
     )
     mean, spread = target
-    # No two channels quite alike, so that exchanging them shows.
+    # No two channels have equal statistics, so that swapped channels change the detections.
     wanted_mean = mean + 0.3 * spread * torch.randn_like(layer.bias)
     factor = spread * (1 + 0.2 * _noise(layer.bias)) / output.std(dim=0)
     shift = wanted_mean - factor * output.mean(dim=0)

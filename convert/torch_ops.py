@@ -1,4 +1,4 @@
-"""torchvision's C++ operators of detection in plain torch, for where they cannot be loaded (see `reference`)."""
+"""torchvision's C++ operators of detection in plain torch, for use if they cannot be loaded (see `reference`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch.nn import functional
 def nms(dets: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:
     """Greedy non-maximum suppression; reproduces the C++ ``torchvision::nms``.
 
-    The IoU is computed in the boxes' dtype and compared with the threshold in double precision; NaN (two
-    boxes without area, infinite boxes) neither suppresses nor is suppressed; equal scores keep their order.
+    The IoU is computed in the boxes' dtype and compared with the threshold in double precision. A NaN IoU (two
+    boxes without area, infinite boxes) suppresses nothing. Equal scores keep their order.
 
     Args:
         dets: boxes [N, 4], xyxy, float32 or float64.
@@ -55,10 +55,10 @@ def roi_align(
     sampling_ratio: int,
     aligned: bool,
 ) -> torch.Tensor:
-    """RoIAlign; reproduces the C++ ``torchvision::roi_align``, its adaptive sampling included.
+    """RoIAlign; reproduces the C++ ``torchvision::roi_align``, including adaptive sampling.
 
-    Every output bin is one weighted sum over the corners of its samples, which is torch's ``embedding_bag``:
-    quick, without large temporaries, and differentiable. As in C++ no gradient flows to the boxes.
+    Every output bin is a weighted sum over the corners of the bin's samples. torch's ``embedding_bag`` computes
+    it quickly, without large temporary buffers, and differentiably. As in C++ no gradient flows to the boxes.
 
     Args:
         features: [N, C, H, W].
@@ -66,8 +66,8 @@ def roi_align(
         spatial_scale: size of the features over size of the image.
         pooled_height: rows of the output.
         pooled_width: columns of the output.
-        sampling_ratio: samples a bin and axis; adaptive, as many as the bin has pixels, if not positive.
-        aligned: shifts the boxes by half a pixel, and does not widen those smaller than one.
+        sampling_ratio: samples per bin along each axis. If not positive, adaptive: as many as the bin has pixels.
+        aligned: shifts the boxes by half a pixel, and does not widen boxes smaller than one pixel.
 
     Returns:
         [K, C, pooled_height, pooled_width].
@@ -84,8 +84,8 @@ def roi_align(
         if sampling_ratio > 0:
             grid = torch.full_like(grid, sampling_ratio)
 
-    # RoIs with the same sampling grid go together: all of them unless the sampling is adaptive.
-    output = features.new_zeros(len(rois), bins, channels) + rows[:0].sum()  # differentiable without RoIs too
+    # RoIs with the same sampling grid are pooled together; without adaptive sampling, these are all RoIs.
+    output = features.new_zeros(len(rois), bins, channels) + rows[:0].sum()  # + 0: differentiable even without RoIs
     for columns, lines in torch.unique(grid, dim=0).tolist():
         if columns * lines == 0:
             continue
@@ -107,7 +107,7 @@ def roi_align(
 def _corners(
     start: torch.Tensor, bin_size: torch.Tensor, bins: int, samples: int, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both neighbours of every sample on one axis: indices and weights, [K, bins, 2 x samples]."""
+    """The two neighbouring pixels of every sample along one axis: indices and weights, [K, bins, 2 x samples]."""
     steps = torch.arange(bins, dtype=start.dtype)
     inner = torch.arange(samples, dtype=start.dtype) + 0.5
     at = (start[:, None] + steps * bin_size[:, None])[..., None] + (inner * bin_size[:, None] / samples)[:, None]

@@ -1,4 +1,4 @@
-"""Reading what models are fed with: image files, COCO data sets, and batches for training and evaluation."""
+"""The input of models: image files, COCO data sets, and batches for training and evaluation."""
 
 from flaxdet.data.coco import CocoDataset, Record, read_coco
 from flaxdet.data.loader import Batches, eval_batches, train_batches

@@ -1,7 +1,7 @@
-"""Augmentation of one image and its boxes, in numpy, as torchvision's training references do it.
+"""Augmentation of one image and its boxes, in numpy, as in torchvision's training references.
 
-Images are [H, W, 3] uint8. Boxes are [N, 4] float32 xyxy in pixels of the image that goes in, and afterwards of the one
-that comes out. Chance is decided outside, and comes in as a number: the same arguments give the same result.
+Images are [H, W, 3] uint8. Boxes are [N, 4] float32 xyxy in pixels: argument boxes in pixels of the argument image,
+returned boxes in pixels of the returned image. Functions are deterministic; the caller draws the random numbers.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Boxes = Float[np.ndarray, "N 4"]
 
 
 def horizontal_flip(image: Pixels, boxes: Boxes) -> tuple[Pixels, Boxes]:
-    """Left becomes right. Reproduces RandomHorizontalFlip of references/detection/transforms.py where it flips.
+    """Mirrors an image, left to right. Reproduces RandomHorizontalFlip of references/detection/transforms.py for p=1.
 
     Args:
         image: [H, W, 3] uint8.
         boxes: [N, 4] xyxy.
 
     Returns:
-        Both, mirrored.
+        The mirrored image and boxes.
     """
     flipped = boxes.copy()
     flipped[:, [0, 2]] = np.float32(image.shape[1]) - boxes[:, [2, 0]]
@@ -35,35 +35,35 @@ def horizontal_flip(image: Pixels, boxes: Boxes) -> tuple[Pixels, Boxes]:
 
 
 def choose_min_size(sizes: Sequence[int], chance: float) -> int:
-    """One of several sizes of the shorter side, all as likely.
+    """Chooses one of several sizes of the shorter side, with equal probability.
 
     Reproduces GeneralizedRCNNTransform.torch_choice, torchvision's multi-scale training (and the choice in
     RandomShortestSize of references/detection/transforms.py).
 
     Args:
-        sizes: in pixels.
-        chance: in [0, 1), decides which.
+        sizes: of the shorter side, in pixels.
+        chance: a random number in [0, 1).
 
     Returns:
-        The size chosen.
+        The chosen size.
     """
     return sizes[int(chance * len(sizes))]
 
 
 def scale_jitter(image: Pixels, boxes: Boxes, *, target: tuple[int, int], scale: float) -> tuple[Pixels, Boxes]:
-    """Scales an image to ``scale`` times the size at which it would just fit into ``target``.
+    """Scales an image to ``scale`` times the largest size that fits into ``target``.
 
-    Reproduces ScaleJitter of references/detection/transforms.py on Pillow images: bilinear and antialiased, unlike
-    the models' own resize, since it may shrink an image by 10 and more.
+    Reproduces ScaleJitter of references/detection/transforms.py on Pillow images: bilinear and antialiased (the resize
+    of the models is not antialiased), since the jitter may shrink an image by 10 and more.
 
     Args:
         image: [H, W, 3] uint8.
         boxes: [N, 4] xyxy.
-        target: (rows, columns); the recipes' is square.
-        scale: from .1 to 2 in the recipes.
+        target: (rows, columns); square in torchvision's recipes.
+        scale: from .1 to 2 in torchvision's recipes.
 
     Returns:
-        Both, scaled; no side is below a pixel.
+        The scaled image and boxes; each side of the image has at least one pixel.
     """
     rows, columns = image.shape[:2]
     ratio = min(target[0] / rows, target[1] / columns) * scale
@@ -76,7 +76,7 @@ def scale_jitter(image: Pixels, boxes: Boxes, *, target: tuple[int, int], scale:
 def fixed_size_crop(
     image: Pixels, boxes: Boxes, *, size: tuple[int, int], chance: float, fill: Sequence[int]
 ) -> tuple[Pixels, Boxes, Bool[np.ndarray, " N"]]:
-    """Cuts an image to a size where it is larger, and pads it at the bottom and at the right where it is smaller.
+    """Crops an image to ``size`` where it is larger, and pads it at the bottom and right where it is smaller.
 
     Reproduces FixedSizeCrop of references/detection/transforms.py.
 
@@ -84,12 +84,12 @@ def fixed_size_crop(
         image: [H, W, 3] uint8.
         boxes: [N, 4] xyxy.
         size: (rows, columns) of the result.
-        chance: in [0, 1): where between top left (0) and bottom right the cut lies, the same in both directions.
-        fill: 3 values from 0 to 255, of the padding.
+        chance: a random number in [0, 1], the position of the crop: 0 at the top left, 1 at the bottom right.
+        fill: colour of the padding, 3 values from 0 to 255.
 
     Returns:
-        The image; the boxes, clipped to the part that was cut out; which of them are to be kept, those of which
-        something is left. All N are returned, so that labels can be chosen alike.
+        The image; all N boxes, clipped to the crop; and a mask [N], True for the boxes that still have an area. The
+        mask selects boxes and labels alike.
     """
     rows, columns = image.shape[:2]
     new_rows, new_columns = min(rows, size[0]), min(columns, size[1])
@@ -98,7 +98,7 @@ def fixed_size_crop(
     result[:] = fill
     result[:new_rows, :new_columns] = image[top : top + new_rows, left : left + new_columns]
     keep: Any = np.ones(len(boxes), bool)
-    if (new_rows, new_columns) != (rows, columns):  # else boxes stay as they are, as there
+    if (new_rows, new_columns) != (rows, columns):  # as in torchvision, boxes are clipped only if something is cut off
         corner = np.array([left, top, left, top], np.float32)
         boxes = np.clip(boxes - corner, 0, np.array([new_columns, new_rows] * 2, np.float32))
         keep = (boxes[:, 2:] > boxes[:, :2]).all(axis=1)
@@ -108,18 +108,18 @@ def fixed_size_crop(
 def check_jitter(
     jitter: tuple[float, float] | None, crop: int | Size | None, min_size: int | Sequence[int] | None
 ) -> tuple[tuple[float, float] | None, Size | None]:
-    """Makes sure of the options of large-scale jitter.
+    """Checks the options of large-scale jitter.
 
     Args:
-        jitter: (low, high) of the scale, or None for no jitter.
-        crop: side, or (rows, columns), in pixels of the jittered image; None for 1024.
-        min_size: sizes of multi-scale training, which excludes jitter.
+        jitter: (low, high) limits of the scale, or None for no jitter.
+        crop: side, or (rows, columns), of the jittered image in pixels; None for 1024.
+        min_size: sizes of multi-scale training; can't be combined with ``jitter``.
 
     Returns:
-        Scale and (rows, columns); None and None without jitter.
+        The limits of the scale, and (rows, columns) of the crop; None and None without jitter.
 
     Raises:
-        ValueError: for a crop without jitter, jitter beside ``min_size``, or numbers that can't be met.
+        ValueError: for a crop without jitter, for both ``jitter`` and ``min_size``, or for numbers out of range.
     """
     if jitter is None:
         if crop is not None:

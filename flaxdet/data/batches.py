@@ -1,7 +1,7 @@
 """Which images share a batch: the plan of an epoch.
 
-All of it is decided from sizes alone, before an image is read, and is the same in every process. Sizes, canvases and
-buckets are (rows, columns) in pixels.
+A plan depends on the images' sizes alone, is made before an image is read, and is the same in every process. Sizes,
+canvases and buckets are (rows, columns) in pixels.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from flaxdet.images.buckets import Size, Sizes, assign, holds
 
 
 class Batch(NamedTuple):
-    """One batch of all processes together.
+    """The plan of one batch, with the rows of all processes.
 
     Attributes:
-        epoch: from 0.
-        bucket: (rows, columns) of its array.
-        indices: [B] of its images in the data set.
+        epoch: number of the epoch, from 0.
+        bucket: (rows, columns) of the batch's array.
+        indices: [B] index of each image in the data set.
         real: [B] bool, False where an image only fills up the last batch of an evaluation.
     """
 
@@ -32,39 +32,41 @@ class Batch(NamedTuple):
 
 
 class TrainPlan:
-    """Every batch of a training run, each a pure function of its number.
+    """The batches of a training run; each is a pure function of its number.
 
-    An epoch has ceil(images / batch_size) batches, and its plan depends on (seed, epoch) alone. It shuffles the images
-    and groups them by bucket. What is left over in a bucket joins the next larger one that holds it. What then is less
-    than a batch is filled up with other images of the epoch, from the start of its order. Where buckets do not contain
-    each other (portrait and landscape), several such rests may be more than the epoch has batches left; the smallest
-    of them then sit this epoch out, other images each time.
+    An epoch has ceil(images / batch_size) batches, and the plan of an epoch depends on (seed, epoch) alone. The plan
+    shuffles the images and groups them by bucket. Images that don't fill a batch of their bucket move to the next
+    larger bucket that contains the bucket. In a bucket that no other bucket contains, an incomplete batch is filled up
+    with other images of the epoch, in shuffled order. Where buckets do not contain each other (portrait and landscape),
+    there may be more incomplete batches than the epoch has left. The smallest incomplete batches are then dropped for
+    this epoch, with other images each time.
 
     Args:
-        own: [N, 2] canvases.
+        own: [N, 2] canvas of each image.
         buckets: the smallest first, each holding some canvas.
-        batch_size: of all processes together.
-        seed: of the shuffle.
+        batch_size: rows of a batch, of all processes together.
+        seed: seed of the shuffle.
     """
 
     def __init__(self, own: Sizes, buckets: Sequence[Size], batch_size: int, seed: int):
         self.buckets, self.batch_size, self.seed = list(buckets), batch_size, seed
         self.steps_per_epoch = -(-len(own) // batch_size)
-        self._own, self._assigned = own, assign(own, buckets)
-        self._epoch: tuple[int, list[Batch]] = (-1, [])
+        self._canvases, self._assigned = own, assign(own, buckets)
+        self._epoch: tuple[int, list[Batch]] = (-1, [])  # the epoch planned last, and its batches
 
     def __getitem__(self, i: int) -> Batch:
         epoch, place = divmod(i, self.steps_per_epoch)
-        kept, plan = self._epoch  # read and written as one, since threads share it
-        if kept != epoch:
+        planned, plan = self._epoch  # number and batches are read and written together, which makes it thread-safe
+        if planned != epoch:
             plan = self.epoch(epoch)
             self._epoch = epoch, plan
         return plan[place]
 
     def epoch(self, epoch: int) -> list[Batch]:
-        """The batches of one epoch in their order."""
-        count, size = len(self._own), self.batch_size
-        rng = np.random.default_rng([self.seed, epoch, count])  # the third number is no image's, which have their own
+        """The batches of one epoch, in order."""
+        count, size = len(self._canvases), self.batch_size
+        # The third number is no image's index, with which make_sample seeds the augmentation of an image.
+        rng = np.random.default_rng([self.seed, epoch, count])
         order = rng.permutation(count)
         place = np.argsort(order)
         queues = [order[self._assigned[order] == number] for number in range(len(self.buckets))]
@@ -83,7 +85,7 @@ class TrainPlan:
                 rests.append((number, rest))
         rests.sort(key=lambda rest: -len(rest[1]))
         for number, rest in rests[: self.steps_per_epoch - len(batches)]:
-            fitting = order[(self._own[order] <= np.asarray(self.buckets[number])[None]).all(-1)]
+            fitting = order[(self._canvases[order] <= np.asarray(self.buckets[number])[None]).all(-1)]
             others = fitting[~np.isin(fitting, rest)]
             batches.append((number, np.resize(np.concatenate([rest, others]), size)))
         real = np.ones(size, bool)
@@ -91,12 +93,14 @@ class TrainPlan:
 
 
 class EvalPlan:
-    """Every image once, in its order within its bucket; the last batch of a bucket repeats its first image.
+    """The batches of an evaluation: every image once, bucket by bucket, in the order of the data set.
+
+    The last batch of a bucket is filled up by repeating the batch's first image.
 
     Args:
-        own: [N, 2] canvases.
+        own: [N, 2] canvas of each image.
         buckets: the smallest first.
-        batch_size: of all processes together.
+        batch_size: rows of a batch, of all processes together.
     """
 
     def __init__(self, own: Sizes, buckets: Sequence[Size], batch_size: int):
@@ -106,10 +110,10 @@ class EvalPlan:
         for number, bucket in enumerate(self.buckets):
             queue = np.flatnonzero(assigned == number)
             for start in range(0, len(queue), batch_size):
-                some = queue[start : start + batch_size]
-                real = np.arange(batch_size) < len(some)
-                padded = np.full(batch_size, some[0])
-                padded[: len(some)] = some
+                images = queue[start : start + batch_size]
+                real = np.arange(batch_size) < len(images)
+                padded = np.full(batch_size, images[0])
+                padded[: len(images)] = images
                 self._batches.append(Batch(0, bucket, padded, real))
         self.steps_per_epoch = len(self._batches)
 

@@ -1,4 +1,4 @@
-"""COCO's JSON as real files have it: images, boxes and labels, with everything that is dropped counted."""
+"""COCO's JSON as real files have it: images, boxes and labels, with counts of everything that is dropped."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from flaxdet.data.coco_json import (
 )
 from flaxdet.images.decode import ImageError, read_image
 
-_MOST_PIXELS = 1e9  # of a coordinate: beyond it float32 arithmetic means nothing
+_MAX_COORDINATE = 1e9  # pixels: boxes beyond it lose all precision in float32
 
 
 class Record(NamedTuple):
     """One image of a data set, without its pixels.
 
     Attributes:
-        image_id: the file's own id of it.
-        path: where it lies.
-        size: (rows, columns) of its pixels as they are stored.
-        boxes: [N, 4] float32 xyxy in those pixels, inside the image, each with an area; N may be 0.
+        image_id: id of the image in the COCO file.
+        path: the image file.
+        size: (rows, columns) of the pixels as they are stored.
+        boxes: [N, 4] float32 xyxy in pixels as they are stored, inside the image, each with an area; N may be 0.
         labels: [N] int32.
     """
 
@@ -47,16 +47,16 @@ class Record(NamedTuple):
 class CocoDataset:
     """The images of a COCO file in the order of their ids; ``read_coco`` builds it.
 
-    Held as a few arrays, so that 100,000 images pass to a worker process in an instant.
+    Consists of a few arrays, so that a data set of 100,000 images is sent to a worker process in an instant.
 
     Attributes:
         images: the folder of the images.
         annotations: the JSON file.
-        categories: names by label.
+        categories: the category name of each label.
         category_ids: the file's category id of each label that the file has.
-        report: counts. "images" and "boxes" are what is left; "removed_images" went by ``remove_empty``; "crowd",
-            "no_area" and "outside" (of its image) are boxes that were dropped; "clipped" ones reached out of their
-            image and were kept.
+        report: counts. "images" and "boxes": in this data set. "removed_images": removed by ``remove_empty``. "crowd",
+            "no_area" and "outside" (of the image): boxes that were dropped. "clipped": boxes that reached out of the
+            image, and were clipped.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class CocoDataset:
         self.images, self.annotations = images, annotations
         self.categories, self.category_ids, self.report = categories, category_ids, report
         self._ids, self._names, self._sizes = list(ids), list(names), sizes
-        self._ends = np.cumsum([0, *(len(own) for own in boxes)])
+        self._ends = np.cumsum([0, *(len(image_boxes) for image_boxes in boxes)])
         self._boxes = np.concatenate([np.zeros((0, 4), np.float32), *boxes])
         self._labels = np.concatenate([np.zeros(0, np.int32), *labels])
 
@@ -85,30 +85,30 @@ class CocoDataset:
 
     def __getitem__(self, i: int) -> Record:
         i = range(len(self))[i]
-        own = slice(self._ends[i], self._ends[i + 1])
+        rows_of_image = slice(self._ends[i], self._ends[i + 1])
+        boxes, labels = self._boxes[rows_of_image].copy(), self._labels[rows_of_image].copy()
         rows, columns = self._sizes[i].tolist()
-        path = self.images / self._names[i]
-        return Record(self._ids[i], path, (rows, columns), self._boxes[own].copy(), self._labels[own].copy())
+        return Record(self._ids[i], self.images / self._names[i], (rows, columns), boxes, labels)
 
     def read_image(self, i: int) -> UInt8[np.ndarray, "H W 3"]:
-        """The pixels of an image as they are stored, an EXIF orientation not applied: boxes refer to those.
+        """The pixels of an image as they are stored: the EXIF orientation is not applied, since boxes refer to these.
 
         Args:
-            i: its place in the data set.
+            i: index of the image in the data set.
 
         Returns:
             [H, W, 3] RGB.
 
         Raises:
-            ImageError: if the file is broken, or of another size than the annotations say.
+            ImageError: if the file is broken, or the annotations state another size.
         """
         record = self[i]
         image = read_image(record.path, upright=False)
-        found = image.shape[:2]
-        if found != record.size:
-            turned = " (is it a photo that was turned when its boxes were drawn?)" if found == record.size[::-1] else ""
+        size = image.shape[:2]
+        if size != record.size:
+            turned = " (is it a photo that was turned when its boxes were drawn?)" if size == record.size[::-1] else ""
             raise ImageError(
-                f"{record.path}: is {found[0]}x{found[1]} pixels (rows x columns), but {self.annotations} "
+                f"{record.path}: is {size[0]}x{size[1]} pixels (rows x columns), but {self.annotations} "
                 f"says {record.size[0]}x{record.size[1]}{turned}"
             )
         return image
@@ -125,30 +125,31 @@ def read_coco(
     """Reads a data set in COCO's format.
 
     Reproduces ConvertCocoPolysToMask of torchvision's references/detection/coco_utils.py: crowds are dropped, boxes
-    clipped to their image, and those without an area dropped. Images come in the order of their ids.
+    are clipped to the image, and boxes without an area are dropped. Images are in the order of their ids.
 
-    Which label a category has: with ``categories`` the place of its name there; else with ``num_classes`` its id, as
-    in torchvision's models; else 1, 2, ... in the order of the ids, gaps closed. Categories that no annotation uses
-    need not fit.
+    The label of a category is the index of its name in ``categories``, if given. Otherwise, with ``num_classes``, it is
+    the category's id, as in torchvision's models. Otherwise labels are 1, 2, ... in the order of the ids, without gaps.
+    Categories that no annotation uses need no label.
 
     Args:
-        images: the folder that the images' ``file_name`` start from.
-        annotations: the JSON file. ``iscrowd``, ``area`` and ``segmentation`` may be missing, and so may
-            ``annotations``, and the images' ``width`` and ``height`` (then read from the image files).
-        categories: names by label, "__background__" first, as trained weights carry them.
-        num_classes: of a model whose labels are category ids, background included.
-        remove_empty: for training: leave out images without annotations, or all of whose boxes have a side of a pixel
-            or less (_coco_remove_images_without_annotations in the same file; crowds count as annotations there).
+        images: the folder that the images' ``file_name`` are relative to.
+        annotations: the JSON file. ``annotations``, ``iscrowd``, ``area`` and ``segmentation`` may be missing, as
+            may the images' ``width`` and ``height`` (which are then read from the image files).
+        categories: the name of each label, "__background__" first, as weight enums and checkpoints hold them.
+        num_classes: number of classes, background included, of a model whose labels are category ids.
+        remove_empty: for training: leave out images without annotations, and images whose boxes all have a side of at
+            most one pixel. Reproduces _coco_remove_images_without_annotations in the same file; crowds count as
+            annotations.
 
     Returns:
         The images, without their pixels, and their boxes.
 
     Raises:
         ValueError: in one line that names the file and the faulty entry, if the file can't be read, is not JSON or not
-            COCO's; for ids that are doubled or refer to nothing, boxes that are not 4 finite numbers, doubled
-            category names, categories that ``categories`` or ``num_classes`` don't hold, image files that are
+            COCO's; for ids that occur twice or refer to nothing, boxes that are not 4 finite numbers, category names
+            that occur twice, categories that ``categories`` or ``num_classes`` don't include, image files that are
             missing (all are looked for), and if there is no image, or with ``remove_empty`` no box.
-        ImageError: if an image file whose size is needed can't be read.
+        ImageError: if the annotations don't state the size of an image, and the image file can't be read.
     """
     folder, path = Path(images), Path(annotations)
     content = load_json(path)
@@ -168,23 +169,23 @@ def read_coco(
     }
     boxes, labels, empty, report = _boxes(path, annotated, sizes, known, label_of)
 
-    kept = list(zip((key for key, _ in entries), file_names, strict=True))
+    files = list(zip((key for key, _ in entries), file_names, strict=True))
     if remove_empty:
-        kept = [(key, name) for key, name in kept if not empty[key]]
-    counts = {"images": len(kept), "boxes": sum(len(boxes[key]) for key, _ in kept)}
+        files = [(key, name) for key, name in files if not empty[key]]
+    counts = {"images": len(files), "boxes": sum(len(boxes[key]) for key, _ in files)}
     if remove_empty and not counts["boxes"]:
         raise ValueError(f"{path}: nothing to train on, none of its {len(entries)} images has a box that counts")
     return CocoDataset(
         images=folder,
         annotations=path,
-        ids=[key for key, _ in kept],
-        names=[name for _, name in kept],
-        sizes=np.array([sizes[key] for key, _ in kept], np.int32),
-        boxes=[boxes[key] for key, _ in kept],
-        labels=[labels[key] for key, _ in kept],
+        ids=[key for key, _ in files],
+        names=[name for _, name in files],
+        sizes=np.array([sizes[key] for key, _ in files], np.int32),
+        boxes=[boxes[key] for key, _ in files],
+        labels=[labels[key] for key, _ in files],
         categories=names_by_label,
         category_ids={label: key for key, label in label_of.items()},
-        report={**counts, "removed_images": len(entries) - len(kept), **report},
+        report={**counts, "removed_images": len(entries) - len(files), **report},
     )
 
 
@@ -195,22 +196,22 @@ def _boxes(
     known: Mapping[int, Any],
     label_of: Mapping[int, int],
 ) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, bool], dict[str, int]]:
-    """Of each image its boxes, their labels, and whether it is of no use; and the counts of what was dropped."""
+    """Boxes, labels and emptiness (as ``remove_empty`` defines it) by image id, and the counts of dropped boxes."""
     empty, rows = dict.fromkeys(sizes, True), {key: [] for key in sizes}
     report = {"crowd": 0, "no_area": 0, "outside": 0, "clipped": 0}
     for key, annotation in annotated.items():
         image, category = integer(annotation.get("image_id")), integer(annotation.get("category_id"))
-        for what, found, expected in (("image", image, sizes), ("category", category, known)):
-            if found not in expected:
-                found = short(annotation.get(f"{what}_id"))
-                raise ValueError(f"{path}: annotation {key} refers to {what} {found}, which the file doesn't have")
+        for what, reference, expected in (("image", image, sizes), ("category", category, known)):
+            if reference not in expected:
+                stated = short(annotation.get(f"{what}_id"))
+                raise ValueError(f"{path}: annotation {key} refers to {what} {stated}, which the file doesn't have")
         assert image is not None
         assert category is not None
         bbox = annotation.get("bbox")
         if not (
             isinstance(bbox, list)
             and len(bbox) == 4
-            and all(type(value) in (int, float) and abs(value) < _MOST_PIXELS for value in bbox)
+            and all(type(value) in (int, float) and abs(value) < _MAX_COORDINATE for value in bbox)
         ):
             raise ValueError(f"{path}: bbox of annotation {key} should be 4 finite numbers, found {short(bbox)}")
         empty[image] = empty[image] and min(bbox[2:]) <= 1
@@ -220,13 +221,13 @@ def _boxes(
             rows[image].append((*bbox, label_of[category]))
 
     boxes, labels = {}, {}
-    for image, own in rows.items():
-        table = np.array(own, np.float64).reshape(-1, 5)
+    for image, image_rows in rows.items():
+        table = np.array(image_rows, np.float64).reshape(-1, 5)
         raw = table[:, :4].astype(np.float32)
         raw[:, 2:] += raw[:, :2]
         limits = np.array(sizes[image][::-1] * 2, np.float32)  # columns, rows, columns, rows
         clipped = np.clip(raw, 0, limits)
-        area, inside = ((some[:, 2:] > some[:, :2]).all(axis=1) for some in (raw, clipped))
+        area, inside = ((corners[:, 2:] > corners[:, :2]).all(axis=1) for corners in (raw, clipped))
         report["no_area"] += int((~area).sum())
         report["outside"] += int((area & ~inside).sum())
         report["clipped"] += int((clipped != raw).any(axis=1)[inside].sum())

@@ -15,7 +15,7 @@ from flaxdet.images.decode import read_image
 BACKGROUND = "__background__"
 NO_CATEGORY = "N/A"  # torchvision's name for a label that no category has
 
-_NAMED = 3  # of many missing files, so many are named
+_MAX_NAMED = 3  # an error about missing files names this many of them
 
 
 def load_json(path: Path) -> dict[str, list[Any]]:
@@ -37,15 +37,15 @@ def load_json(path: Path) -> dict[str, list[Any]]:
 
 
 def by_id(path: Path, what: str, entries: list[Any]) -> dict[int, Mapping[str, Any]]:
-    """Entries by their id, which must be an integer and their own."""
+    """Entries by id; raises ValueError for an id that is no integer or occurs twice."""
     result: dict[int, Mapping[str, Any]] = {}
     for number, entry in enumerate(entries):
         if not isinstance(entry, dict):
             raise ValueError(f"{path}: {what} number {number} (from 0) should be an object, found {short(entry)}")
         key = integer(entry.get("id"))
         if key is None:
-            found = short(entry.get("id"))
-            raise ValueError(f"{path}: {what} number {number} (from 0) should have an integer id, found {found}")
+            stated = short(entry.get("id"))
+            raise ValueError(f"{path}: {what} number {number} (from 0) should have an integer id, found {stated}")
         if key in result:
             raise ValueError(f"{path}: {what} id {key} occurs twice")
         result[key] = entry
@@ -53,8 +53,8 @@ def by_id(path: Path, what: str, entries: list[Any]) -> dict[int, Mapping[str, A
 
 
 def integer(value: Any) -> int | None:
-    """An integer as JSON may spell it, or None."""
-    if isinstance(value, float) and value.is_integer():  # tables turn columns of integers into floats
+    """The value as an integer, or None if it is none; 3.0 counts as an integer."""
+    if isinstance(value, float) and value.is_integer():  # tables such as pandas' write integers as floats
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63:
         return value
@@ -70,36 +70,36 @@ def file_name(path: Path, key: int, entry: Mapping[str, Any]) -> str:
 
 
 def check_files(path: Path, folder: Path, names: Iterable[str]) -> None:
-    """Looks for all image files, and names some of those that are missing."""
+    """Looks for all image files; raises ValueError with the names of some missing files."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: is not a folder, expected the one that holds the images of {path}")
-    listed: dict[str, set[str]] = {}  # one listing a folder is much quicker than a look at every file
+    listed: dict[str, set[str]] = {}  # listing each folder once is much quicker than testing every file
 
     def exists(name: str) -> bool:
         place, base = os.path.split(os.path.join(folder, name))
         if place not in listed:
             listed[place] = set(os.listdir(place)) if os.path.isdir(place) else set()
-        # where upper and lower case are the same, the listing may spell a name otherwise
+        # on a file system that ignores case, the listing may have the name in another case
         return base in listed[place] or os.path.exists(os.path.join(place, base))
 
     names = list(names)
     missing = [name for name in names if not exists(name)]
     if missing:
-        more = ", ..." if len(missing) > _NAMED else ""
+        more = ", ..." if len(missing) > _MAX_NAMED else ""
         raise ValueError(
             f"{path}: {len(missing)} of its {len(names)} image files are missing in {folder}: "
-            f"{', '.join(missing[:_NAMED])}{more}"
+            f"{', '.join(missing[:_MAX_NAMED])}{more}"
         )
 
 
 def image_size(path: Path, key: int, entry: Mapping[str, Any], file: Path) -> tuple[int, int]:
-    """(rows, columns) of an image: as stated, else from the head of its file."""
+    """(rows, columns) of an image: as the entry states, else from the header of the image file."""
     stated = entry.get("height"), entry.get("width")
     if None in stated:
         try:
             with Image.open(file) as image:
                 return image.height, image.width
-        except Exception:  # which of the many ways in which an image can be broken, that function says
+        except Exception:  # read_image raises an error that says how the image is broken
             return read_image(file, upright=False).shape[:2]
     rows, columns = (integer(side) for side in stated)
     if rows is None or columns is None or rows < 1 or columns < 1:
@@ -111,7 +111,7 @@ def image_size(path: Path, key: int, entry: Mapping[str, Any], file: Path) -> tu
 
 
 def category_names(path: Path, known: Mapping[int, Mapping[str, Any]], used: Collection[int | None]) -> dict[int, str]:
-    """Names by category id, in the order of ids. Of categories that share a name one may have annotations."""
+    """Names by category id, in the order of ids. Of the categories that share a name, only one may have annotations."""
     ids: dict[str, list[int]] = {}
     for key in sorted(known):
         name = known[key].get("name")
@@ -123,7 +123,7 @@ def category_names(path: Path, known: Mapping[int, Mapping[str, Any]], used: Col
         if len(with_boxes) > 1 or (name == BACKGROUND and with_boxes):
             what = "is reserved for label 0" if name == BACKGROUND else f"is the name of categories {with_boxes}"
             raise ValueError(f'{path}: "{name}" {what}, expected a name of its own for each category')
-        ids[name] = (with_boxes or keys)[:1]  # an unused twin is what some tools write for a super-category
+        ids[name] = (with_boxes or keys)[:1]  # some tools write an unused category of the same name, the super-category
     ids.pop(BACKGROUND, None)
     return dict(sorted((keys[0], name) for name, keys in ids.items()))
 
@@ -135,7 +135,7 @@ def category_labels(
     categories: Sequence[str] | None,
     num_classes: int | None,
 ) -> tuple[list[str], dict[int, int]]:
-    """Names by label, and the label of each category id; ``read_coco`` says how they are found."""
+    """Names by label, and the label of each category id; ``read_coco`` describes the rules."""
     if categories is None and num_classes is None:
         return [BACKGROUND, *names.values()], {key: label for label, key in enumerate(names, 1)}
     if categories is None:

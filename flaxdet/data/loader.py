@@ -1,6 +1,6 @@
 """Batches for training and evaluation: reproducible, resumable, split among processes, made by threads or workers.
 
-A *batch* is a dict of numpy arrays; B are the rows of this process, H, W the bucket, G the slots for boxes:
+A *batch* is a dict of numpy arrays. B is the number of rows of this process, (H, W) the bucket, G the slots for boxes:
 
 - "pixels" [B, H, W, 3] float32, normalised, zero beyond each image
 - "size", "original_size" [B, 2] int32, (rows, columns) after and before the resize
@@ -25,7 +25,7 @@ from flaxdet.images.buckets import Size, assign, canvases, choose_buckets, sort_
 from flaxdet.images.transform import check_canvas
 from flaxdet.structures import TransformConfig
 
-_SLOT_STEP = 8  # slots for boxes are a multiple of it
+_SLOT_STEP = 8  # the default number of slots for boxes is a multiple of this
 
 BatchDict = dict[str, np.ndarray]
 
@@ -50,28 +50,28 @@ def train_batches(
 ) -> Batches:
     """The batches of a whole training run.
 
-    Batch i depends on the arguments and on nothing else: not on the number of workers, and the rows of all processes
-    together are those of one. ``TrainPlan`` says how an epoch is made up; the augmentation of an image depends on
-    (seed, epoch, its index) alone.
+    Batch i depends on the arguments alone. It does not depend on the number of workers, and the rows of all processes
+    together are the rows that a single process would get. ``TrainPlan`` describes an epoch; the augmentation of an
+    image depends on (seed, epoch, index of the image) alone.
 
     Args:
-        dataset: of ``read_coco``.
+        dataset: the result of ``read_coco``.
         config: ``model.transform``.
-        batch_size: of all processes together.
-        steps: batches of the run.
+        batch_size: rows of a batch, of all processes together.
+        steps: number of batches of the run.
         seed: not negative.
         flip: probability of a horizontal flip.
-        min_size: pixels of the shorter side. Several: one is chosen at random for each image. Default
+        min_size: pixels of the shorter side; if several, one is chosen at random for each image. Default
             ``config.min_size``.
-        jitter: large-scale jitter, torchvision's is (.1, 2.): the range of the scale. ``min_size`` and the size
-            options of ``config`` then mean nothing; every image fills ``crop``.
+        jitter: (low, high) limits of the scale of large-scale jitter; torchvision has (.1, 2.). ``min_size`` and the
+            size options of ``config`` are then unused; every image fills ``crop``.
         crop: pixels of a side, or (rows, columns), of the jittered image; default 1024.
-        buckets: shapes [(rows, columns)] of the batches' arrays; default three that ``choose_buckets`` finds.
-        max_boxes: G; default the most boxes of an image, rounded up to a multiple of 8.
-        canvas: "image": each image counts as padded to its own canvas, so that its losses do not depend on the
-            bucket. "bucket": as padded to the whole bucket, in which case no masks are computed.
-        workers: processes that make batches, by grain. With 0, two threads do.
-        process_index: of this process.
+        buckets: shapes [(rows, columns)] of the batches' arrays; default three, by ``choose_buckets``.
+        max_boxes: G; default the largest number of boxes of an image, rounded up to a multiple of 8.
+        canvas: "image": each image is padded to a canvas of its own, so that the losses do not depend on the
+            bucket. "bucket": each image is padded to the whole bucket, and no masks are computed.
+        workers: number of grain's worker processes that make batches. With 0, two threads make them.
+        process_index: number of this process.
         process_count: each process gets ``batch_size / process_count`` rows of every batch.
 
     Returns:
@@ -79,9 +79,9 @@ def train_batches(
         ``flaxdet.data.loader``.
 
     Raises:
-        ValueError: for arguments that can't be met, among them an image that fits no bucket or has more boxes than
-            ``max_boxes``; it names the image.
-        ImportError: for workers without grain.
+        ValueError: for arguments out of range, and for an image that fits no bucket or has more boxes than
+            ``max_boxes``; the message names the image.
+        ImportError: for workers if grain is not installed.
     """
     if not 0 <= flip <= 1:
         raise ValueError(f"flip should be a probability, got {flip!r}")
@@ -89,11 +89,11 @@ def train_batches(
         raise ValueError(f"steps and seed should not be negative, got {steps} and {seed}")
     choices: Any = (config if min_size is None else replace(config, min_size=min_size)).min_size
     scales, cut = check_jitter(jitter, crop, min_size)
-    # large-scale jitter makes every image a square that is resized no more
+    # large-scale jitter makes every image as large as the crop, and the image is not resized after that
     geometry = config if cut is None else replace(config, fixed_size=cut[::-1])
     layout = _layout(dataset, geometry, choices, buckets, max_boxes, canvas)
     rows = _rows(batch_size, process_index, process_count)
-    plan = TrainPlan(layout.own, layout.buckets, batch_size, seed)
+    plan = TrainPlan(layout.canvases, layout.buckets, batch_size, seed)
     options = Options(
         config, choices, flip, scales, cut, layout.max_boxes, canvas=canvas, masked=layout.masked, seed=seed
     )
@@ -113,32 +113,32 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
-    """Every image once, resized as for evaluation, in its order within its bucket.
+    """Every image once, resized as for evaluation, bucket by bucket, in the order of the data set.
 
-    The last batch of a bucket is filled up with its first image, whose "image_id" is then -1.
+    The last batch of a bucket is filled up with copies of the batch's first image, with "image_id" -1.
 
     Args:
-        dataset: of ``read_coco``.
+        dataset: the result of ``read_coco``.
         config: ``model.transform``.
-        batch_size: of all processes together.
+        batch_size: rows of a batch, of all processes together.
         buckets: as for ``train_batches``.
         max_boxes: as for ``train_batches``.
         canvas: as for ``train_batches``.
         workers: as for ``train_batches``.
-        process_index: of this process.
+        process_index: number of this process.
         process_count: each process gets ``batch_size / process_count`` rows of every batch.
 
     Returns:
-        An iterator, finite, of known length, of dicts as ``train_batches`` gives them.
+        A finite iterator with a length, of batches as of ``train_batches``.
 
     Raises:
         ValueError: as ``train_batches``.
-        ImportError: for workers without grain.
+        ImportError: for workers if grain is not installed.
     """
     choices = (config.min_size[-1],)  # pyright: ignore[reportIndexIssue]
     layout = _layout(dataset, config, choices, buckets, max_boxes, canvas)
     rows = _rows(batch_size, process_index, process_count)
-    plan = EvalPlan(layout.own, layout.buckets, batch_size)
+    plan = EvalPlan(layout.canvases, layout.buckets, batch_size)
     options = Options(
         config, choices, 0.0, None, None, layout.max_boxes, canvas=canvas, masked=layout.masked, seed=None
     )
@@ -147,18 +147,16 @@ def eval_batches(
 
 
 class Batches:
-    """An iterator over the batches of a run, which can say where it stands and go on from there.
+    """A resumable iterator over the batches of a run; ``train_batches`` and ``eval_batches`` make it.
 
-    ``train_batches`` and ``eval_batches`` make it.
-
-    ``close`` it, or use it in a ``with`` statement, to stop its threads or workers early. An error in one of these is
-    raised here, at the batch that it concerns.
+    ``get_state`` and ``set_state`` save and restore the position. ``close``, or a ``with`` statement, stops the threads
+    or workers early. An error in a thread or worker is raised by ``next``, at the batch that the error concerns.
 
     Attributes:
-        buckets: the shapes (rows, columns) that batches come in, the smallest first.
-        steps_per_epoch: batches of an epoch.
+        buckets: the shapes (rows, columns) of the batches, the smallest first.
+        steps_per_epoch: number of batches of an epoch.
         max_boxes: G.
-        masked: whether batches have "canvas".
+        masked: True if batches have "canvas".
     """
 
     def __init__(self, source: BatchSource, workers: int, fingerprint: dict[str, int]):
@@ -172,7 +170,7 @@ class Batches:
         self.max_boxes, self.masked = source.options.max_boxes, source.options.masked
 
     def __len__(self) -> int:
-        """The batches of the whole run."""
+        """The number of batches of the whole run."""
         return len(self._source)
 
     def __iter__(self) -> Batches:
@@ -186,7 +184,7 @@ class Batches:
             self._stream = open_stream(self._source.after(self._delivered), self._workers)
         try:
             batch = next(self._stream)
-        except BaseException:  # what was prefetched is lost; the next call would start anew at this batch
+        except BaseException:  # drops the prefetched batches; the next call starts again at this batch
             self.close()
             raise
         self._delivered += 1
@@ -199,26 +197,26 @@ class Batches:
         self.close()
 
     def check_labels(self, allowed: range) -> None:
-        """Makes sure that all boxes of the data set have labels of a model.
+        """Checks that a model allows the labels of all boxes of the data set.
 
         Args:
             allowed: ``target_labels`` of the model.
 
         Raises:
             TypeError: for labels that are not integers.
-            ValueError: for another label; both name the image's file and id, and the box.
+            ValueError: for a label outside ``allowed``. Either message names the image's file and id, and the box.
         """
         check_dataset_labels(self._source.dataset, allowed)
 
     def get_state(self) -> dict[str, int]:
-        """Where it stands, for JSON: the number of batches delivered, and what the plan was made from."""
+        """The position, for JSON: the number of delivered batches, and the seed and sizes that define the plan."""
         return {"batches": self._delivered, **self._fingerprint}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``get_state`` was called, in this or another process, with any number of workers.
+        """Restores a position; the process and the number of workers may differ.
 
         Args:
-            state: of ``get_state``.
+            state: the result of ``get_state``.
 
         Raises:
             ValueError: if the state is of another plan: another seed, batch size or number of images.
@@ -237,7 +235,7 @@ class Batches:
 
 
 class _Layout(NamedTuple):
-    own: np.ndarray
+    canvases: np.ndarray
     buckets: list[Size]
     max_boxes: int
     masked: bool
@@ -263,19 +261,19 @@ def _layout(
         i = int(np.argmax(counts))
         raise ValueError(f"{names[i]}: has {counts[i]} boxes, more than max_boxes={slots}: raise it")
 
-    smallest, own = (canvases(sizes, config, min_size=end(choices), names=names) for end in (min, max))
+    smallest, largest = (canvases(sizes, config, min_size=end(choices), names=names) for end in (min, max))
     shapes = choose_buckets(sizes, config, min_size=max(choices)) if buckets is None else sort_buckets(buckets)
-    used = np.unique(assign(own, shapes, names=names))
-    if len(used) == 1:  # otherwise buckets that hold no image of their own still take what is left over in others
+    used = np.unique(assign(largest, shapes, names=names))
+    if len(used) == 1:  # with several, an unused bucket may still take the incomplete batches of smaller buckets
         shapes = [shapes[used[0]]]
-    whole = len(shapes) == 1 and (smallest == shapes).all() and (own == shapes).all()
+    whole = len(shapes) == 1 and (smallest == shapes).all() and (largest == shapes).all()
     masked = canvas == "image" and not whole
     if masked and (int(config.size_divisible) % 32 or any(side % 32 for shape in shapes for side in shape)):
         raise ValueError(
             f"canvases smaller than their bucket need multiples of 32, got size_divisible={config.size_divisible} and "
             f'buckets {shapes}: use canvas="bucket", or multiples of 32'
         )
-    return _Layout(own, shapes, slots, masked)
+    return _Layout(largest, shapes, slots, masked)
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
@@ -286,5 +284,5 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> slice:
         )
     if batch_size % process_count:
         raise ValueError(f"batch_size={batch_size} should be a multiple of the {process_count} processes")
-    own = batch_size // process_count
-    return slice(own * process_index, own * (process_index + 1))
+    count = batch_size // process_count
+    return slice(count * process_index, count * (process_index + 1))

@@ -1,6 +1,6 @@
-"""One image of a batch, and the batch: read, augmented, resized and padded, in numpy alone.
+"""Making a batch and each image of it: reading, augmenting, resizing and padding, in numpy alone.
 
-Nothing here touches a device, so that worker processes can run it.
+Nothing here uses a device, so worker processes can run it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BucketCanvas = Literal["image", "bucket"]  # of ``images.transform.Canvas``: a b
 
 
 class Dataset(Protocol):
-    """What can be trained on: ``CocoDataset``, or anything that answers alike."""
+    """A data set to train on: ``CocoDataset``, or any class with the same three methods."""
 
     def __len__(self) -> int: ...
 
@@ -38,7 +38,7 @@ class Dataset(Protocol):
 
 
 def check_dataset_labels(dataset: Dataset, allowed: range) -> None:
-    """Makes sure that all boxes of a data set have labels of a model.
+    """Checks that a model allows the labels of all boxes of a data set.
 
     Args:
         dataset: the images.
@@ -46,7 +46,8 @@ def check_dataset_labels(dataset: Dataset, allowed: range) -> None:
 
     Raises:
         TypeError: for labels that are not integers.
-        ValueError: for another label; both name the image's file and id, the box, and the class where it has a name.
+        ValueError: for a label outside ``allowed``. Either message names the image's file and id, the box, and the
+            class if it has a name.
     """
     categories: Sequence[str] = getattr(dataset, "categories", ())
     for i in range(len(dataset)):
@@ -65,14 +66,14 @@ class Options:
 
     Attributes:
         config: ``model.transform``.
-        min_sizes: one is chosen at random.
+        min_sizes: sizes of the shorter side, of which one is chosen at random.
         flip: probability of a horizontal flip.
-        jitter: range of the scale of large-scale jitter, with ``crop``; then ``min_sizes`` means nothing.
+        jitter: limits of the scale of large-scale jitter, with ``crop``; ``min_sizes`` is then unused.
         crop: (rows, columns) of the jittered image.
         max_boxes: slots for boxes.
         canvas: "image" or "bucket".
-        masked: whether batches carry their canvases.
-        seed: of the augmentation; None turns it off.
+        masked: True if batches have "canvas".
+        seed: seed of the augmentation; None turns augmentation off.
     """
 
     config: TransformConfig
@@ -87,15 +88,15 @@ class Options:
 
 
 class BatchSource:
-    """Batch ``i`` of a run, for one process; random access, so that any worker can make any batch.
+    """One process's rows of batch ``i`` of a run; random access, so that any worker can make any batch.
 
     Args:
         dataset: the images.
-        plan: which of them form batch ``i``.
-        options: of every image.
-        rows: which part of a global batch is this process's.
+        plan: the images of batch ``i``.
+        options: how each image becomes a row.
+        rows: this process's rows of a global batch.
         start: number of the batch that is item 0.
-        count: of the batches.
+        count: number of batches.
     """
 
     def __init__(
@@ -113,7 +114,7 @@ class BatchSource:
             self.dataset, self.plan, self.options, self.rows, self.start + count, max(self.count - count, 0)
         )
 
-    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:  # grain asks with its own integers
+    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:  # i may be an integer type of grain
         batch = self.plan[self.start + int(i)]
         samples = [make_sample(self.dataset, int(n), self.options, batch) for n in batch.indices[self.rows]]
         stacked = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
@@ -122,13 +123,13 @@ class BatchSource:
 
 
 def make_sample(dataset: Dataset, index: int, options: Options, batch: Batch) -> dict[str, np.ndarray]:
-    """One image as a row of a batch; its augmentation depends on (seed, epoch, index) alone.
+    """One image as a row of a batch; the augmentation depends on (seed, epoch, index) alone.
 
     Args:
         dataset: the images.
-        index: of the image.
-        options: how it is treated.
-        batch: the one that it is part of: its epoch and its bucket count.
+        index: index of the image in the data set.
+        options: how the image becomes a row.
+        batch: the plan of the batch, of which epoch and bucket are used.
 
     Returns:
         "pixels" [H, W, 3] float32, "size", "original_size" and, if ``options.masked``, "canvas" [2] int32,
@@ -136,7 +137,7 @@ def make_sample(dataset: Dataset, index: int, options: Options, batch: Batch) ->
     """
     record, config = dataset[index], options.config
     image, boxes, labels = dataset.read_image(index), record.boxes, record.labels
-    # four numbers, always in this order, so that one option does not change what another does
+    # always four numbers in this order, so that no option changes the random numbers of another
     flip, choice, scale, place = np.ones(4)
     if options.seed is not None:
         flip, choice, scale, place = np.random.default_rng([options.seed, batch.epoch, index]).random(4).tolist()
@@ -165,12 +166,12 @@ def make_sample(dataset: Dataset, index: int, options: Options, batch: Batch) ->
         std=config.image_std,  # pyright: ignore[reportArgumentType]
     )
     slots, n = options.max_boxes, len(boxes)
-    own_canvas = batch.bucket if options.canvas == "bucket" else canvas_size(size, config)
+    canvas = batch.bucket if options.canvas == "bucket" else canvas_size(size, config)
     sample = {
         "pixels": pixels,
         "size": np.array(size, np.int32),
         "original_size": np.array(record.size, np.int32),
-        "canvas": np.array(own_canvas, np.int32),
+        "canvas": np.array(canvas, np.int32),
         "boxes": np.zeros((slots, 4), np.float32),
         "labels": np.zeros(slots, np.int32),
         "valid": np.arange(slots) < n,

@@ -1,4 +1,4 @@
-"""Making batches ahead of time: in threads of this process, or in worker processes by grain. The order is the same."""
+"""Making batches ahead of time, in threads of this process or in grain's worker processes, always in the same order."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import numpy as np
 
 from flaxdet.data.samples import BatchSource
 
-_THREADS = 2  # numpy and Pillow leave the interpreter free for most of their time
-_AHEAD = 3  # batches that the threads hold ready
-_AHEAD_OF_WORKER = 3  # batches of a worker that may be on their way: one in the making, two in queues
+_THREADS = 2  # numpy and Pillow release the interpreter lock most of the time
+_AHEAD = 3  # batches that the threads make in advance
+_AHEAD_OF_WORKER = 3  # batches of one worker that may exist at a time: one in the making, two in queues
 _SHARED_MEMORY = "/dev/shm"
 
 
@@ -27,16 +27,16 @@ class Stream(Protocol):
     def __next__(self) -> dict[str, np.ndarray]: ...
 
     def close(self) -> None:
-        """Stops its threads or processes."""
+        """Stops the threads or processes."""
         ...
 
 
 def open_stream(source: BatchSource, workers: int) -> Stream:
-    """Starts to make the batches of ``source``, in order.
+    """Starts making the batches of ``source``, in order.
 
     Args:
         source: random access to batches.
-        workers: processes; 0 for threads.
+        workers: number of processes; 0 for threads.
     """
     return _Workers(source, min(workers, len(source))) if workers else _Threads(source)
 
@@ -65,7 +65,7 @@ class _Workers:
         batches = grain.MapDataset.source(source).to_iter_dataset(
             grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
         )
-        if not _fits_shared_memory(source, workers):  # as in containers, which have 64 MB of it by default
+        if not _fits_shared_memory(source, workers):  # containers have 64 MB of shared memory by default
             through_pipes = grain.experimental.DatasetOptions(min_shm_size=2**62)
             batches = grain.experimental.WithOptionsIterDataset(batches, through_pipes)
         self._batches = iter(
@@ -76,7 +76,7 @@ class _Workers:
         )
 
     def __next__(self) -> dict[str, np.ndarray]:
-        # grain's arrays in shared memory, as plain ones that keep them alive
+        # numpy views, which keep grain's arrays in shared memory alive
         return {key: np.asarray(value) for key, value in next(self._batches).items()}
 
     def close(self) -> None:
@@ -84,10 +84,10 @@ class _Workers:
 
 
 def import_grain() -> Any:
-    """Grain, which only workers need.
+    """Imports grain, which only workers need.
 
     Raises:
-        ImportError: if it is not installed; says how to.
+        ImportError: if grain is not installed; the message says how to install it.
     """
     try:
         import grain
@@ -97,7 +97,7 @@ def import_grain() -> Any:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs first in a worker: keeps it off the accelerator, leaves Ctrl-C to the process that reads, ends with that."""
+    """Runs first in a worker: hides the accelerator, leaves Ctrl-C to the parent process, and ends with the parent."""
     import jax
 
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -109,7 +109,7 @@ def _start_worker(index: int, count: int) -> None:
 def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        parent.join()  # returns when it is gone, killed without a chance to stop its workers too
+        parent.join()  # also returns when the parent was killed, and could not stop the workers
         os._exit(1)
 
 

@@ -1,4 +1,4 @@
-"""COCO's average precision of rows of results, whichever detector they come from, by pycocotools."""
+"""COCO's average precision and recall of any detector's results, by pycocotools."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from flaxdet.data.coco_json import load_json
 
-# The order in which pycocotools' summary has them.
+# The figures in the order of pycocotools' summary.
 _SUMMARY = (
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
     *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
@@ -29,15 +29,15 @@ _ROW = 'expected {"image_id": ..., "category_id": ..., "bbox": [x, y, width, hei
 
 @dataclass(frozen=True)
 class ClassResult:
-    """One category's average precision; ``None`` where the images hold no box of it.
+    """One category's average precision; ``None`` if the images have no box of the category.
 
     Attributes:
-        name: of the category.
-        category_id: its id in the annotations.
-        boxes: boxes to find, crowds left out.
-        ap: mean over IoU thresholds from .5 to .95.
-        ap50: at an IoU of .5.
-        ap75: at an IoU of .75.
+        name: name of the category.
+        category_id: id of the category in the annotations.
+        boxes: number of ground-truth boxes, without crowds.
+        ap: average precision, mean over IoU thresholds from .5 to .95.
+        ap50: average precision at an IoU of .5.
+        ap75: average precision at an IoU of .75.
     """
 
     name: str
@@ -50,25 +50,25 @@ class ClassResult:
 
 @dataclass(frozen=True)
 class CocoResult:
-    """COCO's twelve figures, each in [0, 1], and those of every category.
+    """COCO's twelve figures, each in [0, 1], and the figures of every category.
 
-    ``None`` stands where there is nothing to find, so that the figure is not defined (pycocotools' -1).
+    A figure is ``None`` if there is no ground-truth box for it, so that it is undefined (-1 in pycocotools).
 
     Attributes:
         ap: average precision, mean over IoU thresholds from .5 to .95 and over categories.
-        ap50: at an IoU of .5.
-        ap75: at an IoU of .75.
-        ap_small: of boxes with an area below 32² pixels.
-        ap_medium: between.
-        ap_large: of boxes with an area above 96² pixels.
-        ar1: average recall with one detection an image and category.
-        ar10: with ten.
-        ar100: with a hundred.
-        ar_small: with a hundred, of small boxes.
-        ar_medium: of medium ones.
-        ar_large: of large ones.
+        ap50: average precision at an IoU of .5.
+        ap75: average precision at an IoU of .75.
+        ap_small: average precision of small boxes, with an area below 32² pixels.
+        ap_medium: average precision of medium boxes, with an area from 32² to 96² pixels.
+        ap_large: average precision of large boxes, with an area above 96² pixels.
+        ar1: average recall with one detection per image and category.
+        ar10: average recall with 10 detections per image and category.
+        ar100: average recall with 100 detections per image and category.
+        ar_small: average recall of small boxes, with 100 detections.
+        ar_medium: average recall of medium boxes, with 100 detections.
+        ar_large: average recall of large boxes, with 100 detections.
         images: number of images evaluated.
-        boxes: boxes to find, crowds left out.
+        boxes: number of ground-truth boxes, without crowds.
         detections: number of rows evaluated.
         per_class: every category, in the order of ids.
     """
@@ -108,11 +108,11 @@ class CocoResult:
         return {**dataclasses.asdict(self), "per_class": [dataclasses.asdict(row) for row in self.per_class]}
 
     def to_json(self) -> str:
-        """``to_dict`` as JSON text; ``null`` where a figure is not defined."""
+        """``to_dict`` as JSON text, with ``null`` for a figure that is undefined."""
         return json.dumps(self.to_dict(), indent=1)
 
     def scalars(self) -> dict[str, float]:
-        """The main figures under the names of papers, for logs; those that are not defined are left out."""
+        """The main figures under the names that papers use, for logs; undefined figures are left out."""
         names = {"AP": self.ap, "AP50": self.ap50, "AP75": self.ap75, "AR100": self.ar100}
         return {name: value for name, value in names.items() if value is not None}
 
@@ -123,25 +123,25 @@ def evaluate_results(
     *,
     image_ids: Iterable[Any] | None = None,
 ) -> CocoResult:
-    """COCO's figures of any detector's results, by pycocotools' own evaluation.
+    """COCO's figures of any detector's results, computed by pycocotools.
 
-    The annotations count as they stand in the file, boxes without an area included (nothing can find them). A missing
-    ``area`` is taken to be the box's, a missing ``iscrowd`` to be 0, and ids of annotations are not used, so that
-    duplicates or an id of 0 do no harm. Of each image and category the best 100 rows count, as always with COCO.
+    All annotations count, even boxes without an area (which no detection can match). A missing ``area`` is computed
+    from the box, and a missing ``iscrowd`` is 0. Ids of annotations are ignored, so that duplicates or an id of 0 do no
+    harm. As always with COCO, only the best 100 rows of each image and category count.
 
     Args:
         results: rows {"image_id", "category_id", "bbox": [x, y, width, height], "score"} in pixels of the image, or a
-            JSON file of them (COCO's format of results).
-        annotations: COCO's annotations, or their file.
+            JSON file with these rows (COCO's format of results).
+        annotations: the content of a COCO annotation file, or the file.
         image_ids: the images to evaluate; default all of ``annotations``.
 
     Returns:
         The figures.
 
     Raises:
-        ValueError: for files that can't be read or are not of COCO's format, or rows of an image or a category that
+        ValueError: for files that can't be read or are not in COCO's format, or rows of an image or a category that
             the annotations don't have.
-        ImportError: without pycocotools.
+        ImportError: if pycocotools is not installed.
     """
     require_pycocotools()
     truth = read_annotations(annotations)
@@ -157,7 +157,7 @@ def evaluate_results(
 
 
 def require_pycocotools() -> None:
-    """Raises ImportError, saying what to install, unless pycocotools is there."""
+    """Raises ImportError, with a message that says what to install, if pycocotools is not installed."""
     try:
         import pycocotools.cocoeval  # noqa: F401
     except ImportError as error:
@@ -167,27 +167,27 @@ def require_pycocotools() -> None:
 
 
 def read_annotations(annotations: Mapping[str, Any] | str | os.PathLike[str]) -> dict[str, Any]:
-    """COCO annotations with all that pycocotools needs filled in; what is given is not changed.
+    """COCO annotations with every field that pycocotools needs; the argument is not changed.
 
     Args:
-        annotations: the content of a file, or the file.
+        annotations: the content of a COCO annotation file, or the file.
 
     Returns:
         {"images", "annotations", "categories"}; annotations renumbered from 1, each with ``area`` and ``iscrowd``.
 
     Raises:
-        ValueError: if the file can't be read, or they are not COCO's.
+        ValueError: if the file can't be read, or is not in COCO's format.
     """
-    given, source = annotations, "annotations"
-    if isinstance(given, (str, os.PathLike)):
-        given, source = load_json(Path(given)), str(given)
-    if not isinstance(given, Mapping) or not {"images", "categories"} <= given.keys():
-        found = f"keys {_short(sorted(given))}" if isinstance(given, Mapping) else f"a {type(given).__name__}"
-        raise ValueError(f"{source}: expected COCO's lists of images, annotations and categories, found {found}")
+    content, source = annotations, "annotations"
+    if isinstance(content, (str, os.PathLike)):
+        content, source = load_json(Path(content)), str(content)
+    if not isinstance(content, Mapping) or not {"images", "categories"} <= content.keys():
+        fault = f"keys {_short(sorted(content))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
+        raise ValueError(f"{source}: expected COCO's lists of images, annotations and categories, found {fault}")
     rows: dict[str, list[dict[str, Any]]] = {}
     for name, keys in (("images", ["id"]), ("annotations", ["image_id", "category_id"]), ("categories", ["id"])):
         rows[name] = []
-        for i, row in enumerate(given.get(name) or ()):
+        for i, row in enumerate(content.get(name) or ()):
             if not isinstance(row, Mapping) or not all(isinstance(row.get(key), Real) for key in keys):
                 raise ValueError(f"{source}: {name}[{i}] should have numbers {' and '.join(keys)}, found {_short(row)}")
             rows[name].append(dict(row))
@@ -195,7 +195,7 @@ def read_annotations(annotations: Mapping[str, Any] | str | os.PathLike[str]) ->
         if not _is_box(row.get("bbox")):
             raise ValueError(f"{source}: annotations[{i}]: bbox should be 4 finite numbers, found {_short(row)}")
         area = row.get("area")
-        # pycocotools marks a box as found by the id, so that it never finds one with the id 0
+        # pycocotools marks a matched box by its id, and so takes a box with the id 0 for unmatched
         row["id"] = i + 1
         row["area"] = area if _is_number(area) else row["bbox"][2] * row["bbox"][3]
         row["iscrowd"] = int(bool(row.get("iscrowd")))
@@ -203,29 +203,29 @@ def read_annotations(annotations: Mapping[str, Any] | str | os.PathLike[str]) ->
 
 
 def _checked_rows(results: Any, truth: dict[str, Any], images: set[Any]) -> list[dict[str, Any]]:
-    """Rows with the keys that pycocotools adds to them, in a copy."""
-    given, source = results, "results"
+    """A checked copy of the rows, with the keys that pycocotools' loadRes would add."""
+    content, source = results, "results"
     if isinstance(results, (str, os.PathLike)):
         source = str(results)
         try:
-            given = json.loads(Path(results).read_bytes())
+            content = json.loads(Path(results).read_bytes())
         except OSError as error:
             raise ValueError(f"{source}: cannot be read ({error.strerror}), expected COCO results") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{source}: is not JSON ({error})") from error
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        raise ValueError(f"{source}: expected a list of results, {_ROW}; found a {type(given).__name__}")
+    if not isinstance(content, Sequence) or isinstance(content, str):
+        raise ValueError(f"{source}: expected a list of results, {_ROW}; found a {type(content).__name__}")
     categories = {category["id"] for category in truth["categories"]}
     rows = []
-    for i, row in enumerate(given):
+    for i, row in enumerate(content):
         if not isinstance(row, Mapping) or not _is_box(row.get("bbox")) or not _is_number(row.get("score")):
             raise ValueError(f"{source}: result {i}: {_ROW}, all numbers finite; found {_short(row)}")
         for key, known in (("image_id", images), ("category_id", categories)):
             if not isinstance(row.get(key), Real) or row[key] not in known:
                 raise ValueError(f"{source}: result {i}: {key} {row.get(key)!r} is not in the annotations")
         x, y, width, height = (float(value) for value in row["bbox"])
-        found = {"image_id": row["image_id"], "category_id": row["category_id"], "score": float(row["score"])}
-        rows.append({**found, "id": i + 1, "bbox": [x, y, width, height], "area": width * height, "iscrowd": 0})
+        result = {"image_id": row["image_id"], "category_id": row["category_id"], "score": float(row["score"])}
+        rows.append({**result, "id": i + 1, "bbox": [x, y, width, height], "area": width * height, "iscrowd": 0})
     return rows
 
 
@@ -234,7 +234,7 @@ def _pycocotools(truth: dict[str, Any], rows: list[dict[str, Any]], image_ids: s
     from pycocotools.cocoeval import COCOeval
 
     def indexed(annotations: list[dict[str, Any]]) -> COCO:
-        coco = COCO()  # not loadRes, which fails where there are no results
+        coco = COCO()  # not loadRes, which fails on an empty list of results
         coco.dataset = {**truth, "annotations": annotations}  # pyright: ignore[reportAttributeAccessIssue]
         coco.createIndex()
         return coco
@@ -247,12 +247,12 @@ def _pycocotools(truth: dict[str, Any], rows: list[dict[str, Any]], image_ids: s
         evaluation.summarize()
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, category], all areas, 100 detections
     names = {category["id"]: str(category.get("name", category["id"])) for category in truth["categories"]}
-    wanted = [row for row in truth["annotations"] if row["image_id"] in image_ids and not row["iscrowd"]]
-    counts = Counter(row["category_id"] for row in wanted)
+    boxes = [row for row in truth["annotations"] if row["image_id"] in image_ids and not row["iscrowd"]]
+    counts = Counter(row["category_id"] for row in boxes)
     per_class = []
     for k, category_id in enumerate(evaluation.params.catIds):
-        own = precision[:, :, k]
-        figures = (_mean(part) for part in (own, own[:1], own[5:6]))  # thresholds are .5, .55 .. .95
+        of_class = precision[:, :, k]
+        figures = (_mean(part) for part in (of_class, of_class[:1], of_class[5:6]))  # thresholds are .5, .55 .. .95
         per_class.append(ClassResult(names[category_id], int(category_id), counts[category_id], *figures))
     stats = (None if value < 0 else float(value) for value in evaluation.stats)
     return CocoResult(
@@ -287,7 +287,7 @@ def _shown(value: float | None) -> str:
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    """Columns of one width each, the first aligned to the left."""
+    """Lines with aligned columns, the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *others in rows:

@@ -1,7 +1,7 @@
-"""Checkpoint files: torch's ``.pth`` and ``.safetensors`` in and out, without torch.
+"""Checkpoint files: reads and writes torch's ``.pth`` and ``.safetensors``, without torch.
 
-What a file is, its content says and not its name. Only torch's format from before 1.6 (not a zip) needs
-torch, and goes through its ``weights_only`` loader.
+The kind of a file is recognised by its content, not by its name. Only torch's format from before 1.6 (not a zip)
+needs torch, whose ``weights_only`` loader then reads the file.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ import safetensors.numpy
 
 from flaxdet.files import torch_pickle, torch_zip
 
-_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickled number that legacy files begin with
+_LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of a legacy file, a pickled number
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 _EMA = "model_ema"
-PREFIXES = ("module.", "_orig_mod.")  # left by DataParallel and by torch.compile
+PREFIXES = ("module.", "_orig_mod.")  # of the keys of models wrapped in DataParallel and torch.compile
 _WANTED = "expected a state_dict saved by torch.save (.pth) or by safetensors"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint can't be read, written or recognised; one line that names it and what was expected."""
+    """A checkpoint can't be read, written or recognised; the message is one line that names the file."""
 
 
 class CheckpointFileError(CheckpointError, OSError):
@@ -50,7 +50,7 @@ def _error(path: str | os.PathLike[str], message: object) -> CheckpointError:
 
 
 def one_line(text: str) -> str:
-    """Text of which a file wrote some, fit for a terminal: no line breaks, no control characters."""
+    """The text without line breaks and control characters, since parts of it may come from an untrusted file."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
@@ -58,19 +58,19 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, Any]:
     """Reads the state_dict of a checkpoint file.
 
     Args:
-        path: a ``.pth`` (torch's zip format; the legacy one if torch is installed) or ``.safetensors`` file.
-            A file of torchvision's training reference, {"model": ..., "optimizer": ...}, gives its model.
-        ema: take "model_ema" of such a file instead.
+        path: a ``.pth`` (torch's zip format, or the legacy format if torch is installed) or ``.safetensors`` file.
+            Of a file of torchvision's training reference, {"model": ..., "optimizer": ...}, "model" is read.
+        ema: read "model_ema" of such a file instead of "model".
 
     Returns:
-        Arrays by torch key, in the file's order and dtypes (bfloat16 is ml_dtypes'), without the "module." of
-        DataParallel. A value that is no tensor stays what it is, or an inert `torch_pickle.Placeholder`:
-        nothing that a file says is ever imported or called.
+        Arrays by torch key, in the file's order and dtypes (bfloat16 is ml_dtypes'), without DataParallel's
+        prefix "module.". Numbers, strings and plain containers are returned unchanged, and other objects become
+        an inert `torch_pickle.Placeholder`: nothing that a file names is ever imported or called.
 
     Raises:
         CheckpointError: if the file is truncated, damaged, of another kind or holds no state_dict.
-        CheckpointFileError: (also an OSError) if it can't be read; `CheckpointNotFoundError` (also a
-            FileNotFoundError) if there is none.
+        CheckpointFileError: (also an OSError) if the file can't be read; `CheckpointNotFoundError` (also a
+            FileNotFoundError) if there is no such file.
     """
     try:
         with open(path, "rb") as file:
@@ -100,7 +100,7 @@ def read(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, Any]:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
-    """Reads the texts that a ``.safetensors`` file carries besides its tensors.
+    """Reads the metadata of a ``.safetensors`` file.
 
     Args:
         path: the file.
@@ -125,22 +125,22 @@ def _load_legacy(path: str | os.PathLike[str]) -> Any:
         ) from error
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds; its first sentence says which
+    except Exception as error:  # torch raises many types of errors; the first sentence says enough
         raise ValueError(f"torch.load(weights_only=True) refuses it: {str(error).split('. ')[0]}") from error
 
 
 def unwrap(root: Any, *, ema: bool = False) -> dict[str, Any]:
-    """The state_dict inside what a checkpoint file held.
+    """The state_dict in the content of a checkpoint file.
 
     Args:
-        root: a state_dict, or a dict that holds one under "model", "state_dict" or "model_state_dict".
-        ema: take the one under "model_ema" instead.
+        root: a state_dict, or a dict with a state_dict under "model", "state_dict" or "model_state_dict".
+        ema: return the state_dict under "model_ema" instead.
 
     Returns:
-        The state_dict; "module." and "_orig_mod." are gone if every key began with them.
+        The state_dict; the prefixes "module." and "_orig_mod." are removed if every key begins with them.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is no state_dict.
     """
     if not isinstance(root, Mapping):
         origin = getattr(root, "origin", type(root).__name__)
@@ -156,7 +156,7 @@ def unwrap(root: Any, *, ema: bool = False) -> dict[str, Any]:
         raise ValueError(f"holds a dict with keys of type {type(wrong[0]).__name__}, not a state_dict")
     state = dict(root)
     if ema:
-        state.pop("n_averaged", None)  # torch.optim.swa_utils.AveragedModel's own counter
+        state.pop("n_averaged", None)  # a counter that torch.optim.swa_utils.AveragedModel adds
     if not any(hasattr(value, "shape") for value in state.values()):
         shown = ", ".join(sorted(state)[:5]) or "none"
         raise ValueError(f"holds a dict without tensors (keys: {shown}), not a state_dict")
@@ -167,7 +167,7 @@ def unwrap(root: Any, *, ema: bool = False) -> dict[str, Any]:
 
 
 def as_array(value: Any) -> Any:
-    """A torch tensor as a numpy array of the same bits, without importing torch; anything else as it is."""
+    """A torch tensor as a numpy array of the same bits, without importing torch; anything else unchanged."""
     if not callable(getattr(value, "detach", None)):
         return value
     try:
@@ -180,12 +180,12 @@ def as_array(value: Any) -> Any:
 
 
 def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> None:
-    """Writes a state_dict that ``torch.load(path, weights_only=True)`` reads; torch is not needed.
+    """Writes a state_dict for ``torch.load(path, weights_only=True)``; torch is not needed.
 
-    The file appears whole or not at all.
+    The write is atomic: the whole file, or nothing.
 
     Args:
-        path: where to.
+        path: the file to create or replace.
         state_dict: numpy or jax arrays or torch tensors by torch key.
 
     Raises:
@@ -200,12 +200,12 @@ def write_pth(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> No
 def write_safetensors(
     path: str | os.PathLike[str], state_dict: Mapping[str, Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a ``.safetensors`` file; it appears whole or not at all.
+    """Writes a ``.safetensors`` file atomically: the whole file, or nothing.
 
     Args:
-        path: where to.
+        path: the file to create or replace.
         state_dict: numpy or jax arrays or torch tensors by torch key.
-        metadata: texts to store with them.
+        metadata: texts to store with the arrays, by name.
 
     Raises:
         CheckpointError: if a value is no array or its dtype doesn't exist in safetensors.
@@ -217,7 +217,7 @@ def write_safetensors(
 
 
 def _contiguous(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Arrays in C order: safetensors 0.8.0 writes others' memory in the wrong order without a word."""
+    """Arrays in C order: safetensors 0.8.0 silently writes the elements of other arrays in the wrong order."""
     arrays = {}
     for key, value in state_dict.items():
         value = as_array(value)
@@ -230,17 +230,17 @@ def _contiguous(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a temporary file beside `path` that takes its place when the block ends without an error.
+    """Opens a temporary file beside ``path``, and renames it to ``path`` when the block ends without an error.
 
     Args:
         path: the file to create or replace; a link is followed.
 
     Yields:
-        The file, open for writing.
+        The temporary file, open for writing.
 
     Raises:
-        CheckpointFileError: if it can't be written (no such folder, no permission, disk full). Whatever
-            goes wrong, the temporary file is removed and the target is as it was.
+        CheckpointFileError: if the file can't be written (no such folder, no permission, disk full). After any
+            error the temporary file is removed and ``path`` is unchanged.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")

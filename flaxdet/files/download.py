@@ -1,4 +1,4 @@
-"""Files from the net, checked and cached."""
+"""Downloads of files, with checks and a cache."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from pathlib import Path
 
 _CHUNK = 1 << 20
 _TIMEOUT = 60  # seconds without a byte
-_STALE = 24 * 3600  # seconds after which an unfinished file is nobody's any more
+_STALE = 24 * 3600  # seconds after which an unfinished file belongs to no running download
 
 
 class DownloadError(OSError):
-    """A file could not be had: says the URL, where the file would lie, and how to do without a net."""
+    """A download failed; the message names the URL and the target, and says how to work offline."""
 
 
 def cache_dir() -> Path:
     """The folder of downloaded files: $FLAXDET_CACHE, else flaxdet in $XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("FLAXDET_CACHE"):
-        return Path(own).expanduser()
+    if folder := os.environ.get("FLAXDET_CACHE"):
+        return Path(folder).expanduser()
     return _user_cache() / "flaxdet"
 
 
 def fetch(url: str, *, progress: bool = True) -> Path:
     """Returns the local copy of a file, downloading it on first use.
 
-    torch hub's cache is looked in first (``$TORCH_HOME/hub/checkpoints``), then our own. A name that ends in
-    ``-0123abcd.ext`` carries the beginning of the file's SHA-256, and a copy that disagrees is not used.
-    Downloads go to a file of their own and replace the target at the end, so processes don't disturb each
-    other and what lies in the cache is whole.
+    Looks first into torch hub's cache (``$TORCH_HOME/hub/checkpoints``), then into flaxdet's. In a name that
+    ends in ``-0123abcd.ext`` the hexadecimal digits are the beginning of the file's SHA-256, and a copy with
+    another SHA-256 is not used. Each download writes a temporary file and renames it at the end, so that
+    processes don't disturb each other and the cache holds only complete files.
 
     Args:
-        url: of the file.
+        url: address of the file.
         progress: show a progress bar on stderr while downloading.
 
     Raises:
-        DownloadError: if it can't be downloaded, arrives damaged, or can't be written.
+        DownloadError: if the file can't be downloaded, arrives damaged, or can't be written.
     """
     name = url.rsplit("/", 1)[-1]
-    found = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
-    prefix = found[1] if found else ""
+    digits = re.search(r"-([0-9a-f]{8,64})\.\w+$", name)
+    prefix = digits[1] if digits else ""
     target = cache_dir() / name
     for path in (_hub_cache() / name, target):
         if _is_whole(path, prefix):
@@ -69,7 +69,7 @@ def fetch(url: str, *, progress: bool = True) -> Path:
 
 
 def _download(url: str, target: Path, prefix: str, progress: bool) -> None:
-    """Downloads to a unique file beside the target, checks length and hash, and moves it there."""
+    """Downloads to a unique file beside the target, checks length and hash, and renames the file to the target."""
     from tqdm import tqdm
 
     _remove_stale(target)
@@ -101,7 +101,7 @@ def _download(url: str, target: Path, prefix: str, progress: bool) -> None:
 
 
 def _remove_stale(target: Path) -> None:
-    """Removes what downloads that were killed have left."""
+    """Removes unfinished files of downloads that were killed."""
     for path in target.parent.glob(f"{target.name}.*.partial"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _STALE:
@@ -109,18 +109,18 @@ def _remove_stale(target: Path) -> None:
 
 
 def _is_whole(path: Path, prefix: str) -> bool:
-    """Says whether the file is there and its SHA-256 begins as it should; warns where it is no good."""
+    """Whether the file exists and its SHA-256 begins with ``prefix``; warns if the file is unreadable or damaged."""
     try:
         with open(path, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return False
     except OSError as error:
-        warnings.warn(f"{path} can't be read ({error.strerror or error}), passed over", stacklevel=3)
+        warnings.warn(f"{path} can't be read ({error.strerror or error}), ignored", stacklevel=3)
         return False
     if not digest.startswith(prefix):
-        found = digest[: len(prefix)]
-        warnings.warn(f"{path} is damaged (SHA-256 {found}..., not {prefix}...), passed over", stacklevel=3)
+        beginning = digest[: len(prefix)]
+        warnings.warn(f"{path} is damaged (SHA-256 {beginning}..., not {prefix}...), ignored", stacklevel=3)
         return False
     return True
 

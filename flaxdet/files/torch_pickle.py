@@ -1,9 +1,9 @@
 """The pickle inside torch's checkpoints, read and written without torch.
 
-A pickle is a program, so the reader runs it with almost nothing to call. Tensors, OrderedDict, numbers,
-strings and plain containers are admitted; every other global becomes a `Placeholder` type, whose origin is
-never imported and which does nothing when it is called, built or filled. Every object handed to the program
-has a ``__setstate__`` that does nothing, because the BUILD instruction would otherwise set attributes on it.
+A pickle is a program, so the reader gives it almost nothing to call. Tensors, OrderedDict, numbers, strings and
+plain containers are built. Every other global becomes a `Placeholder` type: its origin is never imported, and
+calling, building or filling it does nothing. Every object that the program can reach has a ``__setstate__`` that
+does nothing, because otherwise the BUILD instruction would set attributes on the object.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STORAGES = {
     "ComplexDoubleStorage": np.dtype(np.complex128),
     "UntypedStorage": np.dtype(np.uint8),
 }
-# Dtypes younger than typed storages: torch pickles them as an UntypedStorage and the dtype's name.
+# Dtypes without a typed storage: torch pickles an UntypedStorage and the name of the dtype.
 _DTYPES = {
     "uint16": np.dtype(np.uint16),
     "uint32": np.dtype(np.uint32),
@@ -46,29 +46,29 @@ _STORAGE_OF = {dtype: name for name, dtype in _STORAGES.items() if name != "Unty
 
 
 def _nothing(*_: Any) -> None:
-    """Does nothing with what a pickle program passes."""
+    """Does nothing, with any arguments."""
 
 
 class _Closed:
-    """Base of what the pickle program may hold: it can't change any of it."""
+    """Base class of every object that the pickle program can reach: the program can't set attributes on it."""
 
     __slots__ = ()
     __setstate__ = staticmethod(_nothing)
 
 
 class _Dict(_Closed, dict[Any, Any]):
-    """Stands for OrderedDict, without the attributes that BUILD could set."""
+    """Stands in for OrderedDict, on which BUILD could set attributes."""
 
 
 class Placeholder(_Closed):
-    """An object that the file wanted built and that was not; `origin` names its class or function."""
+    """Stands in for an object that the file names and that is not built; `origin` is its class or function."""
 
     __slots__ = ()
     origin = "unknown"
     append = extend = add = __setitem__ = staticmethod(_nothing)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Placeholder:
-        """Takes any arguments and looks at none."""
+        """Ignores all arguments."""
         del args, kwargs
         return object.__new__(cls)
 
@@ -76,7 +76,7 @@ class Placeholder(_Closed):
         del args, kwargs
 
     def __call__(self, *args: Any, **kwargs: Any) -> Placeholder:
-        """Calling what stands for a function gives a placeholder again."""
+        """Stands in for calling a function: returns a placeholder again."""
         del args, kwargs
         return self
 
@@ -85,7 +85,7 @@ class Placeholder(_Closed):
 
 
 class _Name(_Closed):
-    """A storage type or dtype of torch, by name."""
+    """The name of a storage type or dtype of torch."""
 
     __slots__ = ("name",)
 
@@ -101,7 +101,7 @@ class _Storage(_Closed):
 
 
 class LazyTensor(_Closed):
-    """A tensor of the file whose elements have not been read yet; `TorchZip.array` reads them."""
+    """A tensor of the file without the elements, which `TorchZip.array` reads."""
 
     __slots__ = ("dtype", "offset", "shape", "storage", "stride")
 
@@ -135,13 +135,13 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
 
 
 def _rebuild_from_type(function: Any, kind: Any, args: Any, *_: Any) -> Any:
-    """A tensor subclass or a tensor with attributes: the tensor is what counts."""
+    """A tensor subclass or a tensor with attributes: only the tensor is built."""
     del kind
     return function(*args) if isinstance(function, _Function) else Placeholder()
 
 
 class _Function(_Closed):
-    """A function of torch that the program may call, by name."""
+    """A function of torch that the program may call."""
 
     __slots__ = ("name",)
 
@@ -163,10 +163,10 @@ _FUNCTIONS = {
 }
 
 
-# The pure-Python machine, because the C one allocates its memo up to any index that a file names.
+# The unpickler in pure Python, because the one in C allocates a memo as large as any index in the file.
 class _Unpickler(pickle._Unpickler):  # type: ignore[misc]
     def find_class(self, module: Any, name: Any) -> Any:
-        """Looks a global up in our own tables; nothing is ever imported."""
+        """Looks a global up in the tables above; nothing is ever imported."""
         full = f"{module}.{name}"
         if full == "collections.OrderedDict":
             return _Dict
@@ -177,7 +177,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc]
         return type("Placeholder", (Placeholder,), {"__slots__": (), "origin": full[:80]})
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Makes the reference to a storage; a sixth item is a view (key, first element, count) of it."""
+        """The reference to a storage; a sixth item of ``pid`` is a view (key, first element, count) of the storage."""
         match pid:
             case ("storage", _Name(name=kind), str(key), _, int(numel)) if kind in _STORAGES:
                 return _Storage(_STORAGES[kind], key, numel)
@@ -197,23 +197,24 @@ def load(program: bytes) -> Any:
         program: the content of data.pkl.
 
     Returns:
-        What it builds, with a `LazyTensor` for every tensor and a `Placeholder` for every foreign object.
+        The object that the program builds, with a `LazyTensor` for every tensor and a `Placeholder` for every
+        foreign object.
 
     Raises:
-        ValueError: if the program is broken, or does to tensors what torch does not.
+        ValueError: if the program is broken, or describes a tensor in a way that torch does not write.
     """
     try:
         return _Unpickler(io.BytesIO(program), encoding="utf-8").load()
-    except Exception as error:  # whatever a broken or hostile program leads to
+    except Exception as error:  # a broken or hostile program may cause any error
         reason = error if isinstance(error, ValueError) else repr(error)
         raise ValueError(f"has a data.pkl that is not a pickle of tensors: {reason}") from error
 
 
 def dump(state_dict: Mapping[str, np.ndarray]) -> bytes:
-    """Writes the program that builds an OrderedDict of tensors, as torch's own pickler would.
+    """Writes the program that builds an OrderedDict of tensors, as torch's pickler would.
 
     Args:
-        state_dict: contiguous arrays by key; the storage of the i-th is called "i".
+        state_dict: contiguous arrays by key; the storage of the i-th array is named "i".
 
     Returns:
         The content of data.pkl, protocol 2.

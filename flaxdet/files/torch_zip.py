@@ -1,8 +1,8 @@
 """torch's zip checkpoints, read and written without torch.
 
 Such a file is an uncompressed zip: ``NAME/data.pkl`` is a pickle in which each storage is a persistent id,
-``NAME/data/KEY`` holds the raw elements of the storage KEY, ``NAME/byteorder`` says how they lie.
-Errors are ValueError with a sentence about the content; `flaxdet.files.checkpoint` adds the file's name.
+``NAME/data/KEY`` holds the raw elements of the storage KEY, ``NAME/byteorder`` holds their byte order.
+Errors are ValueError about the content; `flaxdet.files.checkpoint` adds the file's name to the message.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ class TorchZip:
     """One zip checkpoint, open for reading.
 
     Attributes:
-        root: what was pickled, with `LazyTensor` for every tensor and `Placeholder` for foreign objects.
+        root: the pickled object, with a `LazyTensor` for every tensor and a `Placeholder` for every foreign object.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        """Reads the directory and the pickle, and no tensor yet.
+        """Reads the directory and the pickle; tensors are read by `array`.
 
         Args:
             file: the file, open for reading and seekable; it must stay open while tensors are read.
 
         Raises:
-            ValueError: if it is not a complete, uncompressed zip with a data.pkl that torch writes.
+            ValueError: if the file is not a complete, uncompressed zip with a data.pkl as torch writes it.
         """
         self._file = file
         self._arrays: dict[str, np.ndarray] = {}
         size = file.seek(0, os.SEEK_END)
         try:
             infos = zipfile.ZipFile(file).infolist()
-        except Exception as error:  # zipfile lets many kinds through for a damaged directory
+        except Exception as error:  # zipfile raises many types of errors for a damaged directory
             raise ValueError("starts as a zip and has no directory at its end: truncated?") from error
         self._records = {info.filename: info for info in infos}
         if len(self._records) != len(infos) or sum(info.compress_size for info in infos) > size:
@@ -61,7 +61,7 @@ class TorchZip:
         self.root: Any = torch_pickle.load(program)
 
     def _read(self, name: str) -> np.ndarray:
-        """The bytes of one record, [n] uint8, after checking that they are there."""
+        """The bytes of one record, [n] uint8; checks length and checksum."""
         info = self._records[name]
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise ValueError(f"has a compressed or encrypted record {name}: save it again with torch.save")
@@ -85,27 +85,27 @@ class TorchZip:
         """Reads one tensor.
 
         Args:
-            tensor: from `root`.
+            tensor: a tensor of `root`.
 
         Returns:
-            An array of the tensor's shape and strides, in native byte order. Tensors that share a storage
-            in the file share memory here.
+            An array of the tensor's shape and strides, in native byte order. Arrays of tensors that share a
+            storage share memory.
 
         Raises:
-            ValueError: if the storage is missing, has another size than was said, or is too small for the
-                tensor's offset, shape and strides.
+            ValueError: if the storage is missing, has another size than the pickle states, or is too small for
+                the tensor's offset, shape and strides.
         """
         storage = tensor.storage
         name = f"{self._prefix}data/{storage.key}"
         if name not in self._records:
             raise ValueError(f"lacks record {name}, which a tensor needs")
-        expected, found = storage.numel * storage.dtype.itemsize, self._records[name].file_size
-        if expected != found:
-            raise ValueError(f"has {found} bytes in record {name}; its {storage.dtype} storage needs {expected}")
+        expected, size = storage.numel * storage.dtype.itemsize, self._records[name].file_size
+        if expected != size:
+            raise ValueError(f"has {size} bytes in record {name}; its {storage.dtype} storage needs {expected}")
         if storage.key not in self._arrays:
             self._arrays[storage.key] = self._read(name)
             if self._swap:
-                # An untyped storage is swapped by the dtype of its tensor.
+                # The bytes of an untyped storage are swapped by the dtype of the tensor.
                 part = tensor.dtype.itemsize // (2 if tensor.dtype.kind == "c" else 1)
                 self._arrays[storage.key].view(f"u{part}").byteswap(inplace=True)
         flat = self._arrays[storage.key].view(tensor.dtype)[storage.start :]
@@ -117,7 +117,7 @@ class TorchZip:
         last = tensor.offset + sum((n - 1) * step for n, step in zip(shape, stride, strict=True))
         if last >= flat.size:
             raise ValueError(f"has a tensor of shape {list(shape)} that reaches beyond its storage {name}")
-        # The step along an axis of one element says nothing, and may be too large for numpy.
+        # The step along an axis of one element has no meaning, and may be too large for numpy.
         steps = [step * flat.itemsize if n > 1 else 0 for n, step in zip(shape, stride, strict=True)]
         return np.lib.stride_tricks.as_strided(flat[tensor.offset :], shape, steps)
 
@@ -139,7 +139,7 @@ def write(file: BinaryIO, state_dict: Mapping[str, np.ndarray]) -> None:
 
         def record(name: str, data: Any) -> None:
             info = zipfile.ZipInfo(f"archive/{name}", (1980, 1, 1, 0, 0, 0))
-            # Elements start at multiples of 64 bytes, as torch pads them with an extra field "FB".
+            # As in torch, an extra field "FB" pads the header, so that elements start at multiples of 64 bytes.
             start = file.tell() + _LOCAL_HEADER + len(info.filename) + 4
             padding = -start % _ALIGNMENT
             info.extra = b"FB" + struct.pack("<H", padding) + b"Z" * padding

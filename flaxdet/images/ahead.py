@@ -13,19 +13,19 @@ Result = TypeVar("Result")
 
 
 def read_ahead(read: Callable[[Item], Result], items: Iterable[Item], *, ahead: int, workers: int) -> Generator[Result]:
-    """``map(read, items)``, with a few results read or being read before they are asked for.
+    """``map(read, items)`` that reads a few results in advance.
 
     Args:
         read: called in a thread for each item.
         items: taken one by one, in the consumer's thread; may be endless.
-        ahead: results held at most.
-        workers: threads.
+        ahead: largest number of results read or being read in advance.
+        workers: number of threads.
 
     Yields:
         Results, in the order of the items.
 
     Raises:
-        Exception: what ``read`` raises, in its place.
+        Exception: any error of ``read``, at the position of the item.
     """
     upcoming = iter(items)
     with ThreadPoolExecutor(workers, thread_name_prefix="flaxdet-read") as pool:

@@ -1,4 +1,4 @@
-"""The static shapes that images are computed in: which there are, and which an image goes to.
+"""Buckets, the static shapes of batches: choosing a set of them, and assigning images to them.
 
 Sizes, canvases and buckets are (rows, columns) in pixels.
 """
@@ -17,24 +17,23 @@ from flaxdet.structures import TransformConfig
 Size = tuple[int, int]
 Sizes = Int[np.ndarray, "N 2"]
 
-_MOST_SHAPES = 64  # of canvases, before they are rounded up to fewer
-# What cameras and screens produce, long side to short.
-_RATIOS = (1.0, 4 / 3, 3 / 2, 16 / 9)
-_LARGE = 10_000  # pixels: the short side of an imagined image whose size is rounded nowhere that matters
+_MAX_SHAPES = 64  # canvas shapes that are joined pair by pair; more are first rounded up to fewer
+_RATIOS = (1.0, 4 / 3, 3 / 2, 16 / 9)  # long side / short side of the images of cameras and screens
+_LARGE = 10_000  # pixels: short side of a hypothetical image, so large that rounding hardly changes the aspect ratio
 
 
 def default_buckets(config: TransformConfig) -> list[Size]:
     """Buckets for images of every size and shape.
 
-    They are the canvases of images as cameras and screens produce them, square, 4:3, 3:2 and 16:9, lying and standing,
-    and the two that hold the longest image that there can be. With torchvision's 800 and 1333 that makes 800x800,
-    800x1088, 800x1216, 800x1344 and the last three upright.
+    They are the canvases of common aspect ratios (square, 4:3, 3:2 and 16:9, landscape and portrait), and the landscape
+    and portrait canvas with the longest possible side. With torchvision's 800 and 1333 these are 800x800, 800x1088,
+    800x1216, 800x1344, and the last three in portrait.
 
     Args:
-        config: ``model.transform``; the last of ``min_size`` counts.
+        config: ``model.transform``, of which the last of ``min_size`` is used.
 
     Returns:
-        The smallest first. Every image that the resize accepts fits one.
+        The buckets, the smallest first. Every image that the resize accepts fits into one.
     """
     if config.fixed_size is not None:
         return [canvas_size(resized_size((1, 1), config), config)]
@@ -44,28 +43,27 @@ def default_buckets(config: TransformConfig) -> list[Size]:
     for ratio in _RATIOS:
         rows, columns = canvas_size(resized_size((_LARGE, round(_LARGE * ratio)), config), config)
         buckets |= {(rows, columns), (columns, rows)}
-    kept = [one for one in buckets if not any(_as_good(one, other) for other in buckets)]
-    return sort_buckets(kept)
+    return sort_buckets([bucket for bucket in buckets if not any(_replaces(other, bucket) for other in buckets)])
 
 
-def _as_good(bucket: Size, other: Size) -> bool:
-    """Whether ``other`` holds the bucket and is less than a tenth larger: not worth a program of its own."""
+def _replaces(other: Size, bucket: Size) -> bool:
+    """Whether ``other`` holds ``bucket`` and is less than 10% larger, so that ``bucket`` is not worth a program."""
     return bucket != other and holds(other, bucket) and other[0] * other[1] < 1.1 * bucket[0] * bucket[1]
 
 
 def canvases(
     sizes: Sequence[Size], config: TransformConfig, *, min_size: int | None = None, names: Sequence[Any] | None = None
 ) -> Sizes:
-    """[N, 2] canvas of each image after its resize.
+    """[N, 2] canvas of each image after the resize.
 
     Args:
-        sizes: of the original images.
+        sizes: sizes of the original images.
         config: ``model.transform``.
         min_size: overrides the last of ``config.min_size``.
-        names: what to call the images in errors; default their numbers.
+        names: names of the images in errors; default their numbers.
 
     Raises:
-        ValueError: if an image is so elongated that a side would have no pixel left.
+        ValueError: if an image is so elongated that the resize would leave no pixel of a side.
     """
     names = [f"image {i}" for i in range(len(sizes))] if names is None else names
     resized = (
@@ -77,19 +75,19 @@ def canvases(
 def choose_buckets(
     sizes: Sequence[Size], config: TransformConfig, count: int = 3, *, min_size: int | None = None
 ) -> list[Size]:
-    """A few shapes that hold the canvas of every image and waste little.
+    """A few shapes that hold the canvas of every image with little padding.
 
-    Starts from all canvases that occur, and joins two of them into the smallest shape that holds both, those first
-    that waste the fewest pixels by it, until ``count`` are left.
+    Starts with all canvases that occur. As long as there are more than ``count``, replaces two shapes by the smallest
+    shape that holds the two: the pair for which this adds the fewest pixels of padding.
 
     Args:
-        sizes: of the original images.
+        sizes: sizes of the original images.
         config: ``model.transform``.
-        count: at most so many buckets.
-        min_size: overrides the last of ``config.min_size``; for multi-scale training the largest.
+        count: largest number of buckets.
+        min_size: overrides the last of ``config.min_size``; for multi-scale training, the largest size.
 
     Returns:
-        Buckets, the smallest first; their sides are multiples of ``config.size_divisible``.
+        Buckets, the smallest first; all sides are multiples of ``config.size_divisible``.
 
     Raises:
         ValueError: for no sizes or a count below 1, and as ``canvases``.
@@ -98,7 +96,7 @@ def choose_buckets(
         raise ValueError(f"expected at least one image and one bucket, got {len(sizes)} and {count}")
     every, step = canvases(sizes, config, min_size=min_size), int(config.size_divisible)
     shapes, images = np.unique(every, axis=0, return_counts=True)
-    while len(shapes) > max(count, _MOST_SHAPES):
+    while len(shapes) > max(count, _MAX_SHAPES):
         step *= 2
         shapes, images = np.unique(-(-every // step) * step, axis=0, return_counts=True)
     while len(shapes) > count:
@@ -110,7 +108,7 @@ def choose_buckets(
         shapes[a], images[a] = union[a, b], images[a] + images[b]
         shapes, images = np.delete(shapes, b, 0), np.delete(images, b)
     buckets = sort_buckets(shapes.tolist())
-    while True:  # an image may fit a smaller bucket than the one that grew around it, which can then shrink
+    while True:  # an image may fit a smaller bucket than the one its canvas was joined into, which can then shrink
         members = assign(every, buckets)
         shrunk = sort_buckets([every[members == i].max(axis=0).tolist() for i in np.unique(members)])
         if shrunk == buckets:
@@ -122,12 +120,12 @@ def assign(own: Sizes, buckets: Sequence[Size], *, names: Sequence[Any] | None =
     """[N] number of the smallest bucket that holds each canvas.
 
     Args:
-        own: the images' canvases.
+        own: canvas of each image.
         buckets: the smallest first.
-        names: what to call the images in errors; default their numbers.
+        names: names of the images in errors; default their numbers.
 
     Raises:
-        ValueError: naming an image that no bucket holds.
+        ValueError: if no bucket holds the canvas of an image; names the image.
     """
     fits = (own[:, None] <= np.asarray(buckets)[None]).all(-1)
     bad = ~fits.any(-1)
@@ -142,10 +140,10 @@ def assign(own: Sizes, buckets: Sequence[Size], *, names: Sequence[Any] | None =
 
 
 def sort_buckets(buckets: Sequence[Size]) -> list[Size]:
-    """Buckets, checked: the smallest first, each once.
+    """Checks buckets and sorts them, the smallest first, without duplicates.
 
     Raises:
-        ValueError: unless each is two positive integers, and there is one.
+        ValueError: if a bucket is not two positive integers, or there is none.
     """
     result = []
     for bucket in buckets:
@@ -161,8 +159,8 @@ def sort_buckets(buckets: Sequence[Size]) -> list[Size]:
 def model_buckets(buckets: Sequence[Size] | None, config: TransformConfig) -> tuple[list[Size], bool]:
     """The buckets of a model's programs, checked, and whether the programs need masks.
 
-    A program needs no masks where the resize makes every image exactly as large as the one bucket. With masks, the
-    edge of a canvas must fall between cells of every feature map, so buckets and canvases are multiples of 32.
+    Programs need no masks if there is one bucket and the resize makes every image as large as that bucket. With masks,
+    the edge of a canvas must fall between cells of every feature map, so buckets and canvases are multiples of 32.
 
     Args:
         buckets: (rows, columns) in pixels after the resize; default ``default_buckets(config)``.
@@ -182,7 +180,7 @@ def model_buckets(buckets: Sequence[Size] | None, config: TransformConfig) -> tu
         raise ValueError(
             f"size_divisible={config.size_divisible} gives canvases that don't fit into buckets: expected a multiple "
             "of 32, or a model with fixed_size and its canvas as the one bucket; flaxdet.predict, which compiles for "
-            "each canvas, takes any"
+            "each canvas, takes any size_divisible"
         )
     for rows, columns in shapes:
         if rows % 32 or columns % 32:
@@ -198,5 +196,5 @@ def _by_area(bucket: Size) -> tuple[int, Size]:
 
 
 def holds(bucket: Size, other: Size) -> bool:
-    """Whether a bucket is at least as large as another both ways."""
+    """Whether ``bucket`` has at least the rows and at least the columns of ``other``."""
     return bucket[0] >= other[0] and bucket[1] >= other[1]

@@ -1,4 +1,4 @@
-"""Image files: finding them, and reading any kind as upright RGB."""
+"""Image files: finding them, and reading every kind as upright RGB."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-# Pillow knows these by name but cannot decode them, or not without another program
+# Pillow registers extensions of these formats, but cannot decode them, or only with another program installed
 _UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 
 _ORIENTATION_TAG = 0x0112
@@ -28,27 +28,27 @@ _UPRIGHT = {
 
 
 class ImageError(ValueError):
-    """An image cannot be found or read; the message is one line that names it and what was expected."""
+    """An image cannot be found or read; the message is one line that names the image and what was expected."""
 
 
 def read_image(path: str | os.PathLike[str], *, upright: bool = True) -> UInt8[np.ndarray, "H W 3"]:
     """Reads an image file as RGB.
 
-    Grey, 1-bit, palette and CMYK images are converted, and transparency dropped, as Pillow's
-    ``convert("RGB")`` does. Of 16-bit grey the upper 8 bits are kept, as Pillow keeps them of 16-bit colour
-    (its own conversion of 16-bit grey clips at 255). Of an animation the first frame is read.
+    Grey, 1-bit, palette and CMYK images are converted, and transparency is dropped, by Pillow's
+    ``convert("RGB")``. 16-bit grey is reduced to the upper 8 bits, as Pillow reduces 16-bit colour (Pillow's
+    conversion of 16-bit grey clips at 255). Animations are read as their first frame.
 
     Args:
-        path: the file, in any format that Pillow decodes; its extension does not matter.
-        upright: turn the picture as its EXIF orientation says. False gives the pixels as they are stored, which
-            is what the boxes of a COCO file refer to.
+        path: the file, in any format that Pillow decodes; the extension does not matter.
+        upright: if True, applies the EXIF orientation. If False, gives the pixels as they are stored, to which
+            the boxes of a COCO file refer.
 
     Returns:
         [H, W, 3] uint8.
 
     Raises:
         ImageError: if the file is missing, a folder, empty, no image, truncated or otherwise broken, so large
-            that Pillow takes it for a decompression bomb, or has 32-bit pixels, whose range is not defined.
+            that Pillow considers it a decompression bomb, or has 32-bit pixels, whose range is undefined.
     """
     path = Path(path)
     try:
@@ -83,30 +83,30 @@ def find_images(arguments: Iterable[str | os.PathLike[str]]) -> list[Path]:
     """Image files named by files, folders and glob patterns.
 
     Args:
-        arguments: each a file (taken whatever its extension), a folder (searched with its subfolders) or a
-            pattern with ``*``, ``?``, ``[]`` or ``**``. In folders and for patterns only files with an
-            extension that Pillow can decode count, and hidden ones are skipped.
+        arguments: each a file (with any extension), a folder (searched with subfolders) or a pattern with ``*``,
+            ``?``, ``[]`` or ``**``. Folders and patterns give only files with an extension that Pillow can
+            decode, without hidden files.
 
     Returns:
-        The files, sorted, each once even if it was named twice.
+        The files, sorted, without duplicates.
 
     Raises:
-        ImageError: if an argument matches nothing; it names the argument.
+        ImageError: if an argument matches nothing; the message names the argument.
     """
-    found: dict[Path, Path] = {}
+    paths: dict[Path, Path] = {}  # by resolved path
     for argument in arguments:
         files = list(_matches(Path(argument).expanduser()))
         if not files:
             raise ImageError(f"{argument}: {_why_nothing(Path(argument).expanduser())}")
         for file in files:
-            found.setdefault(file.resolve(), file)
-    return sorted(found.values())
+            paths.setdefault(file.resolve(), file)
+    return sorted(paths.values())
 
 
 def _matches(path: Path) -> Iterator[Path]:
     if path.is_dir():
         yield from _in_folder(path)
-    elif path.exists():  # before the pattern: a file may well be called "photo[1].jpg"
+    elif path.exists():  # tested before patterns, since a file may be called "photo[1].jpg"
         yield path
     else:
         for match in map(Path, glob.iglob(str(path), recursive=True)):
@@ -140,7 +140,7 @@ def _has_image_extension(path: Path) -> bool:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # malformed EXIF data does not make a readable picture unreadable
+    except Exception:  # a picture with malformed EXIF data is still readable
         orientation = None
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
@@ -152,7 +152,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
         return np.repeat(grey[..., None], 3, axis=-1)
     if image.mode in ("I", "F"):
         raise ImageError("has 32-bit pixels, whose range is not defined; expected 8 or 16 bits a channel")
-    image.info.pop("transparency", None)  # it would only bring a warning: RGB has none
+    image.info.pop("transparency", None)  # convert would warn that RGB has no transparency
     return np.array(image.convert("RGB"))
 
 

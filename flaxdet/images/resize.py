@@ -28,15 +28,15 @@ def resize_image(
     std: tuple[float, ...],
     dtype: Any,
 ) -> Float[Array, "h w 3"]:
-    """Normalises one image, resizes it and pads it with zeros; compiled once a pair of buckets.
+    """Normalises one image, resizes it and pads it with zeros; compiled once for each pair of (H, W) and bucket.
 
     Args:
-        image: [H, W, 3] uint8 or floats in [0, 1], padded in any way beyond ``size``.
-        size: [2] int32 (rows, columns) of the image inside its array.
+        image: [H, W, 3] uint8 or floats in [0, 1]; padding beyond ``size`` may have any values.
+        size: [2] int32 (rows, columns) of the image inside the array.
         new_size: [2] int32 (rows, columns) of the resized image.
         bucket: static (h, w) of the result.
-        mean: of each channel.
-        std: of each channel.
+        mean: mean of each channel.
+        std: standard deviation of each channel.
         dtype: of the arithmetic and the result, float32 or float64.
 
     Returns:
@@ -57,14 +57,14 @@ def resize_array(
     std: tuple[float, ...],
     dtype: Any = np.float32,
 ) -> np.ndarray:
-    """``resize_image`` in numpy alone, for the processes that read data: the same arithmetic, to float32 rounding.
+    """``resize_image`` in numpy alone, for processes that read data; the results agree up to float32 rounding.
 
     Args:
         image: [H, W, 3] uint8, or floats in [0, 1].
         new_size: (rows, columns) of the resized image.
         bucket: (h, w) of the result.
-        mean: of each channel.
-        std: of each channel.
+        mean: mean of each channel.
+        std: standard deviation of each channel.
         dtype: of the arithmetic and the result, float32 or float64.
 
     Returns:
@@ -81,7 +81,7 @@ def resize_array(
 
 
 def _normalise(xp: Any, pixels: Any, mean: Any, std: Any, dtype: Any) -> Any:
-    """(pixels - mean) / std, for values in [0, 1], in ``xp``: jax.numpy or numpy."""
+    """(pixels - mean) / std, where ``pixels`` are uint8 or in [0, 1]; ``xp`` is jax.numpy or numpy."""
     values = pixels.astype(dtype)
     if pixels.dtype == xp.uint8:
         values = values / 255
@@ -91,7 +91,7 @@ def _normalise(xp: Any, pixels: Any, mean: Any, std: Any, dtype: Any) -> Any:
 def _bilinear(
     xp: Any, image: Any, size: Any, new_size: Any, *, bucket: tuple[int, int], mean: Any, std: Any, dtype: Any
 ) -> Any:
-    """The arithmetic of the resize, in ``xp``: jax.numpy or numpy. What lies beyond ``new_size`` means nothing."""
+    """Normalises and resizes; ``xp`` is jax.numpy or numpy. Values beyond ``new_size`` are undefined."""
 
     def lookup(axis: int) -> tuple[Any, Any, Any]:
         # torch's area_pixel_compute_source_index and guard_index_and_lambda
@@ -107,7 +107,7 @@ def _bilinear(
     down, across = down[:, None, None], across[None, :, None]
     normalise = functools.partial(_normalise, xp, mean=mean, std=std, dtype=dtype)
     if xp is np and image.shape[0] * image.shape[1] > 4 * bucket[0] * bucket[1]:
-        # a large photo: normalising only what is read gives the same numbers in a quarter of the time
+        # a large photo: normalising only the sampled pixels gives the same numbers in a quarter of the time
         ends = tuple(
             normalise(image[top[:, None], side[None]]) * (1 - down)
             + normalise(image[bottom[:, None], side[None]]) * down

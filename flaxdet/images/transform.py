@@ -1,4 +1,4 @@
-"""From images of any sizes to a batch on canvases, targets along with them; boxes back to the original image.
+"""Images and targets of any sizes to a batch on canvases, and boxes back to the original images.
 
 Reproduces torchvision.models.detection.transform.GeneralizedRCNNTransform; the resize itself is in
 ``flaxdet.images.resize``. Sizes are (rows, columns) in pixels.
@@ -24,20 +24,20 @@ from flaxdet.structures import Detections, ImageBatch, Targets, TransformConfig
 # (as torchvision pads), or the whole bucket. Every option `canvas` takes some of these words.
 Canvas = Literal["image", "batch", "bucket"]
 
-# Floats may lie outside [0, 1] by so much, as they do after a resize: torchvision's own gives 1.0000001.
+# Floats may lie outside [0, 1] by this much, since a resize rounds: torchvision's gives 1.0000001.
 RANGE_SLACK = 1e-4
-RAW_STEP = 128  # raw images are padded to multiples of it on their way to the device: fewer compiles
+RAW_STEP = 128  # raw images are padded to multiples of this before the resize on the device, to save compilations
 
 
 def check_image(image: Any, name: str) -> np.ndarray:
-    """Makes sure that something is an image.
+    """Checks that a value is an image.
 
     Args:
-        image: [H, W, 3] uint8, or floats in [0, 1]; floats within 1e-4 of that range are taken as they are.
-        name: what to call it in an error.
+        image: [H, W, 3] uint8, or floats in [0, 1]; floats up to 1e-4 outside this range are accepted unchanged.
+        name: name of the image in an error.
 
     Returns:
-        The same as a numpy array.
+        The image as a numpy array.
 
     Raises:
         TypeError: for another dtype.
@@ -56,20 +56,20 @@ def check_image(image: Any, name: str) -> np.ndarray:
     if 0 in array.shape:
         raise ValueError(f"{name}: expected at least one pixel, got shape {list(array.shape)}")
     if array.dtype != np.uint8:
-        low, high = array.min(), array.max()  # NaN if there is one
+        low, high = array.min(), array.max()  # NaN if the image has a NaN
         if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
             raise ValueError(f"{name}: expected floats in [0, 1], got values from {low!s} to {high!s}")
     return array
 
 
 def check_images(images: Sequence[Any]) -> list[np.ndarray]:
-    """``check_image`` on a list, whose dtypes must agree.
+    """``check_image`` on a list of images, which must have one dtype.
 
     Args:
         images: arrays [H, W, 3] of any sizes, all uint8 or all floats in [0, 1].
 
     Returns:
-        The same as numpy arrays.
+        The images as numpy arrays.
 
     Raises:
         TypeError: if dtypes are mixed, or ``images`` is a single array or anything else than a list.
@@ -97,16 +97,16 @@ def check_canvas(canvas: Any, allowed: Sequence[str] = ("image", "batch", "bucke
 def resized_size(
     size: tuple[int, int], config: TransformConfig, *, min_size: int | None = None, name: str = "image"
 ) -> tuple[int, int]:
-    """(rows, columns) of an image after the resize, computed in Python floats as torchvision does.
+    """(rows, columns) of an image after the resize, computed in Python floats as in torchvision.
 
     Args:
         size: (rows, columns) of the original image.
-        config: the model's geometry options.
+        config: ``model.transform``.
         min_size: overrides the last of ``config.min_size``.
-        name: what to call the image in an error.
+        name: name of the image in an error.
 
     Raises:
-        ValueError: if a side would have no pixel left (an image of 1x1334, say).
+        ValueError: if the resize would leave no pixel of a side (as for an image of 1x1334).
     """
     if config.fixed_size is not None:
         width, height = config.fixed_size
@@ -142,24 +142,24 @@ def transform(
     bucket: tuple[int, int] | None = None,
     dtype: Any = jnp.float32,
 ) -> ImageBatch:
-    """Builds the batch that a model runs on.
+    """Resizes images and pads them to a batch for a model.
 
     Args:
         images: arrays [H, W, 3] of any sizes, all uint8 or all floats in [0, 1].
         config: ``model.transform``.
-        canvas: "image" pads each image's canvas to its own multiple of ``size_divisible``, so that its
-            answer does not depend on its neighbours; "batch" takes the largest of the batch for all, as
-            torchvision does; "bucket" takes the whole bucket for all.
+        canvas: "image" gives each image the smallest canvas with multiples of ``size_divisible``, so that its
+            detections do not depend on the other images of the batch; "batch" gives every image the largest of
+            these canvases, as in torchvision; "bucket" gives every image the whole bucket.
         bucket: (rows, columns) of the array; default the smallest that holds every canvas.
         dtype: float32 or float64 (bfloat16 models take float32 pixels).
 
     Returns:
-        The batch; its canvas is ``None`` where every canvas is the whole bucket.
+        The batch; ``canvas`` is ``None`` if every canvas is the whole bucket.
 
     Raises:
         TypeError: for images of another or of mixed dtypes.
-        ValueError: for something that is no image, an empty list, a bucket that is too small, or canvases of
-            a ``size_divisible`` that 32 doesn't divide which are not the whole bucket.
+        ValueError: for anything that is no image, an empty list, a bucket that is too small, or a canvas that is
+            smaller than the bucket if a side of canvas or bucket is no multiple of 32.
     """
     check_canvas(canvas)
     arrays = check_images(images)
@@ -177,8 +177,8 @@ def transform(
         canvases = [bucket] * len(arrays)
     if bucket[0] < largest[0] or bucket[1] < largest[1]:
         raise ValueError(f"bucket should hold {largest[0]}x{largest[1]} (rows x columns), got {bucket}")
-    whole = all(own == bucket for own in canvases)
-    if not whole and any(side % 32 for side in (*bucket, *(side for own in canvases for side in own))):
+    whole = all(shape == bucket for shape in canvases)
+    if not whole and any(side % 32 for shape in (bucket, *canvases) for side in shape):
         raise ValueError(
             f"canvases smaller than their bucket need multiples of 32, got size_divisible={config.size_divisible} "
             f'and bucket {bucket}: use canvas="batch" or "bucket", or a multiple of 32'
@@ -214,11 +214,11 @@ def to_original(detections: Detections, batch: ImageBatch) -> Detections:
     """Scales boxes back to the original images (torchvision's GeneralizedRCNNTransform.postprocess).
 
     Args:
-        detections: of a model, boxes [B, K, 4] xyxy in the pixels of the resized images.
-        batch: the images that they were found in (both sizes are read).
+        detections: detections of a model, with boxes [B, K, 4] xyxy in the pixels of the resized images.
+        batch: the batch that the model ran on; ``size`` and ``original_size`` are used.
 
     Returns:
-        The same detections, boxes in the pixels of the original images.
+        The detections, with boxes in the pixels of the original images.
     """
     boxes = jax.vmap(resize_boxes)(detections.boxes, batch.size, batch.original_size)
     return detections.replace(boxes=boxes)  # pyright: ignore[reportAttributeAccessIssue]
@@ -233,14 +233,14 @@ def transform_targets(
     background: bool = True,
     max_boxes: int | None = None,
 ) -> Targets:
-    """Builds the padded ground truth of a batch, in the pixels of its resized images.
+    """Builds the padded ground truth of a batch, in the pixels of the resized images.
 
     Args:
         targets: for each image {"boxes": [N, 4] xyxy in pixels of the original image, "labels": [N] integers};
             an image may have no boxes.
         batch: the images, from ``transform``.
-        model: the detector that is to take the targets; it says which labels there are. Either this or ``num_classes``
-            is needed.
+        model: the detector that is to take the targets, whose ``target_labels`` are the allowed labels. Either
+            ``model`` or ``num_classes`` is needed.
         num_classes: k, the background included: labels are 1..k-1.
         background: with ``num_classes``: False if a box may have label 0, as in FCOS; labels are then 0..k-1.
         max_boxes: G, slots of an image; default the largest N, at least 1.
@@ -250,8 +250,8 @@ def transform_targets(
 
     Raises:
         ValueError: for a box without positive height and width (torchvision's error), boxes that are not [N, 4] or
-            not finite, as many labels as there are not boxes, a label outside the classes, more boxes than
-            ``max_boxes``, or another number of targets than of images; each names the image.
+            not finite, different numbers of labels and boxes, a label outside the classes, more boxes than
+            ``max_boxes``, or different numbers of targets and images; messages name the image.
         TypeError: for labels that are not integers; for both or neither of ``model`` and ``num_classes``, or
             ``background`` without ``num_classes``.
     """
@@ -274,9 +274,9 @@ def transform_targets(
         raise ValueError(f"image {i} has {len(rows[i][0])} boxes, more than max_boxes={slots}: raise it")
     boxes, labels = np.zeros((count, slots, 4), dtype), np.zeros((count, slots), np.int32)
     valid = np.zeros((count, slots), bool)
-    for i, (own_boxes, own_labels) in enumerate(rows):
-        boxes[i, : len(own_boxes)], labels[i, : len(own_boxes)] = own_boxes, own_labels
-        valid[i, : len(own_boxes)] = True
+    for i, (image_boxes, image_labels) in enumerate(rows):
+        n = len(image_boxes)
+        boxes[i, :n], labels[i, :n], valid[i, :n] = image_boxes, image_labels, True
     resized = jax.vmap(resize_boxes)(jnp.asarray(boxes), batch.original_size, batch.size)
     return Targets(boxes=resized, labels=jnp.asarray(labels), valid=jnp.asarray(valid))
 

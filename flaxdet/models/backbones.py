@@ -1,4 +1,4 @@
-"""What a detector asks of its backbone, which may be the user's own, and of the options that its parts share."""
+"""Checks of a detector's backbone, which may be a user's module, and of options that model and parts share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flaxdet.nn.typed import SHARED_OPTIONS, default_param_dtype, parts_of
 
 
 def check_backbone(model: Any) -> None:
-    """Raises TypeError or ValueError unless a model's backbone is a Linen module that says its ``out_channels``."""
+    """Raises TypeError or ValueError unless a model's backbone is a Linen module with ``out_channels``."""
     backbone = model.backbone
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone should be a flax.linen Module, got {backbone!r}")
@@ -31,19 +31,19 @@ def check_backbone(model: Any) -> None:
 
 
 def named_maps(model: Any, found: Any, pixels: Array) -> Features:
-    """A backbone's answer as {name: map}, a single map being "0".
+    """A backbone's result as {name: map}; a single map gets the name "0".
 
     Args:
         model: the detector.
-        found: what the backbone returned.
-        pixels: [B, H, W, 3] that the backbone was given.
+        found: the result of the backbone.
+        pixels: [B, H, W, 3], the argument of the backbone.
 
     Returns:
         {name: [B, h, w, C]}, finest first.
 
     Raises:
-        TypeError: if the answer is neither a map nor a mapping of names to maps.
-        ValueError: for maps of another shape, in another order, or of names that the model uses itself.
+        TypeError: if the result is neither a map nor a mapping of names to maps.
+        ValueError: for maps of another shape, in another order, or with names that the model uses itself.
     """
     backbone = model.backbone
     who = f"backbone {type(backbone).__name__}"
@@ -61,7 +61,7 @@ def named_maps(model: Any, found: Any, pixels: Array) -> Features:
     shapes = {name: tuple(x.shape) for name, x in maps.items()}
     for name, shape in shapes.items():
         if name in used:
-            raise ValueError(f"{who} returned a map of the name {name!r}, which {type(model).__name__} uses itself")
+            raise ValueError(f"{who} returned a map named {name!r}, a name that {type(model).__name__} uses itself")
         if len(shape) != 4 or shape[0] != pixels.shape[0] or 0 in shape[1:] or shape[3] != backbone.out_channels:
             raise ValueError(
                 f"{who} should return maps [{pixels.shape[0]}, h, w, {backbone.out_channels}] (images, rows, columns, "
@@ -74,40 +74,40 @@ def named_maps(model: Any, found: Any, pixels: Array) -> Features:
 
 
 def warn_of_other_options(model: Any) -> None:
-    """Warns of parts that were made with another ``dtype``, ``param_dtype`` or ``precision`` than the model asks for.
+    """Warns of parts that were made with another ``dtype``, ``param_dtype`` or ``precision`` than the model's.
 
-    A model says what is computed outside its parts, and what the parts that it makes itself do. Of a part that was
-    given, its own fields decide. That is as it should be where the model's option is the default; where it isn't, a
-    forgotten field of the part is likelier than a model of several dtypes.
+    A model's option applies outside the parts, and to parts that the model makes. A part passed by the user keeps its
+    options. If the model's option is not the default, the user has probably forgotten to give it to the part: that is
+    likelier than a model of several dtypes.
     """
     defaults = {"dtype": jnp.float32, "param_dtype": default_param_dtype(model.dtype, None), "precision": None}
     for option in SHARED_OPTIONS:
-        asked = getattr(model, option)
-        if asked == defaults[option]:
+        value = getattr(model, option)
+        if value == defaults[option]:
             continue
-        others = [f"{path} {type(part).__name__}" for path, part in parts_of(model) if departs(part, option, asked)]
+        others = [f"{path} {type(part).__name__}" for path, part in parts_of(model) if departs(part, option, value)]
         if others:
-            asked = asked.name if option != "precision" else asked
+            value = value.name if option != "precision" else value
             warnings.warn(
-                f"{type(model).__name__}: {option}={asked} does not reach {', '.join(others)}: make each with "
-                f"{option}={asked} too, or use model.clone({option}=...), which does. Where another {option} is meant, "
+                f"{type(model).__name__}: {option}={value} does not reach {', '.join(others)}: make each with "
+                f"{option}={value} too, or use model.clone({option}=...), which does. If another {option} is intended, "
                 "filter this warning",
-                stacklevel=6,  # who made the model, through the constructors of Flax
+                stacklevel=6,  # the line that made the model, above the constructors of Flax
             )
 
 
 def departs(part: nn.Module, option: str, asked: Any) -> bool:
-    """Whether a part's own field says otherwise than ``asked``; no field, or Flax's None, says nothing."""
+    """Whether a part's ``option`` differs from ``asked``; without the field, or with a dtype of None, it doesn't."""
     if option not in {field.name for field in dataclasses.fields(part)}:
         return False
-    own = getattr(part, option)
+    value = getattr(part, option)
     if option == "precision":
-        return own is None
-    return own is not None and jnp.dtype(own) != asked
+        return value is None
+    return value is not None and jnp.dtype(value) != asked
 
 
 def warn_of_other_maps(model: Any, maps: Features) -> None:
-    """Warns where a backbone's maps are not in the dtype that the model asks for, and no field of it says so."""
+    """Warns if a backbone's maps are not in the model's dtype, unless a part has a field with another dtype."""
     if model.dtype == jnp.float32 or any(departs(part, "dtype", model.dtype) for _, part in parts_of(model)):
         return
     others = {name: str(x.dtype) for name, x in maps.items() if x.dtype != model.dtype}
@@ -115,7 +115,7 @@ def warn_of_other_maps(model: Any, maps: Features) -> None:
         warnings.warn(
             f"{type(model).__name__}: dtype={model.dtype.name} does not reach the backbone "
             f"{type(model.backbone).__name__}: given pixels in {model.dtype.name}, it returned maps in {others}. "
-            f"Give its layers dtype={model.dtype.name} (without a dtype, Flax's layers compute in the wider of their "
-            "input's and their parameters'). Where another dtype is meant, filter this warning",
+            f"Give the backbone's layers dtype={model.dtype.name} (without a dtype, Flax's layers compute in the wider "
+            "dtype of input and parameters). If another dtype is intended, filter this warning",
             stacklevel=2,
         )

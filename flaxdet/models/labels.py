@@ -1,4 +1,4 @@
-"""Labels that no ground-truth box may have: an error where labels can be read, NaN in a compiled program."""
+"""Checks of the labels of ground-truth boxes: an error if labels can be read, NaN losses in a compiled program."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from jaxtyping import Bool, Float, Int
 from flaxdet.nn.layers import Array
 from flaxdet.structures import Targets
 
-_UNKNOWN = np.iinfo(np.int32).max  # `stop` of the labels of a model that doesn't tell its number of classes
+_UNKNOWN = np.iinfo(np.int32).max  # `stop` of the range of labels if a model's number of classes is unknown
 
 
 def num_classes(model: Any) -> int | None:
-    """Number of labels that a model or its predictor tells, the background counted; ``None`` where neither does."""
-    own = getattr(model, "num_classes", None)
-    return getattr(getattr(model, "box_predictor", None), "num_classes", None) if own is None else own
+    """``num_classes`` of a model or of its box predictor, background included; ``None`` if neither has it."""
+    count = getattr(model, "num_classes", None)
+    return getattr(getattr(model, "box_predictor", None), "num_classes", None) if count is None else count
 
 
 def label_range(num_classes: int | None, *, background: bool) -> range:
     """The labels that a ground-truth box may have.
 
     Args:
-        num_classes: k, the background included; None where it is unknown, which leaves labels without an upper bound.
-        background: whether label 0 is the background, which is no box's. False where label 0 is a class.
+        num_classes: k, the background included; None if it is unknown, so that labels have no upper bound.
+        background: True if label 0 is the background, which no box may have; False if label 0 is a class.
 
     Returns:
         1..k-1 with a background, 0..k-1 without.
@@ -41,17 +41,17 @@ def check_labels(
     allowed: range,
     name: Callable[..., str],
 ) -> None:
-    """Makes sure that boxes have labels of the model.
+    """Checks that the model allows the labels of boxes.
 
     Args:
-        labels: [*S] of boxes.
+        labels: [*S] label of each box.
         valid: [*S], False for padding, which may hold any label.
         allowed: ``target_labels`` of the model.
-        name: says whose box it is, given its place in [*S].
+        name: a function from the indices of a box in [*S] to the name of the box in an error.
 
     Raises:
         TypeError: for labels that are not integers.
-        ValueError: for a label outside ``allowed``; both name the box.
+        ValueError: for a label outside ``allowed``. Either message names the box.
     """
     if not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(f"{name(*(0,) * labels.ndim)}: labels should be integers, got {labels.dtype}")
@@ -69,27 +69,27 @@ def _expected(allowed: range) -> str:
 
 
 def check_targets(labels: Int[Array, "B G"], valid: Bool[Array, "B G"], allowed: range) -> None:
-    """``check_labels`` of a batch outside of jit, or closed over by it; traced labels can't be read.
+    """``check_labels`` of a batch, if the labels are concrete; of traced labels only the dtype is checked.
 
     Args:
-        labels: [B, G] of the targets.
-        valid: [B, G] of the targets.
+        labels: [B, G] labels of the targets.
+        valid: [B, G] mask of the targets, False for padding.
         allowed: ``target_labels`` of the model.
 
     Raises:
-        TypeError: for labels that are not integers, traced ones too.
-        ValueError: for a label outside ``allowed``, naming image and box by their numbers.
+        TypeError: for labels that are not integers, even if they are traced.
+        ValueError: for a label outside ``allowed``, naming image and box by number.
     """
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels should be integers, got {labels.dtype}")
     if isinstance(labels, Tracer) or isinstance(valid, Tracer):
         return
-    for (first, own), (_, own_valid) in zip(_on_host(labels), _on_host(valid), strict=True):
-        check_labels(own, own_valid, allowed, lambda row, slot, first=first: f"image {first + row}, box {slot}")
+    for (first, rows), (_, valid_rows) in zip(_on_host(labels), _on_host(valid), strict=True):
+        check_labels(rows, valid_rows, allowed, lambda row, slot, first=first: f"image {first + row}, box {slot}")
 
 
 def _on_host(array: Any) -> Iterator[tuple[int, np.ndarray]]:
-    """The rows of an array that this process can read, and the number of the first of each part."""
+    """The parts of an array that this process can read, each with the number of its first row."""
     if getattr(array, "is_fully_addressable", True):
         yield 0, np.asarray(array)
         return
@@ -98,18 +98,18 @@ def _on_host(array: Any) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def refuse_labels(losses: dict[str, Float[Array, ""]], targets: Targets, allowed: range) -> dict[str, Float[Array, ""]]:
-    """Losses that are NaN, and have NaN as gradients, where a box has a label outside the classes.
+    """Makes losses and their gradients NaN if a box has a label outside the classes.
 
-    In a compiled program nothing can raise. The losses are multiplied: NaN that were selected or added would leave the
-    gradients finite, and the parameters would move.
+    A compiled program can't raise errors. The losses are multiplied by NaN, since selecting or adding NaN would leave
+    the gradients finite, and training would go on with them.
 
     Args:
         losses: scalars of a batch by name.
         targets: ground truth of the batch; padding may hold any label.
-        allowed: labels of boxes.
+        allowed: ``target_labels`` of the model.
 
     Returns:
-        The same losses, bit for bit, if every label is allowed; else NaN.
+        The losses, unchanged to the bit, if every label is allowed; else NaN.
     """
     outside = targets.valid & ((targets.labels < allowed.start) | (targets.labels >= allowed.stop))
     refused = jnp.any(outside)

@@ -1,8 +1,8 @@
 """The detectors' training losses on padded batches, after torchvision.models.detection.{fcos,rpn,roi_heads}.
 
-Sums run over the whole batch before they are divided, so under ``jit`` with a sharded batch they are the global
-batch's. Everything beyond an image's canvas, and every padded slot, is selected away before it could reach a sum or
-a gradient.
+Losses are summed over the whole batch before they are divided, so under ``jit`` with a sharded batch the sums and
+normalisers are those of the global batch. Anchors beyond an image's canvas and padded slots are masked with ``where``
+before they could reach a sum or a gradient.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ def fcos_losses(
     """FCOS's three losses (torchvision's FCOS.compute_loss and FCOSHead.compute_loss).
 
     Args:
-        outputs: of the head, in the boxes' dtype.
+        outputs: outputs of the head, in the boxes' dtype.
         anchors: xyxy in pixels of each canvas.
         admitted: True for anchors inside the canvas.
         targets: ground truth in the pixels of the resized images.
-        num_anchors_per_level: how N divides into levels, the padding of the bucket included.
+        num_anchors_per_level: number of anchors of each level, including the padding of the bucket.
         center_sampling_radius: in anchor sizes.
 
     Returns:
-        {"classification", "bbox_regression", "bbox_ctrness"}, each a sum over the batch divided by its number of
-        matched anchors (at least 1).
+        {"classification", "bbox_regression", "bbox_ctrness"}, each a sum over the batch divided by the number of
+        matched anchors in the batch (at least 1).
     """
     assign = functools.partial(fcos_match, center_sampling_radius=center_sampling_radius)
     matched = per_image(lambda a, b, gt, ok: assign(a, b, num_anchors_per_level, valid_gt=gt, valid=ok))(
@@ -67,11 +67,11 @@ def fcos_losses(
     one_hot = jax.nn.one_hot(jnp.where(foreground, labels, -1), logits.shape[-1], dtype=logits.dtype)  # -1: all zero
     focal = sigmoid_focal_loss(logits, one_hot, reduction="none")
 
-    # Anchors without a match stand in for both boxes: a loss of 0 whose gradient is finite.
+    # An anchor without a match replaces target and prediction by itself: the loss is 0 and the gradient finite.
     coder = BoxLinearCoder(normalize_by_size=True)
-    chosen = foreground[..., None]
-    boxes = jnp.where(chosen, boxes, anchors)
-    predicted = jnp.where(chosen, coder.decode(outputs["bbox_regression"], anchors), anchors)
+    mask = foreground[..., None]
+    boxes = jnp.where(mask, boxes, anchors)
+    predicted = jnp.where(mask, coder.decode(outputs["bbox_regression"], anchors), anchors)
     giou = generalized_box_iou_loss(predicted, boxes, reduction="none")
 
     sides = coder.encode(anchors, boxes)
@@ -106,13 +106,13 @@ def rpn_losses(
         objectness: logits of all levels.
         deltas: offsets from the anchors.
         anchors: xyxy in pixels of each canvas.
-        admitted: True for anchors inside the canvas; others are neither matched nor sampled.
+        admitted: True for anchors inside the canvas; other anchors are neither matched nor sampled.
         targets: ground truth in the pixels of the resized images.
         keys: [B] random keys of the sampling.
-        fg_iou_thresh: IoU from which an anchor is positive (and, besides, the best of each ground truth).
-        bg_iou_thresh: IoU below which it is negative; between the two it is ignored.
-        batch_size_per_image: anchors sampled.
-        positive_fraction: of them, at most.
+        fg_iou_thresh: IoU from which an anchor is positive (the best anchors of each ground truth always are).
+        bg_iou_thresh: IoU below which an anchor is negative; between the two thresholds it is ignored.
+        batch_size_per_image: number of anchors sampled.
+        positive_fraction: largest fraction of positives among the sampled anchors.
 
     Returns:
         {"loss_objectness", "loss_rpn_box_reg"}, over the sampled anchors of the batch.
@@ -153,20 +153,20 @@ def sample_proposals(
     batch_size_per_image: int,
     positive_fraction: float,
 ) -> tuple[Proposals, Int[Array, "B S"], Float[Array, "B S 4"]]:
-    """The proposals that the box head trains on (torchvision's RoIHeads.select_training_samples).
+    """Samples the proposals that the box head trains on (torchvision's RoIHeads.select_training_samples).
 
     Args:
-        proposals: of the RPN; the ground truth is added to them.
+        proposals: proposals of the RPN, to which the ground truth is added.
         targets: ground truth in the pixels of the resized images.
         keys: [B] random keys of the sampling.
         fg_iou_thresh: IoU from which a proposal is positive.
-        bg_iou_thresh: IoU below which it is background; between the two it is ignored.
-        batch_size_per_image: proposals sampled.
-        positive_fraction: of them, at most.
+        bg_iou_thresh: IoU below which a proposal is background; between the two thresholds it is ignored.
+        batch_size_per_image: number of proposals sampled.
+        positive_fraction: largest fraction of positives among the sampled proposals.
 
     Returns:
-        The sampled proposals in S = min(batch_size_per_image, R + G) slots, their labels (0 for background) and the
-        box that each is to predict (its own where there is none).
+        The sampled proposals in S = min(batch_size_per_image, R + G) slots; the label of each (0 for background); and
+        the matched ground-truth box of each (for background, the proposal itself).
     """
     boxes = jnp.concatenate((proposals.boxes, targets.boxes.astype(proposals.boxes.dtype)), axis=1)
     valid = jnp.concatenate((proposals.valid, targets.valid), axis=1)
@@ -188,19 +188,19 @@ def sample_proposals(
         sampled = positive | negative
         (slot,) = jnp.nonzero(sampled, size=slots, fill_value=0)
         used = jnp.arange(slots, dtype=jnp.int32) < jnp.sum(sampled, dtype=jnp.int32)
-        wanted = jnp.where((labels > 0)[:, None], gt[index], boxes)
+        matched_boxes = jnp.where((labels > 0)[:, None], gt[index], boxes)
         return (
             jnp.where(used[:, None], boxes[slot], 0),
             used,
             jnp.where(used, labels[slot], IGNORED),
-            jnp.where(used[:, None], wanted[slot], 0),
+            jnp.where(used[:, None], matched_boxes[slot], 0),
         )
 
-    boxes, used, labels, wanted = per_image(choose)(
+    boxes, used, labels, matched_boxes = per_image(choose)(
         boxes, valid, targets.boxes.astype(boxes.dtype), targets.labels, targets.valid, keys
     )
     sampled = Proposals(boxes=boxes, scores=jnp.zeros(used.shape, boxes.dtype), valid=used)
-    return jax.lax.stop_gradient((sampled, labels, wanted))
+    return jax.lax.stop_gradient((sampled, labels, matched_boxes))
 
 
 def roi_losses(
@@ -214,12 +214,12 @@ def roi_losses(
     """The box head's two losses (torchvision's fastrcnn_loss).
 
     Args:
-        class_logits: of each sampled proposal.
-        box_regression: offsets from the proposal, of each class.
-        proposals: sampled by ``sample_proposals``.
+        class_logits: logits of each sampled proposal.
+        box_regression: offsets from each sampled proposal, for each class.
+        proposals: the sampled proposals, of ``sample_proposals``.
         labels: 0 for background, -1 for empty slots.
-        boxes: what each positive is to predict, xyxy in the pixels of the resized images.
-        coder: of the offsets.
+        boxes: matched ground-truth box of each positive, xyxy in the pixels of the resized images.
+        coder: the coder of the offsets.
 
     Returns:
         {"loss_classifier", "loss_box_reg"}, over the sampled proposals of the batch.
@@ -230,19 +230,19 @@ def roi_losses(
     classification = cross_entropy(class_logits, label, reduction="none")
     deltas = box_regression.reshape(*labels.shape, -1, 4)
     deltas = jnp.take_along_axis(deltas, label[..., None, None], axis=2)[:, :, 0]
-    # A unit box stands in where there is nothing to predict: its offsets from itself are 0.
+    # For background and empty slots, a unit box replaces proposal and target, so that encode gives finite offsets.
     unit = jnp.asarray([0, 0, 1, 1], boxes.dtype)
-    chosen = positive[..., None]
-    codes = coder.encode(jnp.where(chosen, boxes, unit), jnp.where(chosen, proposals.boxes, unit))
+    mask = positive[..., None]
+    codes = coder.encode(jnp.where(mask, boxes, unit), jnp.where(mask, proposals.boxes, unit))
     box_loss = smooth_l1_loss(deltas, codes, beta=SMOOTH_L1_BETA, reduction="none")
     return {
         "loss_classifier": _masked_sum(classification, proposals.valid) / count,
-        "loss_box_reg": _masked_sum(box_loss, chosen) / count,
+        "loss_box_reg": _masked_sum(box_loss, mask) / count,
     }
 
 
 def _of_match(targets: Targets, matched: Int[Array, "B N"]) -> tuple[Int[Array, "B N"], Float[Array, "B N 4"]]:
-    """Label and box of each anchor's match; any where it has none."""
+    """Label and box of the ground truth that each anchor is matched to; undefined for anchors without a match."""
     index = jnp.maximum(matched, 0)
     labels = jnp.take_along_axis(targets.labels, index, axis=1)
     return labels, jnp.take_along_axis(targets.boxes, index[..., None], axis=1)

@@ -23,17 +23,14 @@ from flaxdet.xla.mesh import per_image
 
 @dataclass(frozen=True)
 class MultiScaleRoIAlign:
-    """Pools each box from the level that fits its size (torchvision.ops.MultiScaleRoIAlign).
-
-    Each level's scale is inferred as torchvision infers it, 2**round(log2(map height / image height)), but
-    for every image anew: torchvision keeps those of the first batch that it sees.
+    """Pools each box from the level that suits the size of the box (torchvision.ops.MultiScaleRoIAlign).
 
     Attributes:
-        featmap_names: the levels to pool from. The default names those of torchvision ("0".."3") and of this
-            library ("p2".."p5").
-        output_size: (rows, columns) of a pooled map; one number for both.
-        sampling_ratio: samples a bin and side, at least 1.
-        canonical_scale: pixels of a box that is pooled from ``canonical_level``.
+        featmap_names: names of the levels to pool from. The default has torchvision's names ("0".."3") and
+            flaxdet's ("p2".."p5").
+        output_size: (rows, columns) of a pooled map, or one number for both.
+        sampling_ratio: samples per bin along each side, at least 1.
+        canonical_scale: side in pixels of a square box that is pooled from ``canonical_level``.
         canonical_level: log2 of that level's stride.
 
     Raises:
@@ -69,15 +66,16 @@ class MultiScaleRoIAlign:
     ) -> Float[Array, "B R h w C"]:
         """Pools boxes.
 
-        A level's scale is 1 / its stride, always. torchvision infers it from the height of the first image that a model
-        ever sees, and keeps it: the same after any ordinary photo, another one for good after a very elongated image.
+        The scale of a level is 1 / stride. torchvision infers the scale from the height of the first image that a model
+        sees, 2**round(log2(map height / image height)), and keeps it. For ordinary photos this is the same number; if
+        the first image is very elongated, torchvision keeps a wrong scale.
 
         Args:
             features: {name: [B, h, w, C]}, finest first.
             boxes: [B, R, 4] xyxy in the pixels of the resized images.
-            batch: the images (canvases are read).
-            strides: pixels from cell to cell of each level, by name. Of a level that is not named, the power of two
-                nearest to the pixels' longer side over the level's.
+            batch: the images, of which the canvases are used.
+            strides: pixels between neighbouring cells of each level, by name. The default for a level without a name
+                is the power of two nearest to the longer side of the pixels divided by the longer side of the level.
 
         Returns:
             [B, R, h, w, C] in the features' dtype.
@@ -115,5 +113,5 @@ class MultiScaleRoIAlign:
 
 
 def pooled_channels(out_channels: int, output_size: int | tuple[int, int]) -> int:
-    """Inputs of a dense layer on pooled maps: C * h * w."""
+    """Number of inputs of a dense layer on pooled maps: C * h * w."""
     return out_channels * (output_size**2 if isinstance(output_size, int) else math.prod(output_size))

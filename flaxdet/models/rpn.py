@@ -34,9 +34,9 @@ class RPNHead(TypedModule):
         in_channels: channels of the features and of the convolutions.
         num_anchors: A, anchors per location.
         conv_depth: 3x3 convolutions before the two predictions.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is, else float32.
+        precision: precision of every convolution and product.
 
     Raises:
         ValueError: for an option out of range.
@@ -70,10 +70,10 @@ class RPNHead(TypedModule):
 
         Args:
             features: {name: [B, h, w, C]}, finest first.
-            extents: {name: [B, 2] int32} rows and columns of each map that belong to the canvas.
+            extents: {name: [B, 2] int32} (rows, columns) of each map inside the canvas.
 
         Returns:
-            Per level the objectness logits [B, hwA] and the offsets [B, hwA, 4], cells by rows.
+            For each level the objectness logits [B, hwA] and the offsets [B, hwA, 4], by row, column and anchor.
         """
         options: dict[str, Any] = {
             "kernel_init": normal_001,
@@ -117,14 +117,14 @@ def filter_proposals(
         size: [B, 2] (rows, columns) of the resized images, to which boxes are clipped.
         canvas: [B, 2] (rows, columns) of the canvases.
         extents: [B, L, 2] (rows, columns) of each map inside the canvas.
-        pre_nms_top_n: candidates kept a level.
-        post_nms_top_n: proposals kept an image.
-        nms_thresh: IoU above which NMS, a level at a time, suppresses.
-        score_thresh: keeps objectness (sigmoid) of at least this.
+        pre_nms_top_n: largest number of candidates per level.
+        post_nms_top_n: largest number of proposals per image.
+        nms_thresh: IoU above which NMS, within each level, suppresses a box.
+        score_thresh: lowest objectness score (sigmoid) of a proposal.
 
     Returns:
-        Proposals in R = min(post_nms_top_n, all candidates) slots, in the pixels of the resized images.
-        No gradient flows through them.
+        Proposals in R = min(post_nms_top_n, all candidates) slots, in the pixels of the resized images, without
+        gradients.
     """
     select = functools.partial(
         _filter_image,
@@ -158,8 +158,8 @@ def _filter_image(
     candidates: list[tuple[Array, ...]] = []
     for level, (logits, deltas, boxes, inside) in enumerate(zip(*outputs, anchors, admitted, strict=True)):
         count = min(pre_nms_top_n, logits.shape[0])
-        # The canvas's anchors come first whatever their logits: sigmoid(-inf) = 0 would pass a threshold of 0,
-        # so what was padding is told by the mask and not by the score.
+        # -inf ranks padding last, after all anchors of the canvas. A score can't mark padding later on, since
+        # sigmoid(-inf) = 0 passes a threshold of 0; the mask `inside` does.
         ranked = jnp.where(inside, logits, -jnp.inf)
         _, index = materialise(lax.top_k(ranked, count))
         boxes = clip_boxes_to_image(coder.decode(deltas[index], boxes[index]), size)
@@ -176,8 +176,8 @@ def _filter_image(
         max_output=min(post_nms_top_n, boxes.shape[0]),
         valid=valid,
     )
-    kept = keep >= 0
+    valid = keep >= 0
     index = jnp.maximum(keep, 0)
     return Proposals(
-        boxes=jnp.where(kept[:, None], boxes[index], 0), scores=jnp.where(kept, scores[index], 0), valid=kept
+        boxes=jnp.where(valid[:, None], boxes[index], 0), scores=jnp.where(valid, scores[index], 0), valid=valid
     )

@@ -1,7 +1,7 @@
 """Pure functions on the arrays of one image: box algebra, anchors, NMS, RoIAlign, matching, losses.
 
-They carry torchvision.ops' names where it has one, keep static shapes and work under ``jit``, ``vmap`` and,
-where it means something, ``grad``. Where they take an array, they take a numpy array or nested lists too.
+Functions that torchvision.ops has too carry torchvision's names. All have static shapes and work under ``jit`` and
+``vmap``, and under ``grad`` where a gradient exists. Every array argument may be a numpy array or nested lists.
 """
 
 from flaxdet.ops.anchors import AnchorGenerator

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 
 def _rows(name: str, values: Any) -> tuple[Any, ...]:
-    """Numbers, or sequences of numbers, as tuples."""
+    """The numbers, or sequences of numbers, as tuples; raises TypeError for anything else."""
 
     def as_tuple(value: Any) -> Any:
         value = value.tolist() if isinstance(value, np.ndarray) else value
@@ -95,18 +95,18 @@ class AnchorGenerator:
 
         Args:
             canvas: [2] int32, (rows, columns) of the padded image; may be traced.
-            extents: for each level [2] int32, the (rows, columns) of it that the canvas fills; may be
-                traced. Anchors lie ``canvas // extent`` pixels apart, rows and columns each by their own
-                quotient (61 and 64, not 64 and 64, on FCOS's P6 at 800x1088).
-            shapes: for each level the static (h, w) of its array, at least the extent.
+            extents: for each level [2] int32, the (rows, columns) of the feature map that the canvas fills; may
+                be traced. Anchors lie ``canvas // extent`` pixels apart, computed for rows and columns separately
+                (61 and 64 pixels, not 64 and 64, on FCOS's P6 at 800x1088).
+            shapes: for each level the static (h, w) of the feature map, at least the extent.
             dtype: of the anchors; at least float32.
 
         Returns:
             For each level [h*w*A, 4] xyxy in pixels of the canvas, by row, then column, then anchor; not
-            clipped. Those beyond the extent (see ``valid``) lie on the same grid, continued.
+            clipped. Anchors beyond the extent (see ``valid``) continue the same grid.
 
         Raises:
-            ValueError: if the number of levels is not that of ``sizes``.
+            ValueError: if ``extents`` or ``shapes`` have another number of levels than ``sizes``.
         """
         self._check_levels(extents, shapes)
         dtype = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
@@ -135,7 +135,7 @@ class AnchorGenerator:
             For each level [h*w*A] in the anchors' order, True where the location lies within the extent.
 
         Raises:
-            ValueError: if the number of levels is not that of ``sizes``.
+            ValueError: if ``extents`` or ``shapes`` have another number of levels than ``sizes``.
         """
         self._check_levels(extents, shapes)
         levels = []

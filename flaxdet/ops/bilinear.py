@@ -1,21 +1,21 @@
-"""Means of bilinear samples over the bins of boxes, and their gradient: what RoIAlign computes with.
+"""The kernel of RoIAlign: means of bilinear samples over the bins of boxes, and their gradient.
 
 Letters: ``N`` boxes, ``C`` channels, ``h, w`` rows and columns of bins, ``S`` samples per bin along one side, ``P``
 pixels of all levels together.
 
-Each sample is the weighted sum of its four neighbouring pixels. Forwards, XLA fuses the gathers, the weights and the
-sum into one loop over the output, without temporaries of the output's size.
+Each sample is the weighted sum of its four neighbouring pixels. In the forward pass, XLA fuses the gathers, the
+weights and the sum into one loop over the output, without temporary buffers as large as the output.
 
-Backwards, autodiff would turn each of the 4 * S * S gathers into a scatter of its own, with updates of the output's
-size and a result of the gradient's. Here a loop over chunks of boxes adds a chunk's share to the one gradient, in
-place, by one scatter. For 1000 boxes, 7x7 bins of 2x2 samples and 256 channels on the four levels of 800x1088 (a
-gradient of 74 MB), in float32 on two CPU cores:
+In the backward pass, autodiff would turn each of the 4 * S * S gathers into a separate scatter, whose updates are as
+large as the output and whose result is as large as the gradient. Here a loop over chunks of boxes adds each chunk's
+contribution to a single gradient, in place, by one scatter. For 1000 boxes, 7x7 bins of 2x2 samples and 256 channels
+on the four levels of 800x1088 (a gradient of 74 MB), in float32 on two CPU cores:
 
     torchvision's C++       735 ms
-    autodiff                509 ms, 1421 MB beside the result
-    chunks of 32 boxes       98 ms, 74 MB
+    autodiff                509 ms, 1421 MB of temporary buffers
+    chunks of 32 boxes       98 ms,   74 MB of temporary buffers
 
-Chunks of 1, 8, 64, 128, 512 boxes take 0.9, 1, 1.5, 2.1, 3 times the time of these, and 74, 74, 74, 175, 476 MB.
+Chunks of 1, 8, 64, 128, 512 boxes take 0.9, 1, 1.5, 2.1, 3 times as long as chunks of 32, and 74, 74, 74, 175, 476 MB.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-UNROLLED_SAMPLES = 4  # per bin; with more of them a loop keeps the program small
-# Boxes in one scatter of the gradient: the most that cost a CPU nothing, since a GPU adds all of a scatter at once.
+UNROLLED_SAMPLES = 4  # samples per bin up to which they are unrolled; above, a loop keeps the program small
+# Boxes in one scatter of the gradient: the largest number that does not slow a CPU down. A GPU wants it large, since it
+# adds all updates of a scatter at once.
 CHUNK = 32
 
 
@@ -39,13 +40,13 @@ def compute_dtype(dtype: Any) -> Any:
 
 
 class Samples(NamedTuple):
-    """Where each box's samples lie along one axis, and how they weigh the two pixels around them.
+    """Each box's samples along one axis: the two neighbouring pixels of every sample, and their weights.
 
     Attributes:
         low: [N, bins, S] index of the pixel before the sample.
-        high: [N, bins, S] index of the pixel after it.
-        low_weight: [N, bins, S] weight of the pixel before; 0 for a sample outside the map, as is
-        high_weight: [N, bins, S] that of the pixel after.
+        high: [N, bins, S] index of the pixel after the sample.
+        low_weight: [N, bins, S] weight of the pixel before the sample, 0 for a sample outside the map.
+        high_weight: [N, bins, S] weight of the pixel after the sample, 0 there too.
     """
 
     low: Int[Array, "N bins S"]
@@ -67,22 +68,22 @@ def samples_along(
     """Samples of boxes along one axis, with the arithmetic of torchvision's C++ RoIAlign.
 
     Args:
-        start: where each box begins, in pixels of its level.
-        end: where it ends.
+        start: the lower coordinate of each box, in pixels of the box's level.
+        end: the upper coordinate of each box, in the same pixels.
         bins: number of bins.
-        samples: S, per bin.
+        samples: S, samples per bin.
         extent: length of each box's level in pixels.
         aligned: if False, a box is at least one pixel long.
         dtype: of the weights.
 
     Returns:
-        The samples; those more than a pixel outside [0, extent - 1], or at NaN, weigh 0 at index 0.
+        The samples. A sample more than a pixel outside [0, extent - 1], or at NaN, has index 0 and weights 0.
     """
     length = end - start
     if not aligned:
         length = jnp.maximum(length, 1)
-    # XLA would turn a division by a constant into a product with its reciprocal, an ulp off torchvision's
-    # quotient; so the divisor is made to look like data.
+    # XLA turns a division by a constant into a product with the reciprocal, an ulp off torchvision's quotient. The
+    # `where` hides from XLA that the divisor is a constant.
     bin_length = length / jnp.where(jnp.isnan(length), 1, jnp.asarray(bins, length.dtype))
     bin_index = jnp.arange(bins, dtype=length.dtype)[None, :, None]
     offset = jnp.arange(samples, dtype=length.dtype)[None, None, :] + 0.5
@@ -107,11 +108,12 @@ def samples_along(
 def mean_of_samples(count: int, pixels: Float[Array, "P C"], y: Samples, x: Samples) -> Float[Array, "N h w C"]:
     """The mean of each bin's S * S bilinear samples.
 
-    Works under ``jit``, ``vmap`` and reverse-mode ``grad``; the gradient flows to ``pixels`` only. A GPU adds it up in
-    any order, so its last bits vary, unless XLA is told otherwise (``XLA_FLAGS=--xla_gpu_deterministic_ops=true``).
+    Works under ``jit``, ``vmap`` and reverse-mode ``grad``; the gradient flows to ``pixels`` only. A GPU sums the
+    gradient in no fixed order, so the last bits vary from run to run unless XLA is told to be deterministic
+    (``XLA_FLAGS=--xla_gpu_deterministic_ops=true``).
 
     Args:
-        count: P; the backward pass, which doesn't see ``pixels``, needs it as a number.
+        count: P, as a static number for the backward pass, which doesn't get ``pixels``.
         pixels: all levels' pixels end to end.
         y: samples along the rows; ``low`` and ``high`` point at the first pixel of a row.
         x: samples along the columns, from the first pixel of a row.
@@ -156,18 +158,18 @@ def _backward(count: int, residuals: tuple[Samples, Samples], cotangent: Array) 
     dtype, per_bin = residuals[0].low_weight.dtype, residuals[0].low.shape[2] ** 2
 
     def outer(y: Array, x: Array) -> tuple[Array, Array]:
-        """Both on the axes [box, row, column, sample in y, sample in x, neighbour in y, neighbour in x]."""
+        """``y`` and ``x`` on the axes [box, row, column, sample in y, sample in x, neighbour in y, neighbour in x]."""
         return y[:, :, None, :, None, :, None], x[:, None, :, None, :, None, :]
 
     def add_chunk(k: Any, total: Array) -> Array:
         first = jnp.asarray(k, jnp.int32) * size
-        # The last chunk ends with the last box; those that it shares with the chunk before weigh nothing here.
+        # The last chunk ends with the last box, so it may overlap the chunk before; boxes in the overlap get weight 0.
         start = jnp.minimum(first, boxes - size)
-        fresh = start + jnp.arange(size, dtype=jnp.int32) >= first
+        new = start + jnp.arange(size, dtype=jnp.int32) >= first
         y, x, g = jax.tree.map(lambda part: lax.dynamic_slice_in_dim(part, start, size), (*residuals, cotangent))
         rows, columns = outer(jnp.stack([y.low, y.high], axis=-1), jnp.stack([x.low, x.high], axis=-1))
         weight = jnp.stack([y.low_weight, y.high_weight], axis=-1)
-        weight = jnp.where(fresh[:, None, None, None], weight, 0)
+        weight = jnp.where(new[:, None, None, None], weight, 0)
         down, across = outer(weight, jnp.stack([x.low_weight, x.high_weight], axis=-1))
         g = (g.astype(dtype) / per_bin)[:, :, :, None, None, None, None]
         updates = ((down * across)[..., None] * g).reshape(-1, channels)

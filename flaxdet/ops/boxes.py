@@ -4,7 +4,7 @@ Boxes are xyxy in absolute pixels (x to the right, y downwards) unless a format 
 columns). Functions take the boxes of one image, as an array or as lists, and have static shapes; ``vmap`` them over a
 batch. All work under ``jit`` and ``grad``.
 
-Half-precision boxes are computed in float32, as in torchvision, since areas leave their range. torchvision's
+Half-precision boxes are computed in float32, as in torchvision, since areas overflow float16. torchvision's
 rotated formats (``xywhr``, ``cxcywhr``, ``xyxyxyxy``) are left out: none of its detectors uses them.
 """
 
@@ -19,7 +19,7 @@ FORMATS = ("xyxy", "xywh", "cxcywh")
 
 
 def upcast_float(x: jax.Array) -> jax.Array:
-    """An array as float32, unless it is float64 already: the precision that boxes and losses need."""
+    """The array in the precision that boxes and losses need: float64 stays, everything else becomes float32."""
     return x if x.dtype in (jnp.float32, jnp.float64) else x.astype(jnp.float32)
 
 
@@ -32,7 +32,7 @@ def box_area(boxes: Num[ArrayLike, "*N 4"], fmt: str = "xyxy") -> Num[Array, "*N
 
     Returns:
         [N] in the unit squared, signed: negative where exactly one side of an xyxy box is reversed. Float types
-        narrower than float32 come back as float32; integers as int64 where jax has 64-bit types on, else as float32.
+        narrower than float32 become float32; integers become int64 where jax has 64-bit types on, else float32.
 
     Raises:
         ValueError: if ``fmt`` is unknown or ``boxes`` don't have 4 coordinates.
@@ -51,7 +51,7 @@ def box_convert(boxes: Num[ArrayLike, "*N 4"], in_fmt: str, out_fmt: str) -> Num
     Args:
         boxes: [N, 4] in ``in_fmt``, in any unit.
         in_fmt: "xyxy" (two corners), "xywh" (left upper corner, size) or "cxcywh" (centre, size).
-        out_fmt: the same.
+        out_fmt: one of the same formats.
 
     Returns:
         [N, 4] in ``out_fmt``, in the same unit. To or from "cxcywh", integers become float32.
@@ -78,7 +78,7 @@ def box_convert(boxes: Num[ArrayLike, "*N 4"], in_fmt: str, out_fmt: str) -> Num
 
 
 def clip_boxes_to_image(boxes: Float[ArrayLike, "*N 4"], size: ArrayLike) -> Float[Array, "*N 4"]:
-    """Moves what lies outside an image onto its border. Reproduces ``torchvision.ops.clip_boxes_to_image``.
+    """Moves coordinates outside the image onto the border. Reproduces ``torchvision.ops.clip_boxes_to_image``.
 
     Args:
         boxes: [N, 4] xyxy in pixels of the image.
@@ -93,7 +93,7 @@ def clip_boxes_to_image(boxes: Float[ArrayLike, "*N 4"], size: ArrayLike) -> Flo
     boxes = as_boxes("boxes", boxes)
     rows, columns = _pair(size, boxes.dtype)
     limits = jnp.stack((columns, rows, columns, rows)).reshape((1,) * (boxes.ndim - 1) + (4,))
-    # `where` rather than `clip`: as in torch, the gradient is whole for a corner on the border itself
+    # `where` rather than `clip`: as in torch, the gradient is 1, not 0.5, for a corner exactly on the border
     boxes = jnp.where(boxes < 0, 0, boxes)
     return jnp.where(boxes > limits, limits, boxes)
 
@@ -101,7 +101,7 @@ def clip_boxes_to_image(boxes: Float[ArrayLike, "*N 4"], size: ArrayLike) -> Flo
 def remove_small_boxes(boxes: Num[ArrayLike, "*N 4"], min_size: float) -> Bool[Array, "*N"]:
     """Which boxes have both sides of at least ``min_size``.
 
-    ``torchvision.ops.remove_small_boxes`` as a mask: its list of indices has no static shape.
+    ``torchvision.ops.remove_small_boxes`` as a mask, since a list of indices has no static shape.
 
     Args:
         boxes: [N, 4] xyxy in pixels.
@@ -114,7 +114,7 @@ def remove_small_boxes(boxes: Num[ArrayLike, "*N 4"], min_size: float) -> Bool[A
         ValueError: if ``boxes`` don't have 4 coordinates.
     """
     boxes = as_boxes("boxes", boxes)
-    boxes = boxes if jnp.issubdtype(boxes.dtype, jnp.floating) else upcast(boxes)  # unsigned ones would wrap around
+    boxes = boxes if jnp.issubdtype(boxes.dtype, jnp.floating) else upcast(boxes)  # unsigned integers would wrap around
     w, h = boxes[..., 2] - boxes[..., 0], boxes[..., 3] - boxes[..., 1]
     return (w >= min_size) & (h >= min_size)
 
@@ -122,15 +122,15 @@ def remove_small_boxes(boxes: Num[ArrayLike, "*N 4"], min_size: float) -> Bool[A
 def resize_boxes(
     boxes: Float[ArrayLike, "*N 4"], original_size: ArrayLike, new_size: ArrayLike
 ) -> Float[Array, "*N 4"]:
-    """Boxes after their image changed its size.
+    """Boxes of an image that was resized.
 
-    Reproduces ``torchvision.models.detection.transform.resize_boxes``, whose quotient of sizes is a float32
-    even where the boxes are float64.
+    Reproduces ``torchvision.models.detection.transform.resize_boxes``, where the ratio of the sizes is a float32
+    even if the boxes are float64.
 
     Args:
         boxes: [N, 4] xyxy in pixels of the original image.
-        original_size: [2], (rows, columns); may be a traced int32 array.
-        new_size: [2], the same after the resize.
+        original_size: [2], (rows, columns) before the resize; may be a traced int32 array.
+        new_size: [2], (rows, columns) after the resize; may be a traced int32 array.
 
     Returns:
         [N, 4] xyxy in pixels of the resized image; integers become float32.
@@ -148,10 +148,10 @@ def resize_boxes(
 
 
 def upcast(x: jax.Array) -> jax.Array:
-    """An array in a type whose products don't overflow.
+    """The array in a dtype in which products of coordinates don't overflow.
 
     Floats narrower than float32 become float32. Integers become int64 where jax has 64-bit types on, as in torchvision,
-    and float32 elsewhere: products of int32 coordinates leave its range from boxes of 46341 pixels on.
+    and float32 elsewhere: the area of a box of 46341x46341 pixels overflows int32.
     """
     if jnp.issubdtype(x.dtype, jnp.floating):
         return upcast_float(x)

@@ -1,4 +1,4 @@
-"""Box coders: boxes to the offsets that a head regresses, and back.
+"""Box coders: from boxes to the offsets that a head regresses, and from offsets to boxes.
 
 Boxes are xyxy in absolute pixels. Half-precision inputs are computed, and returned, in float32. Every
 function works under ``jit``, ``vmap`` and ``grad``.
@@ -24,11 +24,11 @@ class BoxCoder:
     Reproduces ``torchvision.models.detection._utils.BoxCoder``.
 
     Attributes:
-        weights: of (dx, dy, dw, dh); torchvision has (1, 1, 1, 1) in the RPN, (10, 10, 5, 5) in the RoI head.
-        bbox_xform_clip: largest dw and dh (after the weights) that decoding uses, so that exp stays finite.
+        weights: factors of (dx, dy, dw, dh); torchvision has (1, 1, 1, 1) in the RPN, (10, 10, 5, 5) in the RoI head.
+        bbox_xform_clip: upper limit of dw and dh, applied after division by the weights, so that exp stays finite.
 
     Raises:
-        ValueError: if weights are not four numbers other than 0.
+        ValueError: if ``weights`` are not four numbers other than 0.
     """
 
     weights: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
@@ -52,7 +52,7 @@ class BoxCoder:
 
         Returns:
             [N, 4]. A reference box without area (padding) gives -inf, and a proposal without area NaN or
-            infinity: select with ``where`` before a loss sees them, or its gradient is NaN.
+            infinity: replace these values with ``where`` before a loss, whose gradient would be NaN otherwise.
 
         Raises:
             ValueError: if boxes don't have 4 coordinates.
@@ -70,7 +70,7 @@ class BoxCoder:
         """Applies offsets to boxes; the inverse of ``encode``.
 
         Args:
-            rel_codes: [N, 4], or [N, k, 4] for k sets of offsets per box (one a class).
+            rel_codes: [N, 4], or [N, k, 4] for k sets of offsets per box (one for each class).
             boxes: [N, 4] xyxy in pixels, proposals or anchors; cast to the dtype of ``rel_codes``.
 
         Returns:
@@ -82,7 +82,7 @@ class BoxCoder:
         rel_codes, boxes = _aligned(rel_codes, boxes)
         x, y, w, h = _centre_and_size(boxes)
         wx, wy, ww, wh = self.weights
-        # `where` rather than `minimum`: as in torch's clamp, the gradient is whole at the limit itself
+        # `where` rather than `minimum`: as in torch's clamp, the gradient is 1, not 0.5, exactly at the limit
         dw, dh = rel_codes[..., 2] / ww, rel_codes[..., 3] / wh
         dw = jnp.where(dw > self.bbox_xform_clip, self.bbox_xform_clip, dw)
         dh = jnp.where(dh > self.bbox_xform_clip, self.bbox_xform_clip, dh)
@@ -101,7 +101,7 @@ class BoxLinearCoder:
     Reproduces ``torchvision.models.detection._utils.BoxLinearCoder``.
 
     Attributes:
-        normalize_by_size: whether distances are in units of the anchor's width and height, else in pixels.
+        normalize_by_size: if True, distances are in units of the anchor's width and height, else in pixels.
     """
 
     normalize_by_size: bool = True
@@ -111,7 +111,7 @@ class BoxLinearCoder:
     ) -> Float[Array, "*N 4"]:
         """Distances (l, t, r, b) from the centres of the reference boxes to the sides of the proposals.
 
-        The names are torchvision's: here the *reference* boxes are the anchors.
+        The arguments have torchvision's names, although the *reference* boxes are the anchors here.
 
         Args:
             reference_boxes: [N, 4] xyxy in pixels, the anchors.
@@ -160,7 +160,7 @@ def _pair(reference_boxes: ArrayLike, proposals: ArrayLike) -> tuple[jax.Array, 
 
 
 def _aligned(rel_codes: ArrayLike, boxes: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """Both in one float dtype and with one rank, boxes broadcastable against codes."""
+    """``rel_codes`` and ``boxes`` in the same float dtype and rank, so that the boxes broadcast against the codes."""
     rel_codes, boxes = jnp.asarray(rel_codes), jnp.asarray(boxes)
     leading = rel_codes.shape[:-1]
     fits = rel_codes.ndim and rel_codes.shape[-1] == 4 and boxes.shape in ((*leading, 4), (*leading[:-1], 4))
@@ -181,7 +181,7 @@ def _centre_and_size(boxes: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array,
 
 
 def _midpoint(boxes: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # not the centre above: in floating point (a + b) / 2 and a + (b - a) / 2 differ
+    # unlike _centre_and_size, as in torchvision: in floating point (a + b) / 2 and a + (b - a) / 2 differ
     return 0.5 * (boxes[..., 0] + boxes[..., 2]), 0.5 * (boxes[..., 1] + boxes[..., 3])
 
 

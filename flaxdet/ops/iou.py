@@ -1,8 +1,8 @@
 """Overlap of every pair of boxes: IoU and its generalized, distance and complete forms.
 
 Boxes are xyxy in absolute pixels unless a format is named. Functions take the boxes of one image; ``vmap``
-them over a batch. All work under ``jit``. Gradients equal torch's, and are finite also where boxes lie apart
-or have no area: where the value is NaN, a caller may mask it with ``where``.
+them over a batch. All work under ``jit``. Gradients equal torch's, and are finite even where boxes lie apart
+or have no area, so that a caller may mask a NaN value with ``where``.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def generalized_box_iou(boxes1: Num[ArrayLike, "N 4"], boxes2: Num[ArrayLike, "M
         boxes2: [M, 4] xyxy, in the same unit.
 
     Returns:
-        [N, M] in [-1, 1]: the IoU less the share of the smallest enclosing box that the union leaves
-        empty. NaN where neither box, or not even the enclosing box, has an area.
+        [N, M] in [-1, 1]: the IoU less the fraction of the smallest enclosing box that the union does not cover.
+        NaN where the union or the enclosing box has no area.
 
     Raises:
         ValueError: if boxes don't have 4 coordinates.
@@ -90,8 +90,8 @@ def complete_box_iou(
         eps: added to the enclosing box's squared diagonal and to the weight's denominator.
 
     Returns:
-        [N, M]: the distance IoU less a penalty on the difference of the aspect ratios; the penalty's
-        weight is a constant to ``grad``. NaN where neither box has an area.
+        [N, M]: the distance IoU less a weighted penalty on the difference of the aspect ratios; no gradient
+        flows through the weight. NaN where neither box has an area.
 
     Raises:
         ValueError: if boxes don't have 4 coordinates.
@@ -115,26 +115,26 @@ def aspect_penalty(
         eps: added to the denominator of the penalty's weight.
 
     Returns:
-        [...]; the weight is a constant to ``grad``.
+        [...] the penalty times the weight; no gradient flows through the weight.
     """
 
     (w1, h1), (w2, h2) = (
         (_as_float(b[..., 2] - b[..., 0]), _as_float(b[..., 3] - b[..., 1])) for b in (boxes1, boxes2)
     )
-    # a box of neither width nor height, or an IoU of 0 / 0, makes the value NaN, but must not reach the
-    # products below: their gradient would be NaN even where the caller masks the value
+    # The value is NaN for a box of neither width nor height and for an IoU of 0 / 0. These must not reach the products
+    # below, whose gradient would be NaN even where the caller masks the value.
     no_angle = ((w1 == 0) & (h1 == 0)) | ((w2 == 0) & (h2 == 0)) | jnp.isnan(iou)
     angle1, angle2 = (
         jnp.arctan(_safe_divide(jnp.where(no_angle, 1, w), jnp.where(no_angle, 1, h))) for w, h in ((w1, h1), (w2, h2))
     )
     v = (4 / math.pi**2) * jnp.square(angle1 - angle2)
-    # for two equal boxes v and 1 - iou are 0, and so is the weight, thanks to eps
+    # for two equal boxes v and 1 - iou are 0, and eps makes the weight 0 instead of NaN
     weight = lax.stop_gradient(v / (1 - jnp.where(no_angle, 0, iou) + v + eps))
     return jnp.where(no_angle, jnp.nan, weight * v)
 
 
 def _intersection_and_union(boxes1: jax.Array, boxes2: jax.Array, fmt: str = "xyxy") -> tuple[jax.Array, jax.Array]:
-    boxes1, boxes2 = upcast(boxes1), upcast(boxes2)  # first: differences of unsigned integers wrap around
+    boxes1, boxes2 = upcast(boxes1), upcast(boxes2)  # before any difference, since unsigned integers wrap around
     area1, area2 = box_area(boxes1, fmt), box_area(boxes2, fmt)
     if fmt != "xyxy":
         boxes1, boxes2 = box_convert(boxes1, fmt, "xyxy"), box_convert(boxes2, fmt, "xyxy")
@@ -165,13 +165,13 @@ def _distance_iou(boxes1: jax.Array, boxes2: jax.Array, eps: float) -> tuple[jax
 
 
 def _safe_divide(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``a / b`` whose gradient is 0, not NaN, where b is 0; the value there stays NaN or infinite."""
+    """``a / b``; where b is 0 the value stays NaN or infinite, but the gradient is 0 instead of NaN."""
     zero = b == 0
     return jnp.where(zero, lax.stop_gradient(a / b), a / jnp.where(zero, 1, b))
 
 
 def _clamp_at_zero(x: jax.Array) -> jax.Array:
-    # `where` rather than `maximum`: NaN stays, and at 0 the gradient is whole, as in torch's clamp
+    # `where` rather than `maximum`: as in torch's clamp, NaN stays, and the gradient is 1, not 0.5, at 0
     return jnp.where(x < 0, jnp.zeros_like(x), x)
 
 

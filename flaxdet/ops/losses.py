@@ -1,6 +1,6 @@
 """Losses with the names, arguments and values of ``torchvision.ops`` and ``torch.nn.functional``.
 
-Inputs narrower than float32 are computed in float32. Gradients equal torch's, and are finite also for boxes
+Inputs narrower than float32 are computed in float32. Gradients equal torch's, and are finite even for boxes
 without area, so that ``jnp.where(valid, loss, 0)`` on ``reduction="none"`` masks padding safely.
 """
 
@@ -27,16 +27,17 @@ def sigmoid_focal_loss(
 
     Args:
         inputs: logits of any shape.
-        targets: of the same shape, 1 for positive and 0 for negative; what lies between interpolates.
-        alpha: weight of the positives in [0, 1], that of the negatives being 1 - alpha; -1 for no weights.
-        gamma: exponent of the factor 1 - p that takes weight from what is classified well.
+        targets: of the same shape, 1 for positive and 0 for negative; values between 0 and 1 interpolate.
+        alpha: weight of the positives in [0, 1]; negatives have the weight 1 - alpha. -1 for no weights.
+        gamma: exponent of the factor 1 - p, where p is the probability of the right answer; the larger, the less
+            weight well-classified elements have.
         reduction: "none", "mean" or "sum".
 
     Returns:
-        The losses, of the same shape, or their mean or sum (the mean of none is NaN).
+        The losses, of the same shape, or their mean or sum (the mean of an empty array is NaN).
 
     Raises:
-        ValueError: if ``alpha`` or ``reduction`` is none of these, or the shapes differ.
+        ValueError: if ``alpha`` or ``reduction`` has another value, or the shapes differ.
     """
     if not (0 <= alpha <= 1) and alpha != -1:
         raise ValueError(f"alpha must lie in [0, 1], or be -1 for no weights, found {alpha!r}")
@@ -57,15 +58,15 @@ def generalized_box_iou_loss(
 
     Args:
         boxes1: [N, 4] xyxy, in any unit.
-        boxes2: [N, 4] xyxy, the partner of each, in the same unit.
+        boxes2: [N, 4] xyxy, in the same unit; row i is paired with row i of ``boxes1``.
         reduction: "none", "mean" or "sum".
         eps: added to the denominators.
 
     Returns:
-        [N] in [0, 2], or their mean or sum (0 if N is 0).
+        The losses [N] in [0, 2], or their mean or sum (0 if N is 0).
 
     Raises:
-        ValueError: if ``reduction`` is unknown or the boxes are not paired.
+        ValueError: if ``reduction`` is unknown or the boxes' shapes differ or aren't [N, 4].
     """
     boxes1, boxes2 = _box_pair(boxes1, boxes2)
     inter, union = _intersection_and_union(boxes1, boxes2)
@@ -82,15 +83,15 @@ def distance_box_iou_loss(
 
     Args:
         boxes1: [N, 4] xyxy, in any unit.
-        boxes2: [N, 4] xyxy, the partner of each, in the same unit.
+        boxes2: [N, 4] xyxy, in the same unit; row i is paired with row i of ``boxes1``.
         reduction: "none", "mean" or "sum".
         eps: added to the denominators.
 
     Returns:
-        [N] in [0, 2], or their mean or sum (0 if N is 0).
+        The losses [N] in [0, 2], or their mean or sum (0 if N is 0).
 
     Raises:
-        ValueError: if ``reduction`` is unknown or the boxes are not paired.
+        ValueError: if ``reduction`` is unknown or the boxes' shapes differ or aren't [N, 4].
     """
     boxes1, boxes2 = _box_pair(boxes1, boxes2)
     return _reduce(_distance_loss(boxes1, boxes2, eps)[0], reduction, empty_mean=0.0)
@@ -103,17 +104,17 @@ def complete_box_iou_loss(
 
     Args:
         boxes1: [N, 4] xyxy, in any unit.
-        boxes2: [N, 4] xyxy, the partner of each, in the same unit.
+        boxes2: [N, 4] xyxy, in the same unit; row i is paired with row i of ``boxes1``.
         reduction: "none", "mean" or "sum".
-        eps: added to the denominator of the weight of the aspect term. As in torchvision it does not
-            reach the other denominators, which have 1e-7.
+        eps: added to the denominator of the aspect term's weight. As in torchvision, the other denominators
+            have 1e-7 whatever ``eps`` is.
 
     Returns:
-        [N], or their mean or sum (0 if N is 0). NaN, with a gradient of 0 in the aspect term, for a box of
-        neither width nor height.
+        The losses [N], or their mean or sum (0 if N is 0). NaN for a box of neither width nor height, where the
+        gradient of the aspect term is 0.
 
     Raises:
-        ValueError: if ``reduction`` is unknown or the boxes are not paired.
+        ValueError: if ``reduction`` is unknown or the boxes' shapes differ or aren't [N, 4].
     """
     boxes1, boxes2 = _box_pair(boxes1, boxes2)
     loss, iou = _distance_loss(boxes1, boxes2, 1e-7)
@@ -132,7 +133,7 @@ def smooth_l1_loss(
         reduction: "none", "mean" or "sum".
 
     Returns:
-        The losses, of the same shape, or their mean or sum (the mean of none is NaN).
+        The losses, of the same shape, or their mean or sum (the mean of an empty array is NaN).
 
     Raises:
         ValueError: if ``beta`` is negative, ``reduction`` unknown, or the shapes differ.
@@ -160,7 +161,7 @@ def binary_cross_entropy_with_logits(
         reduction: "none", "mean" or "sum".
 
     Returns:
-        The losses, of the same shape, or their mean or sum (the mean of none is NaN).
+        The losses, of the same shape, or their mean or sum (the mean of an empty array is NaN).
 
     Raises:
         ValueError: if ``reduction`` is unknown or the shapes differ.
@@ -181,11 +182,11 @@ def cross_entropy(
     Args:
         input: [N, k] logits. The classes are the last axis (torch's are the second).
         target: [N] integer classes, 0..k-1.
-        ignore_index: class of the rows to leave out: their loss is 0 and the mean does not count them.
+        ignore_index: class of the rows to ignore: they have a loss of 0 and don't count in the mean.
         reduction: "none", "mean" or "sum".
 
     Returns:
-        [N], or their mean or sum (the mean of none is NaN).
+        The losses [N], or their mean or sum (the mean of no counted row is NaN).
 
     Raises:
         ValueError: if ``reduction`` is unknown or the shapes don't fit.
@@ -204,7 +205,7 @@ def cross_entropy(
 
 
 def _power(base: jax.Array, exponent: float) -> jax.Array:
-    """``base ** exponent`` whose gradient is finite at 0 for exponents below 1 as well."""
+    """``base ** exponent`` with a gradient that is finite at 0, for exponents below 1 too."""
     if exponent == int(exponent):
         return base ** int(exponent)
     zero = base == 0
@@ -253,6 +254,6 @@ def _reduce(loss: jax.Array, reduction: str, empty_mean: float | None = None) ->
     if reduction == "sum":
         return jnp.sum(loss)
     if reduction == "mean":
-        # torchvision's box losses average nothing to 0, the others to NaN
+        # as in torchvision, the mean of an empty array is 0 for box losses and NaN for the others
         return jnp.mean(loss) if loss.size or empty_mean is None else jnp.asarray(empty_mean, loss.dtype)
     raise ValueError(f'reduction must be "none", "mean" or "sum", found {reduction!r}')

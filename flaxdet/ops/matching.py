@@ -26,29 +26,30 @@ def match(
     valid_gt: Bool[ArrayLike, " G"] | None = None,
     valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Int[Array, " N"]:
-    """Matches each prediction to the ground truth that it overlaps most, if by enough.
+    """Matches each prediction to the ground truth with the highest IoU, if the IoU is high enough.
 
-    Reproduces ``torchvision.models.detection._utils.Matcher``. Thresholds are compared in the dtype of
-    ``iou``, and the first ground truth wins a tie, as there.
+    Reproduces ``torchvision.models.detection._utils.Matcher``. As in torchvision, thresholds are compared in the
+    dtype of ``iou``, and the first ground truth wins a tie.
 
     Args:
-        iou: [G, N], the overlap of every ground truth with every prediction.
-        high_threshold: matched from here on.
-        low_threshold: not matched below; between the two the prediction is to be ignored.
-        allow_low_quality_matches: match, whatever the overlap, those predictions too that are the best
-            (or tie for it) of some ground truth.
+        iou: [G, N], the IoU of every ground truth with every prediction.
+        high_threshold: a prediction whose highest IoU is at least this is matched.
+        low_threshold: a prediction whose highest IoU is below this is background; between the two thresholds it
+            is ignored.
+        allow_low_quality_matches: if True, also matches every prediction that has the highest IoU with some
+            ground truth (ties included), however low this IoU is.
         valid_gt: [G], False for padding. Default: all are valid.
         valid: [N], False for predictions that don't count, such as anchors outside the image's canvas.
             Default: all are valid.
 
     Returns:
-        [N] int32: the index of the ground truth, or -1 (``BELOW_LOW_THRESHOLD``, background) or -2
-        (``BETWEEN_THRESHOLDS``, to be ignored, which predictions that are not valid are too). Without valid
-        ground truth, where torchvision raises, every valid prediction is background.
+        [N] int32: the index of the ground truth, -1 (``BELOW_LOW_THRESHOLD``, background) or -2
+        (``BETWEEN_THRESHOLDS``, ignored; also for predictions that are not valid). Without valid ground truth,
+        where torchvision raises, every valid prediction is background.
 
     Raises:
-        ValueError: if ``low_threshold`` exceeds ``high_threshold``, ``iou`` is not a matrix, or a mask's shape doesn't
-            fit it.
+        ValueError: if ``low_threshold`` exceeds ``high_threshold``, ``iou`` is not a matrix, or a mask doesn't fit the
+            shape of ``iou``.
         TypeError: if a mask is not boolean.
     """
     if low_threshold > high_threshold:
@@ -64,8 +65,8 @@ def match(
     if not (count_gt and count):
         return jnp.where(valid, BELOW_LOW_THRESHOLD, BETWEEN_THRESHOLDS).astype(jnp.int32)
 
-    # -1 and not 0: a ground truth that no anchor overlaps makes, under the low-quality rule, every anchor of
-    # IoU 0 a match, to whichever ground truth it overlaps most, and that must not be padding
+    # -1 and not 0: if no anchor overlaps some ground truth, the low-quality rule matches every anchor whose IoU with
+    # that ground truth is 0. Such an anchor takes the ground truth of its highest IoU, which must not be padding.
     real = valid_gt[:, None] & valid[None, :]
     iou = jnp.where(real, iou, jnp.array(-1, iou.dtype))
     best_gt = jnp.argmax(iou, axis=0).astype(jnp.int32)
@@ -87,25 +88,25 @@ def fcos_match(
     valid_gt: Bool[ArrayLike, " G"] | None = None,
     valid: Bool[ArrayLike, " N"] | None = None,
 ) -> Int[Array, " N"]:
-    """FCOS's assignment: each location predicts the smallest box that it is right for.
+    """FCOS's assignment: each location predicts the smallest box among its candidates.
 
-    A location is right for a box if it lies strictly inside it and near its centre (within
-    ``center_sampling_radius`` anchor sizes in x and in y), and if the farthest side is between 4 and 8
-    anchor sizes away; the first level takes smaller boxes too, and the last larger ones. Reproduces the
-    first half of ``torchvision.models.detection.FCOS.compute_loss``.
+    A box is a candidate of a location if the location lies strictly inside the box and near the centre of the
+    box (within ``center_sampling_radius`` anchor sizes in x and in y), and if the farthest side of the box is
+    between 4 and 8 anchor sizes away. The first level has no lower limit, and the last level no upper one.
+    Reproduces the first half of ``torchvision.models.detection.FCOS.compute_loss``.
 
     Args:
         anchors: [N, 4] xyxy in pixels, all levels one after another; only centre and width count.
         boxes: [G, 4] xyxy in pixels of the same image, the ground truth.
-        num_anchors_per_level: static; its first and last numbers are the anchors of the levels that have
-            no lower and no upper limit. Where levels are padded, padding counts.
+        num_anchors_per_level: static number of anchors of each level, including padding. The first number tells
+            which anchors have no lower limit, and the last which have no upper limit.
         center_sampling_radius: in anchor sizes.
         valid_gt: [G], False for padding. Default: all are valid.
         valid: [N], False for anchors outside the image's canvas. Default: all are valid.
 
     Returns:
-        [N] int32: the index of the box, or -1. Areas are compared as ``1e8 - area`` in the boxes' dtype, as
-        in torchvision (in float32, 5000 and 5003 tie); the first box wins a tie.
+        [N] int32: the index of the box, or -1 for none. As in torchvision, areas are compared as ``1e8 - area`` in
+        the boxes' dtype (in float32, 5000 and 5003 tie), and the first box wins a tie.
 
     Raises:
         ValueError: if shapes don't fit, or the levels don't add up to N.

@@ -3,8 +3,8 @@
 Letters: ``N`` boxes, ``H, W`` rows and columns of a feature map, ``C`` channels, ``L`` levels, ``h, w`` rows
 and columns of the output, ``S`` samples per bin along one side.
 
-How it works. All levels lie end to end in one array, so that a box's level is only an offset and a row
-length; ``flaxdet.ops.bilinear`` takes it from there, forwards and backwards.
+How it works. The pixels of all levels lie end to end in one array, so that a level is only an offset and a row
+length. ``flaxdet.ops.bilinear`` computes the samples and their gradient.
 """
 
 from __future__ import annotations
@@ -35,38 +35,38 @@ def roi_align(
     """Averages bilinear samples of ``features`` over a grid of bins inside each box.
 
     Reproduces ``torchvision.ops.roi_align`` for one image. A sample more than one pixel outside the feature
-    map counts as 0; nearer ones take the border's value. A box with a NaN coordinate gives 0 (torchvision
-    reads arbitrary memory). Works under ``jit`` and ``vmap``; the gradient flows to ``features`` only.
+    map counts as 0; a sample at most one pixel outside takes the border's value. A box with a NaN coordinate gives
+    0 (torchvision reads arbitrary memory). Works under ``jit`` and ``vmap``; the gradient flows to ``features`` only.
 
     Args:
         features: [H, W, C] of one image.
-        boxes: [N, 4] xyxy in absolute pixels of the image. Coordinates are computed in their dtype, in
-            float32 at least.
+        boxes: [N, 4] xyxy in absolute pixels of the image. Coordinates are computed in the dtype of ``boxes``,
+            in float32 at least.
         output_size: (h, w), or one int for both.
         spatial_scale: pixels of ``features`` per pixel of the image. May be traced.
         sampling_ratio: S, samples per bin along each side, 1 or more. Must be given.
-        aligned: if True, shifts by half a pixel, so that a box of exactly one feature pixel samples that
-            pixel's centre, and lifts the smallest box of one feature pixel (torchvision's, Detectron2's
-            ``aligned``).
-        extent: (rows, columns) of ``features`` that count, default (H, W): the result is as if the rest had
-            been cut off. May be traced.
+        aligned: if True, shifts boxes by half a pixel, so that a box of exactly one feature pixel samples the
+            centre of that pixel; boxes may then be smaller than one feature pixel (``aligned`` of torchvision
+            and Detectron2).
+        extent: (rows, columns) of ``features`` to use, default (H, W): the result is the same as if the map were
+            cropped to them. May be traced.
 
     Returns:
         [N, h, w, C] in the dtype of ``features``; sums are computed in float32 at least.
 
     Raises:
         ValueError: if a shape does not fit, or ``sampling_ratio`` is not positive (torchvision then
-            chooses the number of samples by the data, which a static program can't).
+            computes the number of samples from the size of each box, which has no static shape).
         TypeError: if ``sampling_ratio`` is not given, or ``features`` or ``boxes`` are not floating point.
     """
     maps, boxes = _checked("roi_align", (features,), boxes)
     size = _output_size("roi_align", output_size, sampling_ratio)
     scale = jnp.asarray(spatial_scale, boxes.dtype)[None]
-    counted = None if extent is None else jnp.asarray(extent)[None]
-    if counted is not None and counted.shape != (1, 2):
-        raise ValueError(f"roi_align: extent must be (rows, columns), got shape {list(counted.shape[1:])}")
+    extents = None if extent is None else jnp.asarray(extent)[None]
+    if extents is not None and extents.shape != (1, 2):
+        raise ValueError(f"roi_align: extent must be (rows, columns), got shape {list(extents.shape[1:])}")
     level = jnp.zeros(boxes.shape[0], jnp.int32)
-    return _align(maps, boxes, level, scale, counted, size=size, samples=sampling_ratio, aligned=aligned)
+    return _align(maps, boxes, level, scale, extents, size=size, samples=sampling_ratio, aligned=aligned)
 
 
 def multiscale_roi_align(
@@ -80,11 +80,11 @@ def multiscale_roi_align(
     canonical_level: int = 4,
     extents: Sequence[Sequence[int]] | Int[Array, "L 2"] | None = None,
 ) -> Float[Array, "N h w C"]:
-    """RoIAlign of each box on the pyramid level that suits its size.
+    """RoIAlign of each box on the pyramid level that suits the size of the box.
 
     Reproduces ``torchvision.ops.MultiScaleRoIAlign`` for one image, given the levels' scales (torchvision
-    infers them from the first images it sees); ``assign_levels`` tells which level a box takes. With more
-    than one level, a box whose area is negative or NaN belongs to none and gives 0, as in torchvision.
+    infers the scales from the first images it sees); ``assign_levels`` chooses the level of a box. With more
+    than one level, a box whose area is negative or NaN belongs to no level and gives 0, as in torchvision.
 
     Args:
         features: L feature maps [H_l, W_l, C], finest first.
@@ -92,9 +92,9 @@ def multiscale_roi_align(
         output_size: (h, w), or one int for both.
         scales: [L] pixels of each level per pixel of the image: 1/4, 1/8, ... May be traced, per image.
         sampling_ratio: S, samples per bin along each side, 1 or more. Must be given.
-        canonical_scale: side in pixels of the box that takes ``canonical_level``.
-        canonical_level: -log2 of the scale of the level that such a box takes.
-        extents: [L, 2] (rows, columns) of each level that count, default all. May be traced.
+        canonical_scale: side in pixels of a square box that is pooled from ``canonical_level``.
+        canonical_level: -log2 of the scale of that level.
+        extents: [L, 2] (rows, columns) of each level to use, default all. May be traced.
 
     Returns:
         [N, h, w, C] in the dtype of ``features``.
@@ -119,7 +119,7 @@ def multiscale_roi_align(
     if len(maps) == 1:
         return align(maps, boxes, jnp.zeros(boxes.shape[0], jnp.int32), scale, extent)
     levels = assign_levels(boxes, scale, canonical_scale=canonical_scale, canonical_level=canonical_level)
-    # NaN coordinates sample nothing, so a box without a level comes out as 0.
+    # Samples at NaN have no weight, so a box without a level gives 0.
     boxes = jnp.where(_area(boxes)[:, None] >= 0, boxes, jnp.nan)
     return align(maps, boxes, levels, scale, extent)
 
@@ -134,15 +134,15 @@ def assign_levels(
     """The pyramid level that each box is pooled from.
 
     Reproduces torchvision's ``LevelMapper``: ``floor(canonical_level + log2(sqrt(area) / canonical_scale) +
-    1e-6)``, clipped to the levels there are, which are taken to lie a factor of 2 apart. In float32 the area
-    is compared with the very numbers at which torchvision's rounded formula changes, since logarithms differ
-    between backends; in float64 the formula itself is used.
+    1e-6)``, clipped to the levels of the pyramid, whose scales must be a factor of 2 apart. Logarithms in float32
+    differ between backends, so in float32 ``sqrt(area)`` is compared with the exact values at which torchvision's
+    rounded formula steps. In float64 the formula itself is computed.
 
     Args:
         boxes: [N, 4] xyxy in absolute pixels of the image.
         scales: [L] pixels of each level per pixel of the image, finest first. May be traced.
-        canonical_scale: side in pixels of the box that takes ``canonical_level``.
-        canonical_level: -log2 of the scale of the level that such a box takes.
+        canonical_scale: side in pixels of a square box that is pooled from ``canonical_level``.
+        canonical_level: -log2 of the scale of that level.
 
     Returns:
         [N] int32 in [0, L - 1]; 0 for a box whose area is negative or NaN.
@@ -150,7 +150,7 @@ def assign_levels(
     boxes = lax.stop_gradient(jnp.asarray(boxes))
     boxes = boxes.astype(compute_dtype(boxes.dtype))
     scale = lax.stop_gradient(jnp.asarray(scales, boxes.dtype))
-    # Truncated as torchvision does, but a power of two may come out an ulp off its integer.
+    # Truncated as in torchvision, except that the logarithm of a power of two, which may be an ulp off, is rounded.
     exponents = -jnp.log2(scale[jnp.array([0, -1])])
     nearest = jnp.round(exponents)
     exponents = jnp.where(jnp.abs(exponents - nearest) < 1e-4, nearest, jnp.trunc(exponents))
@@ -172,23 +172,23 @@ def _level_thresholds(canonical_scale: float, canonical_level: int, reach: int =
     """The float32 sides at which torchvision's float32 formula steps to the next level.
 
     Returns:
-        The level that begins at the first of them, and the [2 * reach + 1] ascending sides, one for each
-        level from ``canonical_level - reach`` to ``canonical_level + reach``.
+        The number of the lowest level, ``canonical_level - reach``, and the [2 * reach + 1] ascending sides at which
+        the levels from ``canonical_level - reach`` to ``canonical_level + reach`` begin.
     """
-    wanted = np.arange(canonical_level - reach, canonical_level + reach + 1)
+    numbers = np.arange(canonical_level - reach, canonical_level + reach + 1)
 
-    def level(side):  # every step rounded to float32, as torch does; the logarithm correctly rounded
+    def level(side):  # every step is rounded to float32, as in torch; the logarithm is correctly rounded
         ratio = (side / np.float32(canonical_scale)).astype(np.float64)
         return np.floor(np.float32(canonical_level) + np.log2(ratio).astype(np.float32) + np.float32(1e-6))
 
-    # Bisection on the bits of a float, which are in the order of the (positive) floats.
-    middle = (canonical_scale * 2.0 ** (wanted - canonical_level)).astype(np.float32)
+    # Bisection on the bits: positive floats and their bits as integers have the same order.
+    middle = (canonical_scale * 2.0 ** (numbers - canonical_level)).astype(np.float32)
     low, high = ((middle * np.float32(factor)).view(np.int32) for factor in (0.75, 1.25))
     while np.any(high - low > 1):
         half = low + (high - low) // 2
-        reached = level(half.view(np.float32)) >= wanted
+        reached = level(half.view(np.float32)) >= numbers
         low, high = np.where(reached, low, half), np.where(reached, half, high)
-    return int(wanted[0]), high.view(np.float32)
+    return int(numbers[0]), high.view(np.float32)
 
 
 def _area(boxes):

@@ -1,4 +1,4 @@
-"""Random choice of the anchors or proposals of one image that training looks at."""
+"""Random sampling of the anchors or proposals of one image that the losses are computed from."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from numpy.typing import ArrayLike
 def balanced_sample(
     key: jax.Array, labels: Int[ArrayLike, " N"], batch_size: int, positive_fraction: float
 ) -> tuple[Bool[Array, " N"], Bool[Array, " N"]]:
-    """Chooses positives up to a share of the batch, and fills it with negatives, both uniformly at random.
+    """Samples positives, up to a fraction of ``batch_size``, and fills up with negatives, uniformly at random.
 
     Reproduces ``torchvision.models.detection._utils.BalancedPositiveNegativeSampler``.
 
     Args:
         key: a JAX random key; equal keys choose equally.
         labels: [N] integers: -1 or less to be ignored, 0 negative, 1 and more positive.
-        batch_size: most elements to choose, static.
-        positive_fraction: in [0, 1], static; at most ``int(batch_size * positive_fraction)`` are positives.
+        batch_size: largest number of elements to choose, static.
+        positive_fraction: in [0, 1], static; at most ``int(batch_size * positive_fraction)`` positives are chosen.
 
     Returns:
-        Two masks [N], the chosen positives and the chosen negatives. Where too few are available, all are
-        chosen; positives don't fill up for missing negatives.
+        Two masks [N], the chosen positives and the chosen negatives. If too few are available, all are
+        chosen; missing negatives are not replaced with positives.
 
     Raises:
-        ValueError: if ``batch_size`` is negative ``positive_fraction`` not in [0, 1], or labels no vector.
+        ValueError: if ``batch_size`` is negative, ``positive_fraction`` is not in [0, 1], or ``labels`` is no vector.
     """
     if batch_size < 0:
         raise ValueError(f"batch_size must not be negative, found {batch_size!r}")
@@ -44,13 +44,13 @@ def balanced_sample(
 
 
 def _choose(key: jax.Array, candidates: jax.Array, count: jax.Array, most: int) -> jax.Array:
-    """A uniformly random subset of the candidates: ``count`` of them, or all; ``count <= most``, static."""
+    """Mask of ``count`` candidates chosen uniformly at random, or of all if fewer; ``most`` is a static bound."""
     n = len(candidates)
     most = min(most, n)
     if not most:
         return jnp.zeros(n, bool)
-    # top_k of random numbers rather than a permutation: N is 250,000 anchors, `most` 256. With 31 bits a tie
-    # at the very cut happens once in thousands of draws, and then decides between two elements
+    # top_k of random numbers rather than a permutation: N is 250,000 anchors, `most` is 256. With 31 bits, a tie
+    # at the cut happens once in thousands of draws, and then concerns two elements only
     ticket = (jax.random.bits(key, (n,), jnp.uint32) >> 1).astype(jnp.int32)
     ticket, index = jax.lax.top_k(jnp.where(candidates, ticket, -1), most)
     chosen = (ticket >= 0) & (jnp.arange(most, dtype=jnp.int32) < count)

@@ -1,1 +1,1 @@
-"""What is done with detections: pictures, and rows of other libraries."""
+"""Uses of detections: pictures, and the formats of other libraries."""

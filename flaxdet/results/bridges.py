@@ -1,4 +1,4 @@
-"""Detections as other libraries hold them. Each library is imported only when it is asked for."""
+"""Detections in the formats of other libraries. A library is imported only by the function that needs it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def to_supervision(found: Mapping[str, Any], categories: Sequence[str] | None = 
     """One image's detections as ``supervision.Detections``, for its annotators, trackers and counters.
 
     Args:
-        found: what ``predict`` gives for an image: {"boxes": [N, 4] xyxy in pixels of the image, "scores": [N] in
+        found: the result of ``predict`` for an image: {"boxes": [N, 4] xyxy in pixels of the image, "scores": [N] in
             [0, 1], "labels": [N]}.
-        categories: name of each label, label 0 first; they are given as ``data["class_name"]``.
+        categories: name of each label, label 0 first, for ``data["class_name"]``.
 
     Returns:
         ``supervision.Detections`` with ``xyxy`` [N, 4] and ``confidence`` [N] float32, ``class_id`` [N] int64 and,
-        with ``categories``, ``data["class_name"]`` [N]; in the order given.
+        with ``categories``, ``data["class_name"]`` [N]; in the order of ``found``.
 
     Raises:
-        ImportError: if supervision is missing.
-        ValueError: if ``found`` lacks one of the three, their lengths differ, or a label has no name.
+        ImportError: if supervision is not installed.
+        ValueError: if ``found`` lacks one of the three arrays, lengths differ, or a label has no name.
     """
     try:
         import supervision

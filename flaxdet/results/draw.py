@@ -32,21 +32,21 @@ def draw_detections(
     line_width: int | None = None,
     font_size: int | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Draws boxes in one colour a class, each with its class and score.
+    """Draws boxes with a caption of class and score, in one colour per class.
 
     Args:
         image: [H, W, 3] uint8 RGB; it is not changed.
-        detection: {"boxes": [N, 4] xyxy in pixels of the image, "labels": [N] integers, and, if there are
-            any, "scores": [N]}, as ``flaxdet.predict`` returns them. Boxes may reach beyond the image; those
-            that are not finite are left out.
-        categories: names by label, a sequence or a mapping. Default, and for labels beyond it: "class 7".
-        score_threshold: draw only what scores at least this.
+        detection: {"boxes": [N, 4] xyxy in pixels of the image, "labels": [N] integers, and optionally
+            "scores": [N]}, as ``flaxdet.predict`` returns them. Boxes may reach beyond the image; boxes with a
+            coordinate that is not finite are left out.
+        categories: names by label, a sequence or a mapping. A label without a name is captioned "class 7".
+        score_threshold: draw only detections with at least this score.
         line_width: in pixels. Default: grows with the image.
         font_size: in pixels. Default: grows with the image.
 
     Returns:
-        [H, W, 3] uint8, the picture. Captions stay inside it and don't hide each other: where there is no
-        room for all, the lower scores get none.
+        [H, W, 3] uint8, the picture. Captions stay inside the picture and don't hide each other: if there is no
+        room for all, the detections with the lowest scores get no caption.
 
     Raises:
         ValueError: if ``image`` is no uint8 [H, W, 3], or boxes, labels and scores don't fit each other.
@@ -77,11 +77,11 @@ def draw_detections(
     limit = np.array([width, height, width, height])
     corners = np.clip(boxes, 0, limit)
     frames = {i: _frame(corners[i], width, height) for i in order}
-    for i in order[::-1]:  # the best last, on top
+    for i in order[::-1]:  # the best is drawn last, on top
         _draw_frame(canvas, frames[i], _colour(int(labels[i])), line)
 
     taken: list[_Rectangle] = []
-    for i in order:  # the best first: it chooses its place
+    for i in order:  # the best is placed first, where there is most room
         label = int(labels[i])
         text = _name(label, categories)
         text, size = _fit(canvas, text if scores is None else f"{text} {scores[i]:.2f}", font, width)
@@ -98,15 +98,15 @@ def draw_detections(
 def side_by_side(
     left: UInt8[np.ndarray, "H W 3"], right: UInt8[np.ndarray, "H W 3"], titles: tuple[str, str]
 ) -> UInt8[np.ndarray, "H2 W2 3"]:
-    """Two pictures next to each other on white, each under its title.
+    """Two pictures next to each other on white, each under a title.
 
     Args:
         left: [H, W, 3] uint8 RGB.
-        right: the same; sizes may differ, both are put at the top.
-        titles: one for each; shortened if it is wider than its picture.
+        right: [H, W, 3] uint8 RGB, of any size; aligned with the top of ``left``.
+        titles: of ``left`` and ``right``; a title that is wider than its picture is shortened.
 
     Returns:
-        uint8 RGB: as high as the higher picture and the titles, as wide as both and a gap.
+        uint8 RGB: as high as the higher picture and the titles, as wide as the two pictures and a gap.
     """
     height = max(left.shape[0], right.shape[0])
     size = _default_font_size(height, max(left.shape[1], right.shape[1]))
@@ -124,7 +124,7 @@ def side_by_side(
 
 
 def _default_font_size(height: int, width: int) -> int:
-    # below 9 pixels letters are no longer letters, however small the picture
+    # letters below 9 pixels can't be read, however small the picture is
     return max(9, min(round((height + width) / 90), round(min(height, width) / 12)))
 
 
@@ -133,8 +133,8 @@ def _font(size: int) -> Any:
 
 
 def _colour(label: int) -> Colour:
-    # steps of the golden ratio keep the hues of neighbouring labels apart. They come round after 13, 21, 34, 55
-    # labels, of which 4 divides none, so four kinds of brightness tell those apart
+    # Steps of the golden ratio keep the hues of neighbouring labels apart. Hues nearly repeat after 13, 21, 34 or 55
+    # labels. 4 divides none of these numbers, so four pairs of saturation and value tell such labels apart.
     hue = (0.02 + label * 0.6180339887) % 1
     saturation, value = ((0.85, 1.0), (0.5, 1.0), (0.95, 0.75), (0.65, 0.87))[label % 4]
     r, g, b = colorsys.hsv_to_rgb(hue, saturation, value)
@@ -155,7 +155,7 @@ def _name(label: int, categories: Sequence[str] | Mapping[int, str] | None) -> s
 
 
 def _frame(corners: np.ndarray, width: int, height: int) -> _Rectangle:
-    """A box in whole pixels inside the picture, at least one pixel wide and high."""
+    """The box in whole pixels inside the picture, at least one pixel wide and high."""
     x1, x2 = sorted((round(corners[0]), round(corners[2])))
     y1, y2 = sorted((round(corners[1]), round(corners[3])))
     x1, y1 = min(x1, width - 1), min(y1, height - 1)
@@ -167,23 +167,22 @@ def _draw_frame(canvas: ImageDraw.ImageDraw, frame: _Rectangle, colour: Colour, 
 
 
 def _fit(canvas: ImageDraw.ImageDraw, text: str, font: Any, width: int) -> tuple[str, tuple[float, float]]:
-    """The text, its middle left out where it is wider than the picture, and its size with a margin."""
+    """The text, shortened in the middle if it is wider than the picture, and the size of the text with a margin."""
     ascent, descent = font.getmetrics()
     margin = max(2, round(font.size / 4))
     short = text
-    for kept in range(len(text) - 1, 0, -1):
+    for length in range(len(text) - 1, 0, -1):
         if canvas.textlength(short, font=font) + 2 * margin <= width:
             break
-        # the end of a caption is its score
-        tail = min(kept // 2, 5)
-        short = f"{text[: kept - tail]}…{text[len(text) - tail :]}"
+        tail = min(length // 2, 5)  # the score, at the end of a caption, stays
+        short = f"{text[: length - tail]}…{text[len(text) - tail :]}"
     return short, (round(canvas.textlength(short, font=font)) + 2 * margin, ascent + descent + 2)
 
 
 def _place(
     frame: _Rectangle, size: tuple[float, float], picture: tuple[int, int], taken: list[_Rectangle]
 ) -> _Rectangle | None:
-    """Where a caption goes: above its box, else inside at the top, below, inside at the bottom, or nowhere."""
+    """The free place of a caption: above the box, inside at the top, below, or inside at the bottom; else None."""
     w, h = size
     width, height = picture
     for y in (frame.y1 - h, frame.y1, frame.y2, frame.y2 - h):

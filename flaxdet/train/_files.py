@@ -1,4 +1,4 @@
-"""What the files of a run have in common: JSON written whole or not at all, options compared, errors in one line."""
+"""Helpers for the files of a run: atomic writes of JSON, comparison of options, errors in one line."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from typing import Any
 
 from flaxdet.files.checkpoint import CheckpointError, CheckpointFileError, one_line, replacing
 
-_OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")  # how tensorstore words what the system answered
-_LONGEST = 500  # characters of an error that is somebody else's
+_OS_ERROR_CODE = re.compile(r"os_error_code='(\d+)'")  # the operating system's error in a message of tensorstore
+_MAX_LENGTH = 500  # characters of another library's message in an error
 
 
 def as_json(value: Any, name: str) -> Any:
-    """A value as it would come back from JSON: tuples as lists, keys as text.
+    """The value after a round trip through JSON: tuples as lists, keys as text.
 
     Raises:
-        TypeError: naming the argument, if JSON cannot hold it.
+        TypeError: naming the argument, if JSON cannot hold the value.
     """
     try:
         return json.loads(json.dumps(value))
@@ -32,13 +32,13 @@ def as_json(value: Any, name: str) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes or replaces a JSON file at once."""
+    """Writes or replaces a JSON file atomically."""
     with replacing(path) as file:
         file.write(json.dumps(value, indent=1).encode() + b"\n")
 
 
 def differences(old: Any, new: Any) -> list[str]:
-    """The options in which two configurations differ, each with both values; nested ones joined by dots."""
+    """The options in which two configurations differ, with old and new values; names of nested options have dots."""
     before, after = _flatten(old), _flatten(new)
 
     def shown(values: dict[str, Any], name: str) -> str:
@@ -62,74 +62,74 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def explain(what: str, error: Exception) -> Exception:
-    """An error in one line: an OSError with its ``errno`` where the system refused something, else a ValueError.
+    """An error in one line: an OSError with ``errno`` if the operating system refused something, else a ValueError.
 
     Args:
         what: the beginning of the line.
-        error: the cause; tensorstore's ValueErrors give the system's code in their text.
+        error: the cause; a ValueError of tensorstore has the operating system's code in the message.
     """
     code = getattr(error, "errno", None) or getattr(error.__cause__, "errno", None)
-    if code is None and (found := _OS_ERROR_CODE.search(str(error))):
-        code = int(found[1])
+    if code is None and (match := _OS_ERROR_CODE.search(str(error))):
+        code = int(match[1])
     if code is None:
         kind = CheckpointFileError if isinstance(error, OSError) else CheckpointError
-        return kind(one_line(f"{what}: {error}"[:_LONGEST]))
+        return kind(one_line(f"{what}: {error}"[:_MAX_LENGTH]))
     explained = CheckpointFileError(one_line(f"{what}: {os.strerror(code)}"))
     explained.errno = code
     return explained
 
 
 def import_orbax() -> tuple[Any, Any]:
-    """Orbax and a context to save in.
+    """Imports orbax, and makes a context for saving.
 
     Raises:
-        ImportError: if it is missing.
+        ImportError: if orbax is not installed.
     """
     try:
         from orbax.checkpoint import v1
     except ImportError as error:
         raise ImportError("checkpoints of training need orbax: pip install 'flaxdet[train]'") from error
     context = v1.Context()
-    # made in the background, folders that can't be made (disk full) leave threads that wait 20 minutes for them
+    # If a folder can't be made in the background (disk full), orbax's threads wait 20 minutes for it.
     context.asynchronous.create_directories_asynchronously = False
     return v1, context
 
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Holds back a Ctrl-C until the end of the block. In the main thread; others don't get it anyway."""
+    """Delays a Ctrl-C until the end of the block. Only in the main thread, since no other receives it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    held: list[tuple[int, Any]] = []
-    usual = signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    delayed: list[tuple[int, Any]] = []
+    handler = signal.signal(signal.SIGINT, lambda number, frame: delayed.append((number, frame)))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, usual if usual is not None else signal.SIG_DFL)
-        if held and callable(usual):
-            usual(*held[0])
+        signal.signal(signal.SIGINT, handler if handler is not None else signal.SIG_DFL)
+        if delayed and callable(handler):
+            handler(*delayed[0])
 
 
 class QuietOrbax(logging.Filter):
-    """Keeps orbax's log off the screen: a save that fails fills it with pages, and is raised as an error anyway.
+    """Hides orbax's log: a failed save would fill the screen, although it is raised as an error too.
 
-    Whoever has asked absl for its details (level INFO) gets them.
+    With absl's logger at level INFO or below, orbax's log is shown.
     """
 
-    loggers = tuple(logging.getLogger(name) for name in ("absl", "asyncio"))  # through which orbax speaks
+    loggers = tuple(logging.getLogger(name) for name in ("absl", "asyncio"))  # the loggers that orbax uses
 
     def start(self) -> None:
-        """From here on."""
+        """Starts hiding."""
         for logger in self.loggers:
             logger.addFilter(self)
 
     def stop(self) -> None:
-        """Until here."""
+        """Stops hiding."""
         for logger in self.loggers:
             logger.removeFilter(self)
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Whether a record is shown."""
-        asked = logging.getLogger("absl").getEffectiveLevel() <= logging.INFO
-        return asked or f"{os.sep}orbax{os.sep}" not in record.pathname
+        verbose = logging.getLogger("absl").getEffectiveLevel() <= logging.INFO
+        return verbose or f"{os.sep}orbax{os.sep}" not in record.pathname

@@ -1,6 +1,6 @@
-"""Pytrees as checkpoints store them: nested dicts of arrays, whatever containers they had.
+"""Pytrees as checkpoints store them: nested dicts of arrays, whatever the containers were.
 
-So a stored state does not depend on classes of optax or flaxdet, and every leaf has a name to be told by.
+So a stored state does not depend on classes of optax or flaxdet, and every leaf has a name for error messages.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import jax
 import numpy as np
 
 Tree = TypeVar("Tree")
-_SHOWN = 3  # of each kind of difference in an error
+_MAX_NAMED = 3  # leaves that an error names for each kind of difference
 
 
 def to_nested(tree: Any) -> dict[str, Any]:
     """A pytree as nested dicts: {"params": {...}, "opt_state": {"0": {"trace": ...}}, ...}.
 
     Args:
-        tree: of jax or numpy arrays. Those of size 0 are left out: there is nothing to store.
+        tree: pytree of jax or numpy arrays. Arrays of size 0 are left out.
 
     Returns:
-        The same arrays in nested dicts whose keys are field names, dict keys and indices as text.
+        The arrays in nested dicts whose keys are field names, dict keys and indices as text.
 
     Raises:
         TypeError: if a leaf is no array.
@@ -39,55 +39,56 @@ def to_nested(tree: Any) -> dict[str, Any]:
 
 
 def from_nested(nested: Any, template: Tree) -> Tree:
-    """The pytree that ``to_nested`` took apart.
+    """The pytree of nested dicts; the inverse of ``to_nested``.
 
     Args:
         nested: nested dicts of numpy arrays, of the structure of the template (``check_structure``).
         template: pytree of arrays or ``jax.ShapeDtypeStruct``.
 
     Returns:
-        A pytree like the template, its leaves placed as the template's are: with their sharding, as numpy, or, where
-        there is no sharding or the array is not committed to its device, on the default device and not committed.
+        A pytree like the template. Where the template has a numpy array, the result has one too; other leaves have the
+        sharding of the template's leaf. If that leaf has no sharding, or is not committed to a device, the result is on
+        the default device, not committed.
 
     Raises:
-        ValueError: if a leaf has 64 bits and jax does not.
+        ValueError: if a leaf has 64 bits, and jax has no 64-bit types on.
     """
     placed = [_place(_lookup(nested, parts, leaf), parts, leaf) for parts, leaf in _leaves(template)]
     return jax.tree.unflatten(jax.tree.structure(template), placed)
 
 
 def numpy_template(metadata: Any) -> Any:
-    """What makes orbax restore arrays as numpy, with the shapes and dtypes of their metadata.
+    """A template that makes orbax restore arrays as numpy, with the shapes and dtypes of their metadata.
 
-    Placing them is left to ``from_nested``: orbax would do it in a thread of its own, where ``jax.enable_x64`` of the
-    caller does not hold, and float64 would come back as float32 without a word.
+    ``from_nested`` then puts the arrays on devices. Orbax would do so in another thread, where the caller's
+    ``jax.enable_x64`` has no effect, and would silently convert float64 to float32.
     """
     return jax.tree.map(lambda leaf: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape), metadata)
 
 
 def check_structure(metadata: Any, template: Any, what: str) -> None:
-    """Compares what is stored with what is wanted.
+    """Compares the structure of a stored pytree with a template.
 
     Args:
-        metadata: nested dicts of objects with shape and dtype.
+        metadata: the stored pytree: nested dicts of objects with shape and dtype.
         template: the pytree to restore.
         what: the beginning of an error.
 
     Raises:
-        ValueError: listing a few of the leaves that are in one of them only or differ in shape or dtype.
+        ValueError: if a leaf is in only one of the pytrees, or differs in shape or dtype; names some of these leaves.
     """
     stored = {"/".join(parts): _kind(leaf) for parts, leaf in _leaves(metadata)}
-    wanted = {"/".join(parts): _kind(leaf) for parts, leaf in _leaves(template) if leaf.size}
+    expected = {"/".join(parts): _kind(leaf) for parts, leaf in _leaves(template) if leaf.size}
     differing = [
-        f"{name}: {stored[name]} stored, {wanted[name]} here"
+        f"{name}: {stored[name]} stored, {expected[name]} here"
         for name in stored
-        if name in wanted and stored[name] != wanted[name]
+        if name in expected and stored[name] != expected[name]
     ]
     lines = [
         *_some(differing, "differ"),
-        *_some([f"{name}: {kind}" for name, kind in stored.items() if name not in wanted], "are stored only"),
+        *_some([f"{name}: {kind}" for name, kind in stored.items() if name not in expected], "are stored only"),
         *_some(
-            [f"{name}: {kind}" for name, kind in wanted.items() if name not in stored], "are expected, but not stored"
+            [f"{name}: {kind}" for name, kind in expected.items() if name not in stored], "are expected, but not stored"
         ),
     ]
     if lines:
@@ -97,8 +98,8 @@ def check_structure(metadata: Any, template: Any, what: str) -> None:
 def _some(lines: Sequence[str], kind: str) -> list[str]:
     if not lines:
         return []
-    head = f"  {len(lines)} {kind}" + (", among them:" if len(lines) > _SHOWN else ":")
-    return [head, *(f"    {line}" for line in lines[:_SHOWN])]
+    head = f"  {len(lines)} {kind}" + (", among them:" if len(lines) > _MAX_NAMED else ":")
+    return [head, *(f"    {line}" for line in lines[:_MAX_NAMED])]
 
 
 def _kind(leaf: Any) -> str:
@@ -106,15 +107,15 @@ def _kind(leaf: Any) -> str:
 
 
 def _leaves(tree: Any) -> list[tuple[list[str], Any]]:
-    found = []
+    leaves = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise TypeError(f"{'/'.join(parts)} must be a jax or numpy array, got {type(leaf).__name__}")
         if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             raise TypeError(f"{'/'.join(parts)} is a typed random key; store jax.random.key_data of it")
-        found.append((parts, leaf))
-    return found
+        leaves.append((parts, leaf))
+    return leaves
 
 
 def _lookup(nested: Any, parts: Sequence[str], leaf: Any) -> np.ndarray:

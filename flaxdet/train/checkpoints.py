@@ -1,10 +1,10 @@
-"""Checkpoints of a training run: the last and the best, written in the background, whole or not at all.
+"""Checkpoints of a training run: the last and the best, written in the background, and atomically.
 
     run/checkpoints/
-      config.json     the options of the run, as they were at its first save
-      1200/           the state after step 1200, place in the data and metrics: a checkpoint of orbax
-      1500/           the last; beside it only the best is kept
-      1600.orbax-checkpoint-tmp/    being written; renamed to 1600 at its very end, removed at the next start otherwise
+      config.json     the options of the run at the first save
+      1200/           orbax's checkpoint of step 1200: state, position in the data, metrics; the best here
+      1500/           the last; by default only the last and the best are kept
+      1600.orbax-checkpoint-tmp/    being written; renamed to 1600 when complete, removed at the next start if not
 
 Without this module ``orbax.checkpoint.v1.load(folder / "1500", checkpointable_name="state")`` gives the arrays.
 """
@@ -37,29 +37,30 @@ _LEFTOVER = re.compile(r"\d+\.(orbax-checkpoint-tmp|removed)|\.config\.json\.\w+
 class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of one run, in one folder.
 
-    A save goes on in the background while training does; what went wrong in it is raised by the next ``save``,
-    ``restore`` or ``close``. Whenever the process dies, the folder holds the last whole checkpoint and the best one: a
-    new one appears under its name when all of it is written, and only then are older ones removed.
+    A save continues in the background while training goes on; an error in the background is raised by the next
+    ``save``, ``restore``, ``wait`` or ``close``. Whenever the process dies, the folder holds the last complete
+    checkpoint and the best: a checkpoint gets its name when it is complete, and only then are older ones removed.
 
-    With several processes (``jax.distributed``) each of them makes one of these on the same shared folder and calls
-    every method at the same time as the others; the first process keeps the books.
+    With several processes (``jax.distributed``), each process makes a ``Checkpoints`` on the same shared folder, and
+    all processes must call each method together. The first process alone writes config and metrics and removes files.
 
     Attributes:
-        folder: where they are.
-        keep: how many of the last ones are kept, besides the best.
-        config: the options of the run, as JSON has them; ``None`` if they are not to be compared.
+        folder: the folder of the checkpoints.
+        keep: number of last checkpoints that are kept, besides the best.
+        config: the options of the run, as JSON gives them back; ``None`` for no comparison.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, keep: int = 1, config: Mapping[str, Any] | None = None):
-        """Opens a folder, or makes it, and removes what a run that was killed left half-written.
+        """Opens or makes a folder, and removes the incomplete files of a run that was killed.
 
         Args:
             folder: for checkpoints alone; one run at a time may write there.
-            keep: how many of the last to keep.
+            keep: number of last checkpoints to keep.
             config: options of the run, of values that JSON can hold. ``restore`` compares them with the stored ones.
 
         Raises:
-            ImportError: if orbax is missing; ValueError: if ``keep`` is below 1.
+            ImportError: if orbax is not installed.
+            ValueError: if ``keep`` is below 1.
             TypeError: if JSON cannot hold ``config``.
             OSError: if the folder cannot be made or cleaned.
         """
@@ -70,8 +71,8 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.keep = keep
         self.config = None if config is None else _files.as_json(config, "config")
         self._pending: tuple[int, Any, dict[str, float] | None] | None = None
-        self._at: int | None = None  # the step that this object saved or restored last: where its run is
-        self._metrics: dict[int, dict[str, float] | None] = {}  # of committed checkpoints, read once
+        self._at: int | None = None  # the step that this object saved or restored last
+        self._metrics: dict[int, dict[str, float] | None] = {}  # metrics of complete checkpoints by step, read once
         self._primary = jax.process_index() == 0
         self._quiet = _files.QuietOrbax()
         self._quiet.start()
@@ -82,18 +83,18 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     @property
     def steps(self) -> list[int]:
-        """The steps of all whole checkpoints, ascending."""
-        found = self.folder.iterdir() if self.folder.is_dir() else []
-        return sorted(int(path.name) for path in found if path.name.isdecimal() and path.is_dir())
+        """The steps of all complete checkpoints, ascending."""
+        paths = self.folder.iterdir() if self.folder.is_dir() else []
+        return sorted(int(path.name) for path in paths if path.name.isdecimal() and path.is_dir())
 
     @property
     def last(self) -> int | None:
-        """The step of the last whole checkpoint; ``None`` if there is none."""
+        """The step of the last complete checkpoint; ``None`` if there is none."""
         return max(self.steps, default=None)
 
     @property
     def best(self) -> int | None:
-        """The step of highest AP, of several the earliest; ``None`` if none was evaluated."""
+        """The step of highest AP, the earliest if several are equal; ``None`` if no checkpoint was evaluated."""
         scores = {step: _score(self._read_metrics(step)) for step in self.steps}
         best = max(scores, key=lambda step: (scores[step], -step), default=None)
         return None if best is None or scores[best] == -math.inf else best
@@ -106,31 +107,30 @@ class Checkpoints(contextlib.AbstractContextManager):
         metrics: Metrics | None = None,
         wait: bool = False,
     ) -> None:
-        """Begins to save. When this returns the arrays are copied: the next step may take (donate) their memory.
+        """Starts a save. When this returns the arrays are copied, so that the next step may donate them.
 
         Args:
             state: a pytree of jax or numpy arrays with an attribute ``step``, such as a ``TrainState``.
-            data_state: the place in the data, as JSON has it; the same in every process.
-            metrics: of this state, if it was evaluated; the best checkpoint is that of highest "AP". For a step that is
-                saved already they are added to it.
-            wait: until the checkpoint is whole.
+            data_state: the position in the data, of values that JSON can hold; the same in every process.
+            metrics: of this state, if evaluated; the best has the highest "AP". For a saved step they are added.
+            wait: if True, waits until the checkpoint is complete.
 
         Raises:
-            OSError: in one line, if this or the previous save failed (disk full); earlier checkpoints stay as they are.
-            ValueError: if the folder holds checkpoints of a run that this one does not go on from.
+            OSError: in one line, if this or the previous save failed (disk full); earlier checkpoints stay unchanged.
+            ValueError: if the folder holds checkpoints of a run that this run is no continuation of.
             TypeError: if a leaf of the state is no array, or JSON cannot hold ``data_state``.
         """
         self._settle()
         step, last = int(state.step), self.last
         self._check_succession(step, last)
-        found = None if metrics is None else {name: float(value) for name, value in metrics.items()}
+        numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         if step == last:
-            if found is not None:
-                self._add_metrics(step, found)
+            if numbers is not None:
+                self._add_metrics(step, numbers)
             return
         arrays = _stored.to_nested(state)
-        note = {"data": _files.as_json({} if data_state is None else data_state, "data_state"), "metrics": found}
-        # Ctrl-C waits until the save is on its way: orbax's threads would wait for the rest, 20 minutes long, at exit
+        note = {"data": _files.as_json({} if data_state is None else data_state, "data_state"), "metrics": numbers}
+        # Ctrl-C is delayed until the save has started: at exit, orbax's threads would wait 20 minutes for the rest.
         with _files.uninterrupted(), self._explained(f"the checkpoint of step {step} could not be saved", failed=step):
             if self._primary and self._at is None and self.config is not None:
                 _files.write_json(self.folder / "config.json", self.config)
@@ -138,7 +138,7 @@ class Checkpoints(contextlib.AbstractContextManager):
                 response = self._orbax.save_checkpointables_async(
                     self.folder / str(step), {_STATE: arrays}, custom_metadata=note
                 )
-            self._pending = (step, response, found)
+            self._pending = (step, response, numbers)
         if wait:
             self._settle()
 
@@ -148,19 +148,19 @@ class Checkpoints(contextlib.AbstractContextManager):
         """Reads a checkpoint.
 
         Args:
-            template: what to restore: a pytree like the saved one, of arrays or ``jax.ShapeDtypeStruct``. Leaves come
-                back with its shardings, so another number of devices or processes than at saving will do; numpy
-                leaves as numpy; those without a sharding on the default device, free to move.
-            step: which; default the last. "best" is that of highest AP.
+            template: a pytree like the saved one, of arrays or ``jax.ShapeDtypeStruct``. Restored leaves have the
+                shardings of the template, so the number of devices or processes may differ from the save. For a numpy
+                leaf the result is a numpy array; a leaf without a sharding is on the default device, not committed.
+            step: the step; default the last. "best" is the step of highest AP.
 
         Returns:
-            ``(state, data_state, info)``: the state, bit for bit; what was given as ``data_state``; and
+            ``(state, data_state, info)``: the state, bit for bit; the saved ``data_state``; and
             {"step": int, "metrics": dict or None}.
 
         Raises:
             FileNotFoundError: if there is no such checkpoint.
-            ValueError: if the run's options are others now, naming each with both values; if the state is of another
-                structure, naming some of the leaves that differ; or if the checkpoint is damaged.
+            ValueError: if the run's options differ from the stored ones, naming each with old and new value; if the
+                state has another structure, naming some of the leaves that differ; or if the checkpoint is damaged.
             OSError: if a save failed before, or the files cannot be read.
         """
         self._settle()
@@ -170,17 +170,17 @@ class Checkpoints(contextlib.AbstractContextManager):
         stored, note = self._read_metadata(step)
         _stored.check_structure(stored, template, f"{self.folder}: the checkpoint of step {step}")
         with self._explained(f"the checkpoint of step {step} cannot be read"):
-            wanted = {_STATE: _stored.numpy_template(stored)}
-            arrays = self._orbax.load_checkpointables(self.folder / str(step), wanted)[_STATE]
+            as_numpy = {_STATE: _stored.numpy_template(stored)}
+            arrays = self._orbax.load_checkpointables(self.folder / str(step), as_numpy)[_STATE]
         state = _stored.from_nested(arrays, template)
         self._at = step
         return state, note["data"], {"step": step, "metrics": metrics}
 
     def check_config(self) -> None:
-        """Compares the options of this run with those stored; ``restore`` does it first.
+        """Compares the options of this run with the stored ones; ``restore`` calls it first.
 
         Raises:
-            ValueError: naming each option that differs, with its old and its new value.
+            ValueError: if an option differs; names each, with old and new value.
         """
         path = self.folder / "config.json"
         if self.config is None or not self.steps or not path.is_file():
@@ -189,28 +189,28 @@ class Checkpoints(contextlib.AbstractContextManager):
             stored = json.loads(path.read_text())
         if changed := _files.differences(stored, self.config):
             raise ValueError(
-                f"{self.folder}: its run had other options: {'; '.join(changed)}. Resume it with its own, or begin a "
-                "new run in another folder"
+                f"{self.folder}: holds a run with other options: {'; '.join(changed)}. Resume it with the stored "
+                "options, or begin a new run in another folder"
             )
 
     def wait(self) -> None:
         """Waits for the save in progress.
 
         Raises:
-            OSError: if it failed.
+            OSError: if the save failed.
         """
         self._settle()
 
     def close(self) -> None:
-        """Waits for the save in progress; call it at the end, or use ``with``. An OSError if it failed."""
+        """Waits for the save in progress; call it at the end, or use ``with``. Raises OSError if the save failed."""
         self._settle()
-        self._quiet.stop()  # but not after a failure: orbax goes on to speak of it
+        self._quiet.stop()  # not after a failure, since orbax continues to log it
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def _settle(self) -> None:
-        """Waits for the save in progress; once it is whole, removes the checkpoints that it replaces."""
+        """Waits for the save in progress, and then removes the checkpoints that it replaces."""
         if self._pending is None:
             return
         step, response, metrics = self._pending
@@ -218,17 +218,17 @@ class Checkpoints(contextlib.AbstractContextManager):
             try:
                 response.result()
             except Exception:
-                self._pending = None  # but not at Ctrl-C: it is still being written
+                self._pending = None  # not at Ctrl-C, when the checkpoint is still being written
                 raise
         self._pending = None
         self._at, self._metrics[step] = step, metrics
         if not self._primary:
             return
         steps = self.steps
-        kept = {*steps[-self.keep :], self.best}
+        steps_to_keep = {*steps[-self.keep :], self.best}
         with self._explained("old checkpoints cannot be removed"):
-            for old in {*steps} - kept:
-                # first out of sight: what is killed half-way through a removal must not look whole
+            for old in {*steps} - steps_to_keep:
+                # renamed first: if the process is killed during the removal, the rest must not look complete
                 removed = self.folder / f"{old}.removed"
                 os.replace(self.folder / str(old), removed)
                 shutil.rmtree(removed)
@@ -265,7 +265,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return self._metrics[step]
 
     def _read_metadata(self, step: int) -> tuple[Any, dict[str, Any]]:
-        """Shapes and dtypes of the state, and what was noted beside it."""
+        """Shapes and dtypes of the state, and the position in the data and the metrics stored with it."""
         with self._explained(f"the checkpoint of step {step} cannot be read"):
             metadata = self._orbax.checkpointables_metadata(self.folder / str(step))
         state, note = metadata.metadata.get(_STATE), metadata.custom_metadata
@@ -288,11 +288,11 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     @contextlib.contextmanager
     def _explained(self, what: str, failed: int | None = None) -> Iterator[None]:
-        """Turns what goes wrong into one line that names the folder."""
+        """Turns an error into one line that names the folder, and removes the incomplete files of step ``failed``."""
         try:
             yield
         except Exception as error:
-            if failed is not None and self._primary:  # gives the space back
+            if failed is not None and self._primary:  # frees the space on the disk
                 shutil.rmtree(self.folder / f"{failed}.orbax-checkpoint-tmp", ignore_errors=True)
             raise _files.explain(f"{self.folder}: {what}", error) from error
 

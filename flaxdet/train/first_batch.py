@@ -1,4 +1,4 @@
-"""Labels of batches against the classes of the model, on the host, where an error can be raised."""
+"""Checks the labels of batches against the classes of the model, on the host, where an error can be raised."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from flaxdet.models.labels import check_labels, check_targets
 
 
 class CheckedStep:
-    """A jitted step of the model that looks at the labels of the first batch that it is given.
+    """A jitted step of the model that checks the labels of the first batch.
 
-    Later batches are not looked at, since a step would have to wait for its batch: their labels show as NaN. ``fit``
-    looks at every batch before it goes to the device.
+    Later batches are not checked, since a step would have to wait for the batch: wrong labels give NaN losses. ``fit``
+    checks every batch before it goes to the device.
 
     Attributes:
-        jitted: the step without the look.
-        target_labels: labels that the model's boxes may have; None for a model of one's own that doesn't tell, whose
-            batches are not looked at.
+        jitted: the step without the check.
+        target_labels: labels that the model allows; None for a custom model without ``target_labels``, for which no
+            batch is checked.
     """
 
     def __init__(self, function: Callable[..., Any], jitted: Any, model: Any):
@@ -31,28 +31,28 @@ class CheckedStep:
 
         Args:
             function: ``(state or variables, batch) -> ...``.
-            jitted: the same, jitted.
+            jitted: ``function``, jitted.
             model: the detector.
         """
         self.target_labels: range | None = getattr(model, "target_labels", None)
-        self.jitted, self._looked = jitted, False
+        self.jitted, self._checked = jitted, False
         self._parameters = inspect.signature(function)
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The step's values.
+        """Runs the step.
 
         Args:
             *args: state or variables, and the batch.
-            **kwargs: the same by name.
+            **kwargs: state or variables, and the batch, by name.
 
         Raises:
-            ValueError: for a label that is none of the model's, in the first batch.
+            ValueError: for a label that the model doesn't allow, in the first batch.
         """
         if kwargs:
-            args = self._parameters.bind(*args, **kwargs).args  # jit takes no names beside shardings
-        if not self._looked and self.target_labels is not None and len(args) == 2:
-            self._looked = look_at_labels(args[1], self.target_labels)
+            args = self._parameters.bind(*args, **kwargs).args  # jit with shardings takes no keyword arguments
+        if not self._checked and self.target_labels is not None and len(args) == 2:
+            self._checked = look_at_labels(args[1], self.target_labels)
         return self.jitted(*args)
 
     def lower(self, *args: Any) -> jax.stages.Lowered:
@@ -65,18 +65,18 @@ class CheckedStep:
 
 
 def look_at_labels(batch: Mapping[str, Any], allowed: range) -> bool:
-    """Makes sure that the boxes of a batch have labels of the model.
+    """Checks that the model allows the labels of a batch's boxes.
 
     Args:
-        batch: dict of arrays, of numpy or on the devices; "image_id" names the images if it is there.
+        batch: dict of arrays, of numpy or on devices. Errors name images by "image_id", if the batch has it.
         allowed: ``target_labels`` of the model.
 
     Returns:
-        Whether the labels could be read: not in a batch that is traced, or that lacks them.
+        True if the labels were checked; False if the batch is traced or has no labels.
 
     Raises:
         TypeError: for labels that are not integers.
-        ValueError: for another label; both name image and box.
+        ValueError: for a label outside ``allowed``. Either message names image and box.
     """
     labels, valid, ids = (batch.get(name) for name in ("labels", "valid", "image_id"))
     if labels is None or valid is None or isinstance(labels, Tracer) or isinstance(valid, Tracer):

@@ -1,4 +1,4 @@
-"""Where the numbers of a training run go: a file of JSON lines, TensorBoard, or a writer of the user's own."""
+"""Writers for the numbers of a training run: a file of JSON lines, TensorBoard, or a class of the user."""
 
 from __future__ import annotations
 
@@ -15,45 +15,45 @@ from flaxdet.train import _files
 
 
 class Writer(Protocol):
-    """What the training loop writes to; anything with these two methods will do."""
+    """A writer of the training loop: any class with these two methods."""
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Takes numbers by name, measured after ``step`` steps."""
         ...
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the writer."""
         ...
 
 
 class JsonLinesWriter:
     """A file with one JSON object a line: {"step": 20, "loss": 0.71, ...}.
 
-    Each line is on its way to the disk before training goes on, so a run that is killed has its log up to there. NaN
-    and infinities are written as null, which every reader of JSON takes.
+    Each line is flushed before training goes on, so the log of a run that is killed is complete. NaN and infinities are
+    written as null, which every JSON reader accepts.
 
     Attributes:
-        path: of the file.
+        path: the file.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume_from: int | None = None):
         """Opens the file to append to it.
 
         Args:
-            path: of the file; folders are made.
-            resume_from: the step that a resumed run goes on from. Lines of later steps are dropped, and one that a
-                kill cut short, so that the log becomes that of a run that was never interrupted. The new file takes
-                the old one's place at once. ``None``: an existing file is replaced.
+            path: the file; missing folders are made.
+            resume_from: the step from which a resumed run continues. Lines of later steps and an incomplete last line
+                are dropped, so that the log equals the log of an uninterrupted run. The file is replaced atomically.
+                ``None``: an existing file is replaced by an empty one.
 
         Raises:
-            ValueError: if the file to go on with is no such log.
-            OSError: if it cannot be read or written.
+            ValueError: if the existing file is no such log.
+            OSError: if the file cannot be read or written.
         """
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        kept = [] if resume_from is None or not self.path.exists() else _rows(self.path)
+        rows = [] if resume_from is None or not self.path.exists() else _rows(self.path)
         with replacing(self.path) as file:
-            for row in kept:
+            for row in rows:
                 if resume_from is not None and row["step"] <= resume_from:
                     file.write(_line(row))
         self._file = open(self.path, "ab")  # noqa: SIM115  (closed by close)
@@ -62,11 +62,11 @@ class JsonLinesWriter:
         """Appends a line.
 
         Args:
-            step: the steps done.
+            step: number of steps done.
             values: numbers by name.
 
         Raises:
-            OSError: if it cannot be written (disk full); one line that names the file.
+            OSError: if the line cannot be written (disk full); the message is one line that names the file.
         """
         try:
             self._file.write(_line({"step": int(step), **{name: float(value) for name, value in values.items()}}))
@@ -83,18 +83,18 @@ class TensorBoardWriter:
     """Event files for TensorBoard. Losses are grouped under "loss/", evaluations under "evaluation/".
 
     Attributes:
-        folder: where they are.
+        folder: the folder of the event files.
     """
 
     def __init__(self, folder: str | os.PathLike[str], *, resume_from: int | None = None):
         """Begins an event file.
 
         Args:
-            folder: for the files; a new one for each start of the run.
-            resume_from: the step that a resumed run goes on from; TensorBoard hides what it has of later ones.
+            folder: for the event files; each start of a run adds one.
+            resume_from: the step from which a resumed run continues; TensorBoard hides the points of later steps.
 
         Raises:
-            ImportError: if tensorboardX is missing.
+            ImportError: if tensorboardX is not installed.
         """
         try:
             from tensorboardX import SummaryWriter
@@ -107,29 +107,29 @@ class TensorBoardWriter:
         """Adds one point to each curve.
 
         Args:
-            step: the steps done.
+            step: number of steps done.
             values: numbers by name.
         """
         for name, value in values.items():
             self._writer.add_scalar(_tag(name), float(value), int(step))
 
     def close(self) -> None:
-        """Writes what is left."""
+        """Flushes and closes the event file."""
         self._writer.close()
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """Reads what a ``JsonLinesWriter`` wrote.
+    """Reads the log of a ``JsonLinesWriter``.
 
     Args:
-        path: of the file. A last line that a kill cut short is left out.
+        path: the file. An incomplete last line, of a run that was killed, is left out.
 
     Returns:
-        A dict for each line, in the order of the file: "step" (int) and the numbers by name; NaN where null stands.
+        A dict for each line, in the order of the file: "step" (int) and the numbers by name, with NaN for null.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a line is no JSON object with a "step"; it names file and line.
+        ValueError: if a line is no JSON object with a "step"; the message names file and line.
     """
     return [{name: math.nan if value is None else value for name, value in row.items()} for row in _rows(Path(path))]
 
@@ -142,7 +142,7 @@ def is_loss(name: str) -> bool:
 def _rows(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().split(b"\n")
     rows = []
-    for number, line in enumerate(lines[:-1], 1):  # what comes after the last line break is nothing, or cut short
+    for number, line in enumerate(lines[:-1], 1):  # the text after the last line break is empty, or an incomplete line
         try:
             row = json.loads(line)
         except ValueError:

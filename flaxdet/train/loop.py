@@ -1,7 +1,7 @@
 """The training loop: steps, logs, evaluation and checkpoints around a jitted train step.
 
-It knows nothing of detection but which labels a batch may hold: any step of ``make_train_step``, any iterator of batch
-dicts. Whoever wants another loop writes one around the same step.
+It takes any step of ``make_train_step`` and any iterator of batch dicts; the allowed labels of a batch are all that it
+knows of detection. To change the loop, write another around the same step.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ if TYPE_CHECKING:
     from flaxdet.train.logs import Writer
 
 Metrics = Mapping[str, Any]
-_IN_FLIGHT = 2  # steps whose loss has not been looked at: the host prepares batches while the device works
+_IN_FLIGHT = 2  # steps whose losses are not fetched yet, so that the host prepares batches while the device works
 
 
 class Batches(Protocol):
-    """An iterator of batch dicts whose place can be stored (``flaxdet.data.train_batches``)."""
+    """An iterator of batch dicts whose position can be stored (``flaxdet.data.train_batches``)."""
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
 
     def __next__(self) -> dict[str, np.ndarray]: ...
 
     def get_state(self) -> dict[str, Any]:
-        """The place after the last batch delivered, as JSON."""
+        """The position after the last delivered batch, of values that JSON can hold."""
         ...
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes on from a place."""
+        """Restores a position."""
         ...
 
 
@@ -52,11 +52,11 @@ class NonFiniteLossError(RuntimeError):
 
 
 class InterruptedTrainingError(KeyboardInterrupt):
-    """Training was asked to stop, and did after a whole step.
+    """Training was interrupted by a signal, after a complete step.
 
     Attributes:
-        step: the last one.
-        saved: whether it was saved.
+        step: the last step.
+        saved: True if the state after the last step was saved.
     """
 
     def __init__(self, step: int, saved: bool):
@@ -83,37 +83,38 @@ def fit(
 ) -> TrainState:
     """Trains from ``state.step`` to ``steps``.
 
-    Before the first step, the labels of the whole data set are compared with the classes of the model, for batches of
-    ``train_batches``; other batches are looked at one by one, before they go to the device.
+    Labels are checked against the classes of the model: for batches of ``train_batches``, the labels of the whole data
+    set before the first step; for other batches, the labels of each batch before it goes to the device.
 
-    Ctrl-C and SIGTERM let the step in progress finish, save it, and raise; a second Ctrl-C raises at once.
+    After Ctrl-C or SIGTERM the step in progress finishes, the state is saved, and an error is raised. A second Ctrl-C
+    raises at once.
 
     Args:
-        train_step: of ``make_train_step``; it may donate the state. A step of one's own may have an attribute
-            ``target_labels``, the model's; without it, labels are not looked at.
-        state: where to begin; after ``resume`` somewhere in the middle.
-        batches: dicts of numpy arrays, in the shapes that ``train_batches`` gives, of this process's rows. To be
-            saved with the state they need ``get_state``.
-        steps: the last step.
-        mesh: that the step was made for.
+        train_step: the result of ``make_train_step``; it may donate the state. A custom step may have the attribute
+            ``target_labels`` of the model; without it, labels are not checked.
+        state: the state to begin with; for a resumed run, the restored one.
+        batches: dicts of numpy arrays, in the shapes of ``train_batches``, with this process's rows. Checkpoints
+            include the position in the data if there is a method ``get_state``.
+        steps: number of the last step.
+        mesh: the mesh that the step was made for.
         schedule: step -> learning rate, for the log.
-        evaluate: ``(variables, step) -> {"AP": ..., ...}``, called every ``evaluate_every`` steps and after the last;
-            with the averaged variables where the state has them. The best "AP" is kept.
+        evaluate: ``(variables, step) -> {"AP": ..., ...}``, called every ``evaluate_every`` steps and after the last
+            step; with the averaged variables if the state has them. The checkpoint with the best "AP" is kept.
         evaluate_every: in steps; default only after the last.
-        checkpoints: where to save: every ``save_every`` steps, after each evaluation, and at the end.
+        checkpoints: saves the state every ``save_every`` steps, after each evaluation, and at the end.
         save_every: in steps; default only with the evaluations.
-        writers: of the log: losses, learning rate, images per second (of all processes), AP.
-        log_every: in steps. Losses are means over them.
+        writers: receive the log: losses, learning rate, images per second (of all processes), AP.
+        log_every: in steps. Losses are means over these steps.
         progress: shows a bar with loss, images per second and the time left.
 
     Returns:
         The state after the last step.
 
     Raises:
-        NonFiniteLossError: naming step, losses and images; nothing is saved from there on.
+        NonFiniteLossError: for a loss that is not finite, naming step, losses and images; the state is not saved.
         InterruptedTrainingError: (a KeyboardInterrupt) after Ctrl-C or SIGTERM.
-        ValueError: if the batches end before the last step, or for a box whose label is none of the model's, naming
-            image, label and classes.
+        ValueError: if the batches end before the last step, or for a box with a label that the model doesn't allow,
+            naming image, label and classes.
     """
     from tqdm import tqdm
 
@@ -122,13 +123,13 @@ def fit(
     pending: collections.deque[tuple[int, Any, Metrics]] = collections.deque()
     window = _Window(schedule)
     target_labels: range | None = getattr(train_step, "target_labels", None)
-    whole = hasattr(batches, "check_labels")  # its data set can be looked at before the first step
-    if target_labels is not None and whole:
+    has_dataset = hasattr(batches, "check_labels")  # the labels of the whole data set can be checked at once
+    if target_labels is not None and has_dataset:
         batches.check_labels(target_labels)  # pyright: ignore[reportAttributeAccessIssue]
     advice = "; labels outside the model's classes give NaN too" if target_labels is None else ""
 
     def settle(keep: int = 0) -> None:
-        """Waits for all but the last ``keep`` steps, and looks at their losses."""
+        """Waits for all but the last ``keep`` steps, and takes their losses into the log."""
         while len(pending) > keep:
             step, images, metrics = pending.popleft()
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -138,10 +139,10 @@ def fit(
 
     def save(step: int, metrics: Mapping[str, float] | None = None) -> None:
         settle()
-        write(step, window.take())  # so that a run that goes on from here writes the same lines
+        write(step, window.take())  # so that a run resumed from here writes the same lines
         if checkpoints is not None:
-            place = batches.get_state() if hasattr(batches, "get_state") else {}  # pyright: ignore
-            checkpoints.save(state, place, metrics=metrics)
+            position = batches.get_state() if hasattr(batches, "get_state") else {}  # pyright: ignore
+            checkpoints.save(state, position, metrics=metrics)
 
     def write(step: int, values: Mapping[str, float]) -> None:
         if primary and values:
@@ -157,7 +158,7 @@ def fit(
                 batch = next(batches)  # pyright: ignore[reportArgumentType]
             except StopIteration:
                 raise ValueError(f"the batches ended after step {step - 1}, expected {steps}") from None
-            if target_labels is not None and not whole:
+            if target_labels is not None and not has_dataset:
                 look_at_labels(batch, target_labels)
             images = batch.get("image_id")
             state, metrics = train_step(state, shard_batch(batch, mesh))
@@ -169,9 +170,9 @@ def fit(
                 write(step, window.take())
             if evaluate is not None and (step == steps or (evaluate_every and step % evaluate_every == 0)):
                 settle()
-                found = evaluate(evaluation_variables(state), step)
-                write(step, found)
-                save(step, found)
+                scores = evaluate(evaluation_variables(state), step)
+                write(step, scores)
+                save(step, scores)
                 window.restart_clock()
             elif save_every and step % save_every == 0:
                 save(step)
@@ -187,13 +188,13 @@ def fit(
 
 
 def evaluation_variables(state: TrainState) -> dict[str, Any]:
-    """The variables to evaluate and to keep.
+    """The variables for evaluation and for the trained model.
 
     Args:
-        state: of a run.
+        state: the state of a run.
 
     Returns:
-        {"params": ..., "batch_stats": ...}: the moving averages where the state has them.
+        {"params": ..., "batch_stats": ...}: the moving averages if the state has them.
     """
     if state.ema is not None:
         return state.ema
@@ -201,7 +202,7 @@ def evaluation_variables(state: TrainState) -> dict[str, Any]:
 
 
 class _Window:
-    """Means of the steps since the last line of the log, and their speed."""
+    """Means of the losses, and images per second, of the steps since the last line of the log."""
 
     def __init__(self, schedule: Callable[[int], Any] | None):
         self.schedule = schedule
@@ -212,7 +213,7 @@ class _Window:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves the time until the next step is done out of the speed: it holds a compile or an evaluation."""
+        """Excludes the time until the next step is done, which includes compilation or evaluation, from the speed."""
         self.clock: float | None = None
         self.images = 0
 
@@ -227,7 +228,7 @@ class _Window:
             self.speed = self.images / max(time.perf_counter() - self.clock, 1e-9)
 
     def take(self) -> dict[str, float]:
-        """What to log since the last call; empty if there was no step."""
+        """The numbers to log of the steps since the last call; empty if there was no step."""
         if not self.rows:
             return {}
         values = {name: float(np.mean([row[name] for row in self.rows])) for name in self.rows[0]}
@@ -250,30 +251,30 @@ def _check_finite(
     if checkpoints is not None:
         checkpoints.wait()
     last = None if checkpoints is None else checkpoints.last
-    kept = "nothing has been saved yet" if last is None else f"the last good checkpoint is that of step {last}"
+    saved = "nothing has been saved yet" if last is None else f"the last good checkpoint is that of step {last}"
     raise NonFiniteLossError(
-        f"step {step}: {', '.join(bad)}{named}; {kept}. A lower learning rate, a longer warm-up or clipping may help"
+        f"step {step}: {', '.join(bad)}{named}; {saved}. A lower learning rate, a longer warm-up or clipping may help"
         f"{advice}"
     )
 
 
 @contextlib.contextmanager
 def _stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets once; the second signal acts as usual."""
+    """An event that the first Ctrl-C or SIGTERM sets; a second signal goes to the previous handler."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals can't be caught here
         return
-    usual: dict[int, Any] = {}
+    previous: dict[int, Any] = {}
 
     def request(number: int, frame: Any) -> None:
         stop.set()
-        signal.signal(number, usual[number])
+        signal.signal(number, previous[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        usual[number] = signal.signal(number, request)
+        previous[number] = signal.signal(number, request)
     try:
         yield stop
     finally:
-        for number, handler in usual.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

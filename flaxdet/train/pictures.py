@@ -1,4 +1,4 @@
-"""Pictures of a training run: its curves, and what the model finds beside what it should."""
+"""Pictures of a training run: curves, and predictions beside the ground truth."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flaxdet.train.logs import is_loss, read_log
 Rows = Sequence[Mapping[str, float]]
 _SCORES = {"AP": "#1f5fa8", "AP50": "#e08214", "AP75": "#35978f"}
 _TOTAL, _FAINT = "#222222", "#bbbbbb"
-_FEW = 12  # points: below this there is nothing to smooth, and each gets a mark
+_FEW = 12  # curves of fewer points are not smoothed, and have a mark at each point
 _SIDE = 480  # pixels: the longer side of each image in the sheet
 _MARGIN = 12
 
@@ -27,11 +27,11 @@ def draw_curves(log: str | os.PathLike[str] | Rows, path: str | os.PathLike[str]
     """Draws losses, AP and the learning rate over the steps.
 
     Args:
-        log: the path of a log in JSON lines, or its rows as ``read_log`` gives them.
-        path: of the PNG; it is replaced at once, or not at all.
+        log: the path of a log in JSON lines, or the rows of ``read_log``.
+        path: the PNG file, which is written atomically.
 
     Raises:
-        ImportError: if matplotlib is missing.
+        ImportError: if matplotlib is not installed.
         ValueError: if the file is no log.
         OSError: if a file cannot be read or written.
     """
@@ -74,18 +74,19 @@ def draw_predictions(
     *,
     score_threshold: float = 0.3,
 ) -> None:
-    """Draws a sheet of images, each twice: with the truth on the left, with what the model finds on the right.
+    """Draws a sheet of images, each twice: with the ground truth on the left, with the predictions on the right.
 
     Args:
-        images: uint8 RGB of any sizes; small ones are enlarged, large ones reduced.
-        truths: one for each: {"boxes": [N, 4] xyxy in pixels of the image, "labels": [N]}.
-        predictions: the same with "scores", as ``flaxdet.predict`` returns them.
+        images: uint8 RGB of any sizes; small images are enlarged, large ones reduced.
+        truths: for each image {"boxes": [N, 4] xyxy in pixels of the image, "labels": [N]}.
+        predictions: for each image {"boxes", "labels", "scores"}, as ``flaxdet.predict`` returns them.
         categories: names by label, or ``None``.
-        path: of the PNG; it is replaced at once, or not at all.
-        score_threshold: what scores less is not drawn.
+        path: the PNG file, which is written atomically.
+        score_threshold: predictions with a lower score are not drawn.
 
     Raises:
-        ValueError: if there is no image, their numbers differ, or one of them has another form.
+        ValueError: if there is no image, the numbers of images, truths and predictions differ, or an array has
+            another shape.
         OSError: if the file cannot be written.
     """
     if not len(images) or not len(images) == len(truths) == len(predictions):
@@ -117,7 +118,7 @@ def _pair(
     height, width = image.shape[:2]
     scale = _SIDE / max(height, width)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
-    # enlarged pixels stay pixels: a blur would hide how little a small image shows
+    # small images are enlarged without interpolation, which would hide how few pixels they have
     resample = Image.Resampling.NEAREST if scale > 2 else Image.Resampling.LANCZOS
     shown = np.array(Image.fromarray(image).resize(size, resample))
     stretch = np.array([size[0] / width, size[1] / height] * 2)
@@ -126,29 +127,29 @@ def _pair(
         scaled = {**boxes, "boxes": np.asarray(boxes["boxes"], np.float64).reshape(-1, 4) * stretch}
         return draw_detections(shown, scaled, categories=categories, line_width=2, font_size=12, **options)
 
-    found = int(np.sum(np.asarray(prediction["scores"]) >= threshold))
-    titles = (f"truth: {len(truth['labels'])}", f"found: {found} (score {threshold:g} or more)")
+    count = int(np.sum(np.asarray(prediction["scores"]) >= threshold))
+    titles = (f"truth: {len(truth['labels'])}", f"found: {count} (score {threshold:g} or more)")
     return side_by_side(drawn(truth), drawn(prediction, score_threshold=threshold), titles)
 
 
 def _points(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one curve, what is not finite left out."""
-    found = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
-    steps, values = np.array(found, np.float64).reshape(-1, 2).T
+    """Steps and finite values of one curve."""
+    points = [(row["step"], row[name]) for row in rows if name in row and math.isfinite(row[name])]
+    steps, values = np.array(points, np.float64).reshape(-1, 2).T
     return steps, values
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Weighted mean around each point, so that the line lags behind nothing; Gaussian, of 1/60 of all points."""
+    """Gaussian-weighted mean, centred so that the line has no lag; the standard deviation is 1/60 of the points."""
     reach = max(1.0, len(values) / 60)
     offsets = np.arange(-round(3 * reach), round(3 * reach) + 1)
     weights = np.exp(-0.5 * (offsets / reach) ** 2)
-    centre = slice(len(offsets) // 2, len(offsets) // 2 + len(values))  # of the full convolution
+    centre = slice(len(offsets) // 2, len(offsets) // 2 + len(values))  # the middle part of the full convolution
     return np.convolve(values, weights)[centre] / np.convolve(np.ones_like(values), weights)[centre]
 
 
 def _draw_losses(axis: Any, rows: Rows, names: Sequence[str]) -> None:
-    """The sum, its smoothed line and, thin, the smoothed parts."""
+    """The total loss, the smoothed total and, in thin lines, each smoothed loss."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     lowest, highest = math.inf, 0.0
@@ -175,7 +176,7 @@ def _draw_losses(axis: Any, rows: Rows, names: Sequence[str]) -> None:
 
 
 def _draw_scores(axis: Any, rows: Rows, names: Sequence[str]) -> None:
-    """AP, AP50 and AP75, the best AP marked with its step."""
+    """AP, AP50 and AP75, with a mark and the step of the best AP."""
     top = 0.0
     for name in names:
         steps, values = _points(rows, name)

@@ -1,4 +1,4 @@
-"""What training changes from step to step, as one pytree."""
+"""The state of training, which changes from step to step, as one pytree."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ class TrainState:
     """Everything that a step reads and writes; arrays only, so that any checkpointer can store it.
 
     Attributes:
-        step: updates made so far (with ``optax.MultiSteps``, gradients taken so far), int32.
-        params: all parameters, those that don't train too.
-        batch_stats: of the model.
-        opt_state: of the optimiser, for the parameters that train.
-        key: uint32 data of a random key (``jax.random.key_data``). Step i draws from ``fold_in(key, i)`` and image j
-            of it from the j-th split of that, so neither a resume nor another number of devices changes a draw.
-        ema: moving averages {"params", "batch_stats"} that can be applied as variables, or ``None``.
+        step: number of updates so far (with ``optax.MultiSteps``, number of gradients so far), int32.
+        params: all parameters, including frozen ones.
+        batch_stats: the model's BatchNorm statistics.
+        opt_state: the optimiser's state, for the parameters that train.
+        key: uint32 data of a random key (``jax.random.key_data``). Step i uses the key ``fold_in(key, i)``, and image j
+            of the batch the j-th split of this key. So random numbers don't depend on a resume or on the number of
+            devices.
+        ema: moving averages {"params", "batch_stats"}, usable as variables, or ``None``.
     """
 
     step: Int[jax.Array, ""]
@@ -41,7 +42,7 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Tree]:
-        """What ``model.apply`` takes: the parameters and statistics, not averaged."""
+        """The variables for ``model.apply``: parameters and statistics, not averaged."""
         return {"params": self.params, "batch_stats": self.batch_stats}
 
 
@@ -57,21 +58,21 @@ def create_state(
     """The state before the first step.
 
     Args:
-        model: the detector; its ``trainable_backbone_layers`` says what trains.
-        variables: {"params": ..., "batch_stats": ...}. They are copied: the train step donates the state, and what the
-            caller holds must outlive it.
-        tx: any optax transform (or ``optax.MultiSteps``); it sees only the parameters that train.
-        key: of the randomness in training, ``jax.random.key(seed)`` or its data.
-        ema: keeps moving averages of parameters and statistics; ``make_train_step`` needs an ``ema_decay`` then.
-        trainable: a tree of bools like the parameters, or a function of them that gives one; overrides
-            ``trainable_backbone_layers``. The train step must be given the same.
+        model: the detector; ``trainable_backbone_layers`` decides which parameters train.
+        variables: {"params": ..., "batch_stats": ...}. They are copied, since the train step donates the state and must
+            not delete the caller's arrays.
+        tx: any optax transform (or ``optax.MultiSteps``); it gets only the parameters that train.
+        key: random key of the training, ``jax.random.key(seed)`` or the data of such a key.
+        ema: if True, keeps moving averages of parameters and statistics; ``make_train_step`` then needs ``ema_decay``.
+        trainable: a tree of bools like the parameters, or a function from parameters to such a tree; overrides
+            ``trainable_backbone_layers``. The train step needs the same ``trainable``.
 
     Returns:
         The state, on the default device; see ``replicate`` for a mesh.
 
     Raises:
-        ValueError: if nothing trains, for a mask that does not fit, or for a key of another kind than
-            ``jax.random.key`` makes by default.
+        ValueError: if no parameter trains, for a mask that does not fit, or for a key of another kind than the default
+            of ``jax.random.key``.
     """
     copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), dict(tree))  # noqa: E731
     params, batch_stats = copy(variables["params"]), copy(variables.get("batch_stats", {}))
@@ -89,11 +90,11 @@ def create_state(
 
 
 def split_trainable(model: Any, params: Params, trainable: Trainable | None = None) -> tuple[Tree, Tree]:
-    """Divides parameters into those that train and the rest.
+    """Divides parameters into trainable and frozen ones.
 
     Args:
         model: the detector.
-        params: its parameters.
+        params: the detector's parameters.
         trainable: as in ``create_state``.
 
     Returns:
@@ -114,6 +115,6 @@ def _key_data(key: Any) -> jax.Array:
     data = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
     expected = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
     if data.shape != expected.shape or data.dtype != expected.dtype:
-        found = f"{key.dtype}{list(key.shape)}"
-        raise ValueError(f"key should be one random key as jax.random.key(seed) makes by default, got {found}")
+        given = f"{key.dtype}{list(key.shape)}"
+        raise ValueError(f"key should be one random key as jax.random.key(seed) makes by default, got {given}")
     return jnp.array(data, copy=True)

@@ -1,4 +1,4 @@
-"""One step of training, jitted: losses, gradients of what trains, the optimiser's update."""
+"""One step of training, jitted: losses, gradients of the parameters that train, the optimiser's update."""
 
 from __future__ import annotations
 
@@ -38,32 +38,32 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Makes the function that trains one step.
 
-    Gradients are computed for the parameters that train, and for no others: what lies before them in the network has
-    no backward pass.
+    Gradients are computed only for the parameters that train: layers before the first of these have no backward pass.
 
     Args:
-        model: the detector. Its ``dtype`` computes (bfloat16, say); parameters and optimiser stay in ``param_dtype``.
-        tx: any optax transform (or ``optax.MultiSteps``), the one that ``create_state`` was given. One whose ``update``
-            takes the extra argument ``value`` (``optax.contrib.reduce_on_plateau``, ``optax.polyak_sgd``) is given the
-            loss that is minimised, of this step's batch. One that requires another (``optax.lbfgs``) is refused.
-        mesh: of ``make_mesh``; then the state must be replicated (``replicate``) and batches divided
-            (``shard_batch``) on it.
-        ema_decay: in [0, 1), of the state's moving averages of parameters and statistics, which it must have.
-        loss_weights: by the name of a loss, a factor in the sum that is minimised; default 1.
-        trainable: as given to ``create_state``.
+        model: the detector. Computes in ``model.dtype`` (e.g. bfloat16); parameters and optimiser state are in
+            ``model.param_dtype``.
+        tx: the optax transform (or ``optax.MultiSteps``) given to ``create_state``. If its ``update`` takes the extra
+            argument ``value`` (``optax.contrib.reduce_on_plateau``, ``optax.polyak_sgd``), it gets the weighted loss of
+            the step's batch. A transform that requires another argument (``optax.lbfgs``) is refused.
+        mesh: the result of ``make_mesh``; the state must then be replicated (``replicate``) and batches divided
+            (``shard_batch``) on the mesh.
+        ema_decay: in [0, 1), decay of the moving averages of parameters and statistics, which the state must have.
+        loss_weights: factor of each named loss in the sum that is minimised; default 1.
+        trainable: as in ``create_state``.
 
     Returns:
-        ``step(state, batch) -> (state, metrics)``. The batch is a dict of arrays (the data pipeline's names). The state
-        is donated: its arrays can't be used after the call. Metrics are scalars, float32 (float64 in a float64 model):
-        each loss before its weight, "loss", their weighted sum, and "grad_norm", the norm of the whole gradient, before
-        any clipping. A label that is none of ``model.target_labels`` raises in the first batch, and makes losses and
-        gradients NaN in later ones.
+        ``step(state, batch) -> (state, metrics)``. The batch is a dict of arrays (with the data pipeline's names). The
+        state is donated: its arrays can't be used after the call. Metrics are scalars, float32 (float64 in a float64
+        model): each loss before weighting; "loss", the weighted sum; and "grad_norm", the norm of the whole gradient
+        before any clipping. A label outside ``model.target_labels`` raises an error in the first batch, and makes
+        losses and gradients NaN in later batches.
 
     Raises:
-        ValueError: for a decay outside [0, 1), or a ``tx`` that requires another argument than ``value``, naming it;
-            when called, if the state has averages and there is no decay or the other way round, for an unknown loss in
-            ``loss_weights``, for a batch that lacks a key, or for a label in the first batch that is none of the
-            model's, naming image and box.
+        ValueError: for a decay outside [0, 1), or a ``tx`` that requires another argument than ``value``, which the
+            message names. The step raises it for averages without a decay or a decay without averages, an unknown loss
+            in ``loss_weights``, a missing key in the batch, or a label in the first batch that the model doesn't allow,
+            naming image and box.
     """
     if ema_decay is not None and not 0 <= ema_decay < 1:
         raise ValueError(f"ema_decay should be from 0 to below 1, got {ema_decay}")
@@ -105,7 +105,7 @@ def make_loss_step(
 ) -> Callable[[Mapping[str, Any], Batch], Metrics]:
     """Makes the function that computes validation losses.
 
-    BatchNorm uses its running statistics, the RPN its test-time numbers of candidates; sampling draws from one fixed
+    BatchNorm uses running statistics, and the RPN the numbers of candidates of inference. Sampling always uses the same
     key, so that losses of different steps can be compared.
 
     Args:
@@ -114,12 +114,12 @@ def make_loss_step(
         loss_weights: as in ``make_train_step``.
 
     Returns:
-        ``loss_step(variables, batch) -> metrics``: each loss, and "loss", their weighted sum. Labels are looked at as
-        by the step of ``make_train_step``.
+        ``loss_step(variables, batch) -> metrics``: each loss, and "loss", the weighted sum. Labels are checked as by
+        the step of ``make_train_step``.
 
     Raises:
-        ValueError: when called, for an unknown loss in ``loss_weights``, a batch that lacks a key, or a label in the
-            first batch that is none of the model's.
+        ValueError: raised by the step for an unknown loss in ``loss_weights``, a missing key in the batch, or a label
+            in the first batch that the model doesn't allow.
     """
 
     def loss_step(variables: Mapping[str, Any], batch: Batch) -> Metrics:
@@ -145,20 +145,20 @@ def loss_and_gradients(
     *,
     loss_weights: Mapping[str, float] | None = None,
 ) -> tuple[tuple[jax.Array, tuple[Losses, Tree]], Tree]:
-    """The part of the train step before the optimiser, for loops of one's own.
+    """The part of the train step before the optimiser, for custom training steps.
 
     Args:
         model: the detector.
-        trainable: the parameters to differentiate by (see ``split``).
-        frozen: the others.
-        batch_stats: of the model.
-        images: of the batch.
-        targets: of the batch.
-        key: of the step.
+        trainable: the parameters to differentiate with respect to (see ``split``).
+        frozen: the other parameters.
+        batch_stats: the model's BatchNorm statistics.
+        images: images of the batch.
+        targets: targets of the batch.
+        key: random key of the step.
         loss_weights: as in ``make_train_step``.
 
     Returns:
-        ((loss, (losses by name, new batch_stats)), gradients), the losses scalars: what ``jax.value_and_grad`` gives.
+        ((loss, (losses by name, new batch_stats)), gradients), as of ``jax.value_and_grad``; losses are scalars.
     """
 
     def total(trainable: Params) -> tuple[jax.Array, tuple[Losses, Tree]]:
@@ -167,7 +167,7 @@ def loss_and_gradients(
             images,
             targets,
             train=True,
-            rngs={"sampling": key, "dropout": jax.random.fold_in(key, 1)},  # dropout: of parts of the user's own
+            rngs={"sampling": key, "dropout": jax.random.fold_in(key, 1)},  # dropout: only custom parts use it
             mutable=["batch_stats"],
         )
         return _weighted_sum(losses, loss_weights), (losses, updates.get("batch_stats", batch_stats))
@@ -176,19 +176,19 @@ def loss_and_gradients(
 
 
 def batch_inputs(model: Any, batch: Batch) -> tuple[ImageBatch, Targets]:
-    """What the model takes, out of a data pipeline's dict of arrays.
+    """The model's arguments, from a data pipeline's dict of arrays.
 
     Args:
-        model: the detector, whose dtype the boxes take.
+        model: the detector; boxes are cast to ``model.box_dtype``.
         batch: {"pixels": [B, H, W, 3] normalised, "size", "original_size" and (only where some canvas is smaller than
             the bucket) "canvas": [B, 2] int32, "boxes": [B, G, 4] xyxy in pixels of
             the resized images, "labels": [B, G] int32, "valid": [B, G] bool}.
 
     Returns:
-        The images and their targets.
+        The images and the targets.
 
     Raises:
-        ValueError: naming the keys that are missing.
+        ValueError: if a key is missing; names all missing keys.
     """
     missing = [name for name in BATCH_KEYS if name not in batch and name != "canvas"]
     if missing:
@@ -212,12 +212,12 @@ def _weighted_sum(losses: Losses, weights: Mapping[str, float] | None) -> jax.Ar
 
 
 def _norm(tree: Tree) -> jax.Array:
-    """Norm of all leaves together, whose dtypes may differ."""
+    """Norm of all leaves together; the dtypes of the leaves may differ."""
     squares = [jnp.sum(jnp.square(leaf.astype(at_least_float32(leaf.dtype)))) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(jnp.sum(jnp.stack([square.astype(jnp.result_type(float)) for square in squares])))
 
 
 def _moved(averages: Any, params: Tree, batch_stats: Tree, decay: float) -> dict[str, Tree]:
-    # optax.incremental_update in the form that leaves alone, to the bit, what doesn't move: frozen parameters
+    # Like optax.incremental_update, but in a form that leaves the averages of frozen parameters unchanged to the bit.
     new = {"params": params, "batch_stats": batch_stats}
     return jax.tree.map(lambda average, value: average + (1 - decay) * (value - average), averages, new)

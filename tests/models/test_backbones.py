@@ -82,7 +82,7 @@ ANSWERS = {
         r"out_channels\); map '1' has shape \[1, 4, 4, 8\]",
     ),
     "coarsest first": (lambda maps: dict(reversed(maps.items())), ValueError, "finest first"),
-    "a field's name": (lambda maps: {"backbone": maps["0"]}, ValueError, "name 'backbone', which .* uses itself"),
+    "a field's name": (lambda maps: {"backbone": maps["0"]}, ValueError, "map named 'backbone', a name .* uses itself"),
 }
 
 
@@ -96,7 +96,7 @@ def test_other_answers_are_refused_at_once(detector, answer):
 
 @pytest.mark.parametrize(("detector", "name"), [(fcos, "cls_logits"), (faster_rcnn, "proposals")])
 def test_maps_of_the_name_of_a_stage(detector, name):
-    with pytest.raises(ValueError, match=f"a map of the name '{name}'"):
+    with pytest.raises(ValueError, match=f"a map named '{name}'"):
         shapes_of(detector(Returning(lambda maps: {name: maps["0"]})))
 
 
