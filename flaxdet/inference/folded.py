@@ -11,9 +11,9 @@ import jax
 from flaxdet.models.detector import Detector
 from flaxdet.models.folding import fold_batch_norm
 
-# By the model and the identity of the leaves of its variables: the folded pair, and weak references to the leaves that
-# it replaces. The first of these that dies takes the entry out, before another array can have its identity.
-_kept: dict[Hashable, tuple[tuple[Detector, Any], list[weakref.ref[Any]]]] = {}
+# The folded pair by the model and the identity of the leaves of its variables. The first leaf to die of those that
+# folding replaces takes the entry out, before another array can have the identity. The others the entry keeps alive.
+_kept: dict[Hashable, tuple[Detector, Any]] = {}
 
 
 def folded(model: Detector, variables: Any) -> tuple[Detector, Any]:
@@ -38,12 +38,14 @@ def folded(model: Detector, variables: Any) -> tuple[Detector, Any]:
         return _fold(model, variables)
     key = model, structure, tuple(id(leaf) for leaf in leaves)
     if key in _kept:
-        return _kept[key][0]
+        return _kept[key]
     result = _fold(model, variables)
     remaining = {id(leaf) for leaf in jax.tree.leaves(result[1])}
     replaced = [leaf for leaf in leaves if id(leaf) not in remaining]
     if replaced:
-        _kept[key] = result, [weakref.ref(leaf, lambda _: _kept.pop(key, None)) for leaf in replaced]
+        _kept[key] = result
+    for leaf in replaced:
+        weakref.finalize(leaf, _kept.pop, key, None).atexit = False
     return result
 
 
