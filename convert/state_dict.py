@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from flaxdet.convert.identify import describe
 from flaxdet.convert.rules import COLLECTIONS, COUNTER, Rule, canonical_keys, leaves_of, rules
 from flaxdet.files import checkpoint
 from flaxdet.models.detector import example_batch
+from flaxdet.registry import FROZEN_EPS
 
 Variables = dict[str, Any]
 StateDict = Mapping[str, Any]
@@ -131,11 +133,35 @@ def to_torchvision(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nda
 
     Returns:
         Arrays of the same dtypes, in torchvision's shapes, by torchvision's key, in torchvision's order, each
-        contiguous and a copy; ``num_batches_tracked`` is an int64 0 for every live BatchNorm.
+        contiguous and a copy; ``num_batches_tracked`` is an int64 0 for every live BatchNorm. The tensors can't say
+        that FrozenBatchNorm adds another eps than 1e-5: a warning then says what to do in torchvision.
 
     Raises:
         StateDictError: if the variables are not the model's: leaves missing, unexpected or of a wrong shape.
         ValueError: if the model is not of torchvision's architecture, or its BatchNorm is folded.
+    """
+    body = getattr(getattr(model, "backbone", None), "body", None)
+    if getattr(body, "norm_eps", FROZEN_EPS) != FROZEN_EPS:
+        warnings.warn(
+            f"the model's BatchNorm adds {body.norm_eps} to the variance, which tensors can't say: in torchvision, "
+            f"call torchvision.models.detection._utils.overwrite_eps(model, {body.norm_eps}) after load_state_dict",
+            stacklevel=2,
+        )
+    return tensors_of(model, variables)
+
+
+def tensors_of(model: Any, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """``to_torchvision`` without the warning, for files that say the model's options too.
+
+    Args:
+        model: as there.
+        variables: as there.
+
+    Returns:
+        As there.
+
+    Raises:
+        StateDictError, ValueError: as there.
     """
     _check_not_folded(model)
     abstract = abstract_variables(model)

@@ -252,8 +252,8 @@ def describe(model: Any) -> tuple[Architecture, dict[str, Any]]:
         except (TypeError, ValueError):  # options that belong to another architecture of this class
             continue
     raise ValueError(
-        f"none of {_listed(kinds)} makes this model, which has parts of another kind (another backbone, head or "
-        "predictor)"
+        f"no builder of this class ({_listed(kinds)}) makes this model, which has parts of another kind (another "
+        "backbone, head or predictor)"
     )
 
 

@@ -46,7 +46,10 @@ class Convert:
     """Store this as the model's max_size."""
 
     frozen_bn: Annotated[bool | None, Quiet] = None
-    """Overrule whether FCOS's BatchNorm is frozen; default: as the file's keys tell."""
+    """Overrule whether the backbone's BatchNorm is frozen; default: as the file's keys tell."""
+
+    norm_eps: Annotated[float | None, Quiet] = None
+    """What BatchNorm adds to the variance, which keys can't tell: 0 for a .pth of fasterrcnn_resnet50_fpn's COCO_V1."""
 
     progress: bool = True
     """Show a progress bar while downloading."""
@@ -70,6 +73,7 @@ class Convert:
             min_size=self.min_size,
             max_size=self.max_size,
             frozen_bn=self.frozen_bn,
+            norm_eps=self.norm_eps,
         )
         if self.categories is not None and names is not None:
             check_categories(self.categories, names, model.num_classes)

@@ -128,7 +128,7 @@ def load_model(
     if file is None:
         made, variables = getattr(flaxdet, builder)(weights=member, progress=progress, **options)
     else:
-        made, variables = files.make(file, **options)
+        made, variables = files.make(file, **({} if member is None else member.options) | options)
     if member is not None:
         return made, variables, list(member.meta["categories"])
     return made, variables, None if file is None else file.categories

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from flaxdet import registry
-from flaxdet.convert.state_dict import to_torchvision
+from flaxdet.convert.state_dict import tensors_of
 from flaxdet.files import checkpoint
 from flaxdet.files import models as files
 from flaxdet.models.detector import Detector
@@ -80,7 +80,7 @@ def save_pretrained(
     folder = Path(folder)
     files.check_categories(folder, model, categories)
     description = files.describe(model, categories)
-    state_dict = to_torchvision(model, variables)
+    state_dict = tensors_of(model, variables)
     texts = {CONFIG: json.dumps(description, indent=2, ensure_ascii=False) + "\n"}
     if not (folder / CARD).exists():
         texts[CARD] = _card(description)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from flaxdet import registry
 from flaxdet._version import __version__
 from flaxdet.convert.identify import identify
-from flaxdet.convert.state_dict import from_torchvision, to_torchvision
+from flaxdet.convert.state_dict import from_torchvision, tensors_of, to_torchvision
 from flaxdet.files import checkpoint
 from flaxdet.models.detector import Detector
 from flaxdet.models.labels import num_classes
@@ -41,8 +41,10 @@ def load(path: str | Path, **overrides: Any) -> tuple[Detector, dict[str, Any]]:
     Args:
         path: the file.
         **overrides: options of the builder that replace the file's or the default: fields of the model's class,
-            ``dtype``, ``param_dtype``, ``precision``, ``trainable_backbone_layers``, ``freeze_bn``, ``remat``, and
-            ``frozen_bn``. The dtype is float32 unless given here, whatever the tensors' in the file.
+            ``dtype``, ``param_dtype``, ``precision``, ``trainable_backbone_layers``, ``freeze_bn``, ``remat``,
+            ``frozen_bn``, and ``norm_eps``, which BatchNorm adds to the variance: 0 for a ``.pth`` of weights that
+            torchvision takes with ``overwrite_eps``. The dtype is float32 unless given here, whatever the dtype of the
+            tensors in the file.
 
     Returns:
         The model and its variables.
@@ -165,7 +167,7 @@ def save(
         checkpoint.write_pth(path, to_torchvision(model, variables))
     elif path.suffix == ".safetensors":
         metadata = {METADATA_KEY: json.dumps(describe(model, categories))}
-        checkpoint.write_safetensors(path, to_torchvision(model, variables), metadata)
+        checkpoint.write_safetensors(path, tensors_of(model, variables), metadata)
     else:
         raise ValueError(f"{path}: expected a name ending in .safetensors or .pth")
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import flaxdet
+from flaxdet import registry
 from flaxdet.cli import options
 from flaxdet.convert import read
 from flaxdet.files import models
@@ -162,7 +163,8 @@ def test_published_weights_go_to_the_builder(monkeypatch):
         given.update(kept)
         return "model", "variables"
 
-    for name, option in options.SCORE_OPTION.items():
+    for name in registry.names():
+        option = registry.get(name).kind.score_field
         monkeypatch.setattr(flaxdet, name, builder)
         _, _, names = options.load_model(name, "DEFAULT", threshold=0.3, max_size=None, progress=False)
         assert len(names) == 91

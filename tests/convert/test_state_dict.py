@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +23,13 @@ from flaxdet.convert import (
     write_safetensors,
 )
 from flaxdet.convert.reference import torchvision
-from flaxdet.convert.state_dict import abstract_variables
+from flaxdet.convert.state_dict import abstract_variables, tensors_of
 from flaxdet.models import FCOS, FasterRCNN, FastRCNNConvFCHead, RPNHead
-from flaxdet.nn import BackboneWithFPN, FeaturePyramidNetwork, LastLevelMaxPool, LastLevelP6P7, ResNet
+from flaxdet.nn import BackboneWithFPN, FeaturePyramidNetwork, FrozenBatchNorm, LastLevelMaxPool, LastLevelP6P7, ResNet
+from flaxdet.registry import describe, make_model
 from tests.convert.states import Tiny, renamed, tiny_state
+from tests.drawn import drawn
+from tests.tolerances import OP_F32
 
 
 def same(a, b) -> bool:
@@ -247,3 +251,28 @@ def test_the_converter_imports_no_torch():
     script = "import sys, flaxdet.convert; print(sorted({'torch', 'torchvision'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_another_eps_is_said_when_tensors_cannot_say_it():
+    """torchvision's overwrite_eps: an option at loading, in our own metadata, and a warning on the way back."""
+    model = make_model("fcos_resnet50_fpn", num_classes=2, frozen_bn=True, small=True, norm_eps=0.0)
+    assert model.backbone.body.norm_eps == 0
+    variables = drawn(abstract_variables(model))
+    with pytest.warns(UserWarning, match=r"BatchNorm adds 0\.0 .*overwrite_eps\(model, 0\.0\) after load_state_dict"):
+        to_torchvision(model, variables)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        usual = make_model("fcos_resnet50_fpn", num_classes=2, frozen_bn=True, small=True)
+        to_torchvision(usual, variables)
+        tensors_of(model, variables)  # for our own files, whose metadata has the option
+    whole = make_model("fcos_resnet50_fpn", num_classes=2, frozen_bn=True, norm_eps=0.0)
+    assert describe(whole)[1]["norm_eps"] == 0
+
+
+def test_eps_decides_what_frozen_batch_norm_computes():
+    """y = (x - mean) * scale / sqrt(var + eps) + bias, by hand."""
+    vectors = {"scale": 2.0, "bias": 1.0, "mean": 3.0, "var": 4.0}
+    variables = {"batch_stats": {name: jnp.full((1,), value) for name, value in vectors.items()}}
+    for eps, expected in ((0.0, 1 + 2 * 2 / 2), (5.0, 1 + 2 * 2 / 3)):
+        found = FrozenBatchNorm(eps=eps).apply(variables, jnp.full((1, 1, 1, 1), 5.0))
+        np.testing.assert_allclose(found, expected, rtol=OP_F32)

@@ -41,7 +41,7 @@ def folder(tmp_path, made):
 @pytest.fixture
 def small(monkeypatch):
     """Tensors are not written: only how files are."""
-    monkeypatch.setattr(hub, "to_torchvision", lambda model, variables: {"weight": np.zeros(3, np.float32)})
+    monkeypatch.setattr(hub, "tensors_of", lambda model, variables: {"weight": np.zeros(3, np.float32)})
 
 
 def content(folder) -> dict[str, bytes]:
