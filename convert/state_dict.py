@@ -141,10 +141,11 @@ def to_torchvision(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nda
         ValueError: if the model is not of torchvision's architecture, or its BatchNorm is folded.
     """
     body = getattr(getattr(model, "backbone", None), "body", None)
-    if getattr(body, "norm_eps", FROZEN_EPS) != FROZEN_EPS:
+    eps: float = getattr(body, "norm_eps", FROZEN_EPS)
+    if eps != FROZEN_EPS:
         warnings.warn(
-            f"the model's BatchNorm adds {body.norm_eps} to the variance, which tensors can't say: in torchvision, "
-            f"call torchvision.models.detection._utils.overwrite_eps(model, {body.norm_eps}) after load_state_dict",
+            f"the model's BatchNorm adds {eps} to the variance, which tensors can't say: in torchvision, "
+            f"call torchvision.models.detection._utils.overwrite_eps(model, {eps}) after load_state_dict",
             stacklevel=2,
         )
     return tensors_of(model, variables)

@@ -124,7 +124,7 @@ class Train(TrainOptions):
             raise ValueError(f"--batch-size should be a multiple of the {devices} devices, got {self.batch_size}")
         mesh = make_mesh() if devices > 1 else None
         batches = self.batches(model, train, steps)
-        tx, schedule = self.optimiser(model, steps_per_epoch)
+        tx, schedule = self.optimiser(registry.nearest(model).training, steps_per_epoch)
         state = create_state(model, variables, tx, key=jax.random.key(self.seed), ema=self.ema is not None)
         if mesh is not None:
             state = replicate(state, mesh)
@@ -180,14 +180,14 @@ class Train(TrainOptions):
             process_count=jax.process_count(),
         )
 
-    def optimiser(self, model: Any, steps_per_epoch: int) -> tuple[Any, Any]:
+    def optimiser(self, training: registry.Training, steps_per_epoch: int) -> tuple[Any, Any]:
         """The optax transform, and its schedule as a function of the number of updates."""
         import optax
 
         from flaxdet.train import sgd, warmup_cosine_schedule, warmup_multistep_schedule
         from flaxdet.train.recipes import WARMUP_ITERATIONS
 
-        training = registry.nearest(model).training  # the linear rule of torchvision's references
+        # the linear rule of torchvision's references
         rate = self.learning_rate or training.fine_tuning_lr / training.batch_size * self.batch_size * self.accumulate
         # An update may take steps of two epochs, so an epoch has no whole number of updates: the schedule is of steps.
         warmup_updates = WARMUP_ITERATIONS if self.warmup_steps is None else self.warmup_steps

@@ -103,7 +103,7 @@ ARCHITECTURE = register(
             class_key="roi_heads.box_predictor.cls_score.weight",
             relative=(
                 frozenset({"rpn.head.cls_logits.weight", "roi_heads.box_predictor.cls_score.weight"}),
-                "a Faster R-CNN with other parts than version 2 of torchvision's",
+                "a Faster R-CNN with other parts than torchvision's builders on a ResNet-50-FPN",
             ),
         ),
         # torchvision's: 32 devices of 2 images, large-scale jitter into a fixed crop, BatchNorm over the global batch

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 import flaxdet
+from flaxdet import registry
 from flaxdet.cli.main import main
-from flaxdet.cli.train import LEARNING_RATE, Train
+from flaxdet.cli.train import Train
 from tests.tiny import NAMES, build_small_models, write_coco
 from tests.tolerances import HAND_F32
 
@@ -205,8 +206,8 @@ def rates(schedule: str, accumulate: int, updates: int, steps_per_epoch: int = 7
         accumulate=accumulate,
         epochs=epochs,
     )
-    _, of_updates = options.optimiser("FCOS", steps_per_epoch)
-    peak = LEARNING_RATE["FCOS"] * options.batch_size * accumulate
+    _, of_updates = options.optimiser(registry.get("fcos_resnet50_fpn").training, steps_per_epoch)
+    peak = 0.01 / 16 * options.batch_size * accumulate  # torchvision's references, by the linear rule
     return [float(of_updates(i)) / peak for i in range(updates)]
 
 

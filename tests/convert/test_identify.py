@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from flaxdet import registry
 from flaxdet.convert import CheckpointError, identify
 from flaxdet.convert.reference import torchvision
 from tests.convert.states import renamed
@@ -21,14 +22,9 @@ def shapes_of(name: str, group: str = "detection", **options) -> dict[str, np.nd
 NOTHING = {"weights": None, "weights_backbone": None}
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize("classes", [2, 91])
-@pytest.mark.parametrize("name", ["fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"])
-def test_identify(name, classes, prefix):
-    state = {prefix + key: array for key, array in shapes_of(name, **NOTHING, num_classes=classes).items()}
-    assert identify(state) == (name, {"num_classes": classes, "frozen_bn": False})
-    frozen = {key: array for key, array in state.items() if not key.endswith("tracked")}
-    assert identify(frozen)[1]["frozen_bn"] == (name == "fcos_resnet50_fpn")
+@pytest.mark.parametrize("name", registry.names())
+def test_older_names(name):
+    state = shapes_of(name, **NOTHING)
     old = renamed(renamed(state, "inner_blocks.0.0.", "inner_blocks.0."), "layer_blocks.2.0.", "layer_blocks.2.")
     assert identify(old) == identify(state)
 
@@ -36,12 +32,6 @@ def test_identify(name, classes, prefix):
 @pytest.mark.parametrize(
     ("name", "group", "options", "expected"),
     [
-        (
-            "fasterrcnn_resnet50_fpn",
-            "detection",
-            NOTHING,
-            "a Faster R-CNN with other parts",
-        ),
         ("fasterrcnn_mobilenet_v3_large_fpn", "detection", NOTHING, "a Faster R-CNN with other parts"),
         ("maskrcnn_resnet50_fpn", "detection", NOTHING, "a Mask R-CNN"),
         ("maskrcnn_resnet50_fpn_v2", "detection", NOTHING, "a Mask R-CNN"),

@@ -17,7 +17,7 @@ from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.files import checkpoint
 from tests.drawn import drawn
 from tests.models.cases import NAMES, equal
-from tests.parity.sides import FCOS_NAME, V2_NAME, flax_detector
+from tests.parity.sides import FCOS_NAME, V2_NAME, flax_detector, known
 
 FILES = pytest.mark.xdist_group("fcos_files")
 
@@ -34,26 +34,24 @@ def folder(tmp_path):
 
 
 OPTIONS = {
-    FCOS_NAME: {
-        "anchor_generator": flaxdet.AnchorGenerator(((4,), (16,), (32,), (64,), (128,)), (1.0,)),
-        "score_thresh": np.float32(0.3),
-        "image_std": [0.3, 0.25, 0.2],
-        "frozen_bn": True,
-    },
-    V2_NAME: {
-        "box_roi_pool": flaxdet.models.MultiScaleRoIAlign(("p2", "p3"), 7, 1),
-        "bbox_reg_weights": (5.0, 5.0, 2.0, 2.0),
-        "box_nms_thresh": 0.25,
-    },
+    "anchor_generator": flaxdet.AnchorGenerator(((4,), (16,), (32,), (64,), (128,)), (1.0,)),
+    "score_thresh": np.float32(0.3),
+    "image_std": [0.3, 0.25, 0.2],
+    "box_roi_pool": flaxdet.models.MultiScaleRoIAlign(("p2", "p3"), 7, 1),
+    "bbox_reg_weights": (5.0, 5.0, 2.0, 2.0),
+    "box_nms_thresh": 0.25,
 }
 
 
 @NAMES
 def test_safetensors_round_trip(name, folder, drawn_models):
     """Model, options, names of labels and every bit of every tensor."""
-    options = {"min_size": (96, 128), "fixed_size": (64, 32), "trainable_backbone_layers": 2, **OPTIONS[name]}
+    options = {"min_size": (96, 128), "fixed_size": (64, 32), "trainable_backbone_layers": 2, **known(name, OPTIONS)}
+    frozen = registry.get(name).freezable
+    if frozen:
+        options |= {"frozen_bn": True, "norm_eps": 0.0}
     model = registry.make_model(name, num_classes=4, **options)
-    _, variables = drawn_models(name, 4, options.get("frozen_bn", False))
+    _, variables = drawn_models(name, 4, frozen)
     path = folder / "model.safetensors"
     categories = ["__background__", "RBC", "WBC", "plaquette Ω"]
     flaxdet.save(path, model, variables, categories=categories)
@@ -63,7 +61,7 @@ def test_safetensors_round_trip(name, folder, drawn_models):
     equal(found, variables)
     assert flaxdet.load_categories(path) == categories
 
-    threshold = "score_thresh" if name == FCOS_NAME else "box_score_thresh"
+    threshold = registry.get(name).kind.score_field
     other, found = flaxdet.load(path, **{threshold: 0.7}, min_size=320, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     assert getattr(other, threshold) == 0.7
     assert other.min_size == 320

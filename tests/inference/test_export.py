@@ -15,7 +15,6 @@ from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.images.resize import resize_image
 from flaxdet.inference.detect import detect
 from flaxdet.structures import ImageBatch
-from tests.parity.sides import FCOS_NAME, V2_NAME
 
 pytestmark = pytest.mark.xdist_group("export")
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -38,7 +37,7 @@ def lowered(function, *args) -> jax.export.Exported:
 
 
 @pytest.mark.parametrize("canvas", [False, True], ids=["whole bucket", "canvas"])
-@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
+@pytest.mark.parametrize("name", registry.names())
 def test_detectors_lower(name, canvas):
     """ResNet-50 at 800x1088, weights as arguments."""
     model = registry.make_model(name, num_classes=91)
@@ -50,7 +49,7 @@ def test_detectors_lower(name, canvas):
     assert len(exported.mlir_module_serialized) < 5e6  # no weights inside
 
 
-@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
+@pytest.mark.parametrize("name", registry.names())
 def test_bfloat16_lowers(name):
     model = registry.make_model(name, num_classes=3, dtype=jnp.bfloat16)
     lowered(functools.partial(detect, model), abstract_variables(model), abstract_batch(1, (256, 256), canvas=True))

@@ -8,14 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from tests.parity.sides import FCOS_NAME, V2_NAME
+from flaxdet import registry
 
 NAMES = pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(FCOS_NAME, marks=pytest.mark.xdist_group("fcos_files")),
-        pytest.param(V2_NAME, marks=pytest.mark.xdist_group("v2_files")),
-    ],
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"{name} files")) for name in registry.names()]
 )
 
 

@@ -14,11 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import flaxdet
 from flaxdet.convert import reference, to_torchvision
 from flaxdet.models import FCOS, FasterRCNN, FastRCNNConvFCHead, RPNHead
 from flaxdet.models.initial import initial_variables
-from tests.parity import sides
 
 torch = pytest.importorskip("torch")
 
@@ -113,21 +111,6 @@ def torch_initial(build, seeds: int) -> list[dict[str, np.ndarray]]:
             torch.manual_seed(seed)
             states.append({key: tensor.numpy() for key, tensor in build().state_dict().items()})
     return states
-
-
-# 53 convolutions of ResNet-50 in both; FPN 6 or 8, P6 and P7, 8 + 3 of FCOS; 2 + 2 of the RPN, 4 of the box head,
-# and its 3 dense layers with their biases
-@pytest.mark.parametrize(
-    ("name", "random"),
-    [
-        pytest.param(sides.FCOS_NAME, 53 + 6 + 2 + 11, marks=pytest.mark.xdist_group("fcos")),
-        pytest.param(sides.V2_NAME, 53 + 8 + 4 + 4 + 6, marks=pytest.mark.xdist_group("v2")),
-    ],
-)
-def test_builders(name, random):
-    build = getattr(flaxdet, name)
-    model, variables = build(weights_backbone=None)  # key=None: jax.random.key(0)
-    compare([to_torchvision(model, variables)], torch_initial(lambda: reference.build(name), 1), random)
 
 
 class Maps(nn.Module):

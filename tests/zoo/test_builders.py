@@ -74,7 +74,7 @@ def test_unknown_keywords(name, abstract_init):
     for reserved in ("backbone", "parent", "name"):
         with pytest.raises(TypeError, match=f"unexpected keyword argument '{reserved}'"):
             build(weights_backbone=None, **{reserved: None})
-    other = "box_score_thresh" if name == FCOS_NAME else "score_thresh"
+    other = "box_score_thresh" if registry.get(name).kind.score_field == "score_thresh" else "score_thresh"
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{other}'"):
         build(weights_backbone=None, **{other: 0.5})
 
@@ -88,7 +88,7 @@ def test_parts_that_version_2_makes_itself(part, abstract_init):
 
 @NAMES
 def test_keywords_reach_the_model(name, abstract_init):
-    prefix = "" if name == FCOS_NAME else "box_"
+    prefix = registry.get(name).kind.score_field.removesuffix("score_thresh")
     options = {
         "min_size": (400, 500),
         "max_size": 700,

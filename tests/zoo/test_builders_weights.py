@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import flaxdet
-from flaxdet import FasterRCNN_ResNet50_FPN_V2_Weights, FCOS_ResNet50_FPN_Weights, ResNet50_Weights, registry
+from flaxdet import FCOS_ResNet50_FPN_Weights, ResNet50_Weights, registry
 from flaxdet.convert import StateDictError, to_torchvision
 from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.zoo import build
@@ -26,14 +26,13 @@ def count(variables) -> int:
 @NAMES
 def test_detector_weights(name, server, drawn_models):
     """ "COCO_V1" gives the file's values, 91 classes and the published number of parameters."""
-    frozen = name == FCOS_NAME
-    kind = FCOS_ResNet50_FPN_Weights if frozen else FasterRCNN_ResNet50_FPN_V2_Weights
+    frozen, kind = registry.get(name).freezable, registry.get(name).weights
     source, variables = drawn_models(name, frozen=frozen)
     server.files[kind.COCO_V1] = to_torchvision(source, variables)
     model, found = getattr(flaxdet, name)(weights="COCO_V1", progress=False)
     equal(found, variables)
     assert server.asked == [(kind.COCO_V1, False)]  # and no backbone, whatever the default of weights_backbone
-    assert count(found) == kind.COCO_V1.meta["num_params"] == (32_269_600 if frozen else 43_712_278)
+    assert count(found) == kind.COCO_V1.meta["num_params"]
     assert model.num_classes == 91
     assert model.trainable_backbone_layers == 3
     assert model == getattr(flaxdet, name)(weights=kind.DEFAULT, num_classes=91)[0].clone(trainable_backbone_layers=3)
@@ -102,8 +101,8 @@ def resnet50(frozen: bool = False):
 
 @NAMES
 def test_backbone_weights(name, server, drawn_models, monkeypatch):
-    """ImageNet's go into the body, frozen in FCOS and live in version 2; the rest keeps its initialisation."""
-    frozen = name == FCOS_NAME
+    """ImageNet's go into the body, frozen where torchvision freezes it; the rest keeps its initialisation."""
+    frozen = registry.get(name).freezable
     model, initial = drawn_models(name, 7, frozen)
     monkeypatch.setattr(build, "initial_variables", lambda model, key: initial)
     body, server.files[ResNet50_Weights.IMAGENET1K_V2] = resnet50(frozen)
@@ -141,7 +140,7 @@ def test_unknown_weights(name, argument, server):
         getattr(flaxdet, name)(**{argument: "COCO_V9"})
     with pytest.raises(TypeError, match=r"weights: expected .*_Weights, its name or None, found int"):
         getattr(flaxdet, name)(**{argument: 1})
-    other = FasterRCNN_ResNet50_FPN_V2_Weights if name == FCOS_NAME else FCOS_ResNet50_FPN_Weights
+    other = next(each.weights for each in registry.architectures() if each.name != name)
     with pytest.raises(TypeError, match=f"expected .*_Weights, its name or None, found {other.__name__}"):
         getattr(flaxdet, name)(**{argument: other.COCO_V1})
     assert not server.asked

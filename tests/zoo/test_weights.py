@@ -11,17 +11,14 @@ import PIL.Image
 import pytest
 
 import flaxdet
+from flaxdet import registry
 from flaxdet.zoo import weights
 from tests.tolerances import OP_F32
 
 # Enums
 
 
-ENUMS = [
-    flaxdet.FCOS_ResNet50_FPN_Weights,
-    flaxdet.FasterRCNN_ResNet50_FPN_V2_Weights,
-    weights.ResNet50_Weights,
-]
+ENUMS = [each.weights for each in registry.architectures() if each.weights] + [weights.ResNet50_Weights]
 
 
 @pytest.mark.parametrize("ours", ENUMS)
