@@ -145,7 +145,14 @@ LAYERS = [
     ["evaluation"],
     ["train"],
     # whole models of torchvision and ours side by side
-    ["convert.stages", "convert.verify", "convert.reference", "convert.lively", "convert.torch_ops"],
+    [
+        "convert.stages",
+        "convert.verify",
+        "convert.reference",
+        "convert.reference_tiny",
+        "convert.lively",
+        "convert.torch_ops",
+    ],
     ["__init__", "cli"],
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -81,6 +81,7 @@ class ResNet(TypedModule):
 
     Attributes:
         depth: 18, 34, 50, 101 or 152.
+        width: channels of the stem. Stage i, from 0, has width * 2**i, four times as many for bottlenecks.
         frozen_bn: ``FrozenBatchNorm`` instead of live ``BatchNorm``.
         freeze_bn: in training, live BatchNorm normalises with its running statistics and leaves them alone
             (an addition to torchvision).
@@ -93,6 +94,7 @@ class ResNet(TypedModule):
     """
 
     depth: int = 50
+    width: int = 64
     frozen_bn: bool = False
     freeze_bn: bool = False
     remat: bool = False
@@ -105,7 +107,7 @@ class ResNet(TypedModule):
     def stage_channels(self) -> dict[str, int]:
         """Channels of each returned stage."""
         expansion = 1 if self.depth < 50 else 4
-        return {f"c{i}": 64 * 2 ** (i - 2) * expansion for i in range(2, 6)}
+        return {f"c{i}": self.width * 2 ** (i - 2) * expansion for i in range(2, 6)}
 
     @property
     def stage_strides(self) -> dict[str, int]:
@@ -156,7 +158,7 @@ class ResNet(TypedModule):
         def extent(x: Array) -> Array | None:
             return level_extent(canvas, bucket, x.shape[1:3])
 
-        x = conv_(64, 7, strides=2, name="conv1")(pixels.astype(self.dtype))
+        x = conv_(self.width, 7, strides=2, name="conv1")(pixels.astype(self.dtype))
         x, affine = norm_affine(norm(name="bn1"), x, extent(x), train=norm_train)
         pooled = recomputed(
             lambda x, affine: max_pool_3x3(nn.relu(apply_affine(x, affine, self.dtype))), jax.checkpoint
@@ -165,7 +167,7 @@ class ResNet(TypedModule):
 
         stages = {}
         for stage, blocks in enumerate(STAGE_SIZES[self.depth], start=1):
-            features = 64 * 2 ** (stage - 1)
+            features = self.width * 2 ** (stage - 1)
             for i in range(blocks):
                 strides = 2 if stage > 1 and i == 0 else 1
                 convs = ((3, strides, 1), (3, 1, 1)) if self.depth < 50 else ((1, 1, 1), (3, strides, 1), (1, 1, 4))
