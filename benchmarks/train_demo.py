@@ -5,6 +5,9 @@
 BCCD is a folder with images/, train.json and val.json in COCO's format (https://github.com/Shenggan/BCCD_Dataset).
 Needs the extra ``train``. Prints the losses of each epoch, and COCO's figures on val.json as it goes. The weights
 written are the last moving averages; the same seed on the same machine gives the same.
+
+40 epochs take a quarter of an hour of one core, and end at AP .465, AP50 .809. 20 epochs end at .474 and .826, with
+lower scores and more doubtful boxes in the pictures of the demonstration.
 """
 
 from __future__ import annotations
