@@ -27,6 +27,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
+from flaxdet import registry
 from flaxdet.cli.main import main as command
 from flaxdet.cli.train import Train
 from flaxdet.convert import reference, to_torchvision
@@ -72,7 +73,7 @@ def torch_train(options: Train, model: Any, theirs: Any, train: Any) -> float:
     steps_per_epoch = math.ceil(len(train) / options.batch_size)
     steps = options.epochs * steps_per_epoch
     batches = options.batches(model, train, steps)
-    _, schedule = options.optimiser(type(model).__name__, steps_per_epoch)
+    _, schedule = options.optimiser(registry.nearest(model).training, steps_per_epoch)
     parameters = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     sgd = torch.optim.SGD(parameters, lr=1.0, momentum=options.momentum, weight_decay=options.weight_decay)
     theirs.to(memory_format=torch.channels_last).train()

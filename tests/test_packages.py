@@ -1,4 +1,7 @@
-"""Wheel, sdist and editable installation hold flaxdet.convert, whatever git made of the symlink flaxdet/convert."""
+"""Wheel, sdist and editable installation hold flaxdet.convert, whatever git made of the symlink flaxdet/convert.
+
+Wheel and sdist hold the demonstration and its licence.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("flaxdet", "convert", "pyproject.toml", "README.md", "LICENSE")
+PARTS = ("flaxdet", "convert", "pyproject.toml", "README.md", "LICENSE", "LICENSES")
+DEMO = {"blood_cells.safetensors", "BloodImage_00222.jpg", "BloodImage_00396.jpg"}
+LICENCES = ("LICENSE", "LICENSES/BCCD-MIT.txt")  # the second is of the data set that the demonstration came of
+MOST_BYTES = 2_000_000  # of the demonstration's weights
 
 # as a checkout has it with symlinks, on Windows without them, and in a zip that left it out
 LINKS = ("link", "text file", "nothing")
@@ -56,15 +62,41 @@ def expected() -> set[str]:
     return own | {f"flaxdet/convert/{path.name}" for path in (ROOT / "convert").glob("*.py")}
 
 
+def check_demo_and_licences(wheel: zipfile.ZipFile) -> None:
+    """A wheel holds the demonstration's files as they are in the checkout, and says and holds both licences."""
+    names = wheel.namelist()
+    demo = ROOT / "flaxdet" / "zoo" / "demo"
+    assert {name.rpartition("/")[2] for name in names if name.startswith("flaxdet/zoo/demo/")} == DEMO
+    for name in DEMO:
+        assert wheel.read(f"flaxdet/zoo/demo/{name}") == (demo / name).read_bytes()
+    (info,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
+    metadata = wheel.read(f"{info}/METADATA").decode().splitlines()
+    assert "License-Expression: BSD-3-Clause AND MIT" in metadata
+    assert [line for line in metadata if line.startswith("License-File: ")] == [f"License-File: {p}" for p in LICENCES]
+    for path in LICENCES:
+        assert wheel.read(f"{info}/licenses/{path}") == (ROOT / path).read_bytes()
+
+
+def test_the_demonstration_is_small_and_its_licence_names_its_owner():
+    assert (ROOT / "flaxdet" / "zoo" / "demo" / "blood_cells.safetensors").stat().st_size < MOST_BYTES
+    notice = (ROOT / LICENCES[1]).read_text()
+    for part in ("BCCD", "flaxdet/zoo/demo", "MIT License", "Copyright (c) 2017 shenggan", "above copyright notice"):
+        assert part in notice
+
+
 def test_wheel_and_sdist_hold_every_module(checkout):
     with zipfile.ZipFile(build(checkout, "build_wheel")) as wheel:
         assert modules_of(wheel.namelist()) == expected()
+        check_demo_and_licences(wheel)
     sdist = build(checkout, "build_sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(checkout / "unpacked", filter="data")
     (unpacked,) = (checkout / "unpacked").iterdir()
+    for path in (*LICENCES, *(f"flaxdet/zoo/demo/{name}" for name in DEMO)):
+        assert (unpacked / path).read_bytes() == (ROOT / path).read_bytes()
     with zipfile.ZipFile(build(unpacked, "build_wheel")) as wheel:
         assert modules_of(wheel.namelist()) == expected()
+        check_demo_and_licences(wheel)
 
 
 def test_editable_installation_imports_the_converter(checkout, tmp_path):

@@ -3,16 +3,18 @@
     python wheel_check.py
 
 Builds a small detector, writes it as torchvision's file and as our own, reads both back, and detects; exports it and
-runs that. So it finds a dependency that only an extra brings.
+runs that. Runs the demonstration too. So it finds a dependency that only an extra brings, and a file that was left out.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import subprocess
 import sys
 import sysconfig
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -71,10 +73,30 @@ def check_command() -> None:
     assert "detect" in result.stdout
 
 
+def check_demo(folder: Path) -> None:
+    """README's first command finds blood cells in under a minute, and their licence is installed with them."""
+    start = time.perf_counter()
+    command = [Path(sysconfig.get_path("scripts")) / "flaxdet", "detect", "--demo"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - start
+    assert seconds < 60, f"flaxdet detect --demo took {seconds:.0f} s"
+    content = json.loads((folder / "detections" / "detections.json").read_text())
+    for record in content["images"]:
+        assert (folder / record["picture"]).is_file()
+        assert record["picture"] in result.stdout
+        assert {row["category"] for row in record["detections"]} >= {"RBC", "WBC"}
+    assert len(content["images"]) == 2
+    metadata = importlib.metadata.metadata("flaxdet")
+    assert metadata["License-Expression"] == "BSD-3-Clause AND MIT"
+    installed = {path.name for path in importlib.metadata.files("flaxdet") or ()}
+    assert {"LICENSE", "BCCD-MIT.txt"} <= installed
+
+
 if __name__ == "__main__":
     check_installation()
     with TemporaryDirectory() as folder:
         check_models(Path(folder))
+        check_demo(Path(folder))
     check_command()
     assert "torch" not in sys.modules
     print(f"flaxdet {flaxdet.__file__} works without torch")

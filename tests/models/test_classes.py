@@ -155,7 +155,9 @@ class OwnPredictor(OwnHead):
 
 def test_parts_of_ones_own():
     model = tiny_model(FCOS_NAME, head=OwnHead())
-    with pytest.raises(TypeError, match="knows the class layers of FCOSHead, and the head of this FCOS is OwnHead"):
+    with pytest.raises(
+        TypeError, match="knows the class layers of torchvision's parts, and the head of this FCOS is OwnHead"
+    ):
         replace_classes(model, {}, 3)
     model = tiny_model(V2_NAME, None, box_predictor=OwnPredictor())
     assert isinstance(model, FasterRCNN)
@@ -163,7 +165,7 @@ def test_parts_of_ones_own():
         TypeError, match="of FastRCNNPredictor, and the box_predictor of this FasterRCNN is OwnPredictor"
     ):
         replace_classes(model, {}, 3)
-    with pytest.raises(TypeError, match="expected an FCOS or a FasterRCNN, got Dense"):
+    with pytest.raises(TypeError, match="expected a detector, got Dense"):
         replace_classes(nn.Dense(3), {}, 3)  # pyright: ignore
 
 

@@ -81,7 +81,7 @@ def test_what_cannot_be_folded_is_told():
         flaxdet.fold_batch_norm(folded, fewer)
     with pytest.raises(ValueError, match="don't fit the model"):
         flaxdet.fold_batch_norm(model, {"params": variables["params"], "batch_stats": {}})
-    with pytest.raises(TypeError, match="expected an FCOS or a FasterRCNN, got ResNet"):
+    with pytest.raises(TypeError, match="expected a detector, got ResNet"):
         flaxdet.fold_batch_norm(ResNet(18), variables)
     with pytest.raises(ValueError, match="folded"):
         flaxdet.convert.to_torchvision(folded, fewer)

@@ -26,11 +26,6 @@ def abstract(model: ResNet, size=(64, 96), batch: int = 1):
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((batch, *size, 3), model.dtype))
 
 
-def nested(variables):
-    """The body's variables where a detector has them, for the table of torchvision's names."""
-    return {collection: {"backbone": {"body": leaves}} for collection, leaves in variables.items()}
-
-
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_tensors_are_torchvisions(torch, depth, frozen):
@@ -39,8 +34,8 @@ def test_tensors_are_torchvisions(torch, depth, frozen):
     with torch.device("meta"):
         theirs = getattr(tv.models, f"resnet{depth}")(norm_layer=norm).state_dict()
     expected = {key: tuple(tensor.shape) for key, tensor in theirs.items() if not key.startswith("fc.")}
-    rows = rules(nested(abstract(ResNet(depth, frozen_bn=frozen))))
-    assert {row.key.removeprefix("backbone.body."): row.shape for row in rows} == expected
+    body = ResNet(depth, frozen_bn=frozen)
+    assert {row.key: row.shape for row in rules(body, abstract(body))} == expected
 
 
 @pytest.mark.parametrize("depth", DEPTHS)
@@ -90,13 +85,13 @@ def test_resnet18_in_training_is_torchvisions(torch, x64):
 def from_resnet(model, state_dict):
     """Variables of a body from a classifier's state_dict, by the converter's own table."""
     variables = {"params": {}, "batch_stats": {}}
-    for row in rules(nested(abstract(model))):
+    for row in rules(model, abstract(model)):
         if row.collection is not None:
-            *path, leaf = row.path[2:]
+            *path, leaf = row.path
             at = variables[row.collection]
             for name in path:
                 at = at.setdefault(name, {})
-            at[leaf] = jnp.asarray(row.layout.to_flax(state_dict[row.key.removeprefix("backbone.body.")].numpy()))
+            at[leaf] = jnp.asarray(row.layout.to_flax(state_dict[row.key].numpy()))
     return variables
 
 

@@ -21,5 +21,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``name`` is each registered builder's; the tests of a file and a model run in one worker and share programs."""
     if "name" in metafunc.fixturenames:
         file = metafunc.module.__name__.rpartition(".")[2]
-        groups = {name: pytest.mark.xdist_group(f"{file} {name}") for name in registry.names()}
+        groups = {name: pytest.mark.xdist_group(f"{file} {name}") for name in registry.names(private=True)}
         metafunc.parametrize("name", [pytest.param(name, marks=group) for name, group in groups.items()])

@@ -17,7 +17,7 @@ from flaxdet.nn.fpn import level_name
 from flaxdet.registry import make_model
 
 FCOS_NAME, V2_NAME = "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"
-NAMES = registry.names()
+NAMES = registry.names(private=True)
 
 
 def of_kind(kind: type) -> list[str]:
@@ -38,8 +38,8 @@ def has_proposals(name: str) -> bool:
 def levels_of(model: Any) -> tuple[str, ...]:
     """Names of the pyramid's levels, finest first."""
     stages = [level_name(stage) for stage in model.backbone.returned_stages]
-    extra = ("pool",) if isinstance(model.backbone.fpn.extra_blocks, LastLevelMaxPool) else ("p6", "p7")
-    return (*stages, *extra)
+    extra = model.backbone.fpn.extra_blocks
+    return (*stages, *(() if extra is None else ("pool",) if isinstance(extra, LastLevelMaxPool) else ("p6", "p7")))
 
 
 def torch_detector(name: str, depth: int, num_classes: int, frozen: bool = False, **options: Any) -> Any:
