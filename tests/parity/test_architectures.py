@@ -106,3 +106,19 @@ def test_initialised_as_torchvision_does(name):
     model = registry.make_model(name, num_classes=91)
     variables = initial_variables(model, jax.random.key(0))
     compare([to_torchvision(model, variables)], [first], drawn)
+
+
+def test_eps_with_the_published_weights_is_torchvisions(name, monkeypatch):
+    """torchvision's builders call overwrite_eps with some of the published weights; nothing is downloaded here."""
+    architecture = registry.get(name)
+    if architecture.weights is None:
+        return
+    tv = reference.torchvision()
+    state = theirs(name, architecture.freezable).state_dict()
+    monkeypatch.setattr(tv.models.WeightsEnum, "get_state_dict", lambda *_, **__: state)
+    with torch.device("meta"):
+        published = getattr(tv.models.detection, name)(weights="DEFAULT")
+    frozen = [module for module in published.modules() if isinstance(module, tv.ops.misc.FrozenBatchNorm2d)]
+    assert bool(frozen) == architecture.freezable
+    eps = architecture.weights.DEFAULT.options.get("norm_eps", registry.FROZEN_EPS)
+    assert {module.eps for module in frozen} <= {eps}
