@@ -20,6 +20,7 @@ from flaxdet.results.draw import draw_detections
 from flaxdet.structures import Detections, ImageBatch, Proposals, Targets, TransformConfig
 from flaxdet.xla.options import compiler_options
 from flaxdet.zoo import _tiny_fcos as _tiny_fcos
+from flaxdet.zoo.fasterrcnn_resnet50_fpn import FasterRCNN_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn
 from flaxdet.zoo.fasterrcnn_resnet50_fpn_v2 import FasterRCNN_ResNet50_FPN_V2_Weights, fasterrcnn_resnet50_fpn_v2
 from flaxdet.zoo.fcos_resnet50_fpn import FCOS_ResNet50_FPN_Weights, fcos_resnet50_fpn
 from flaxdet.zoo.weights import ResNet50_Weights
@@ -31,6 +32,7 @@ __all__ = [
     "FCOS_ResNet50_FPN_Weights",
     "FasterRCNN",
     "FasterRCNN_ResNet50_FPN_V2_Weights",
+    "FasterRCNN_ResNet50_FPN_Weights",
     "ImageBatch",
     "Predictor",
     "Proposals",
@@ -45,6 +47,7 @@ __all__ = [
     "draw_detections",
     "evaluate",
     "export",
+    "fasterrcnn_resnet50_fpn",
     "fasterrcnn_resnet50_fpn_v2",
     "fcos_resnet50_fpn",
     "fold_batch_norm",

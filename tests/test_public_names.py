@@ -14,6 +14,8 @@ import flaxdet
 FUNCTIONS = {
     "fcos_resnet50_fpn": "* weights progress num_classes weights_backbone trainable_backbone_layers key dtype "
     "param_dtype precision **kwargs",
+    "fasterrcnn_resnet50_fpn": "* weights progress num_classes weights_backbone trainable_backbone_layers key "
+    "dtype param_dtype precision **kwargs",
     "fasterrcnn_resnet50_fpn_v2": "* weights progress num_classes weights_backbone trainable_backbone_layers key "
     "dtype param_dtype precision **kwargs",
     "load": "path **overrides",
@@ -58,6 +60,7 @@ CLASSES = [
     "TransformConfig",
     "FCOS_ResNet50_FPN_Weights",
     "FasterRCNN_ResNet50_FPN_V2_Weights",
+    "FasterRCNN_ResNet50_FPN_Weights",
     "ResNet50_Weights",
 ]
 

@@ -1,0 +1,165 @@
+"""fasterrcnn_resnet50_fpn, after torchvision.models.detection.faster_rcnn: builder, weights, what it is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flaxdet.models.faster_rcnn import FasterRCNN
+from flaxdet.nn.extra_levels import LastLevelMaxPool
+from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork
+from flaxdet.registry import Architecture, Keys, Training, register
+from flaxdet.zoo.build import build
+from flaxdet.zoo.categories import COCO_CATEGORIES
+from flaxdet.zoo.weights import REFERENCES, ObjectDetection, ResNet50_Weights, Weights, WeightsEnum
+
+
+class FasterRCNN_ResNet50_FPN_Weights(WeightsEnum):  # noqa: N801  (torchvision's name)
+    """Weights for ``flaxdet.fasterrcnn_resnet50_fpn``."""
+
+    COCO_V1 = Weights(
+        url="https://download.pytorch.org/models/fasterrcnn_resnet50_fpn_coco-258fb6c6.pth",
+        preset=ObjectDetection(),
+        meta={
+            "categories": list(COCO_CATEGORIES),
+            "min_size": (1, 1),
+            "num_params": 41_755_286,
+            "recipe": f"{REFERENCES}/detection#faster-r-cnn-resnet-50-fpn",
+            "_metrics": {"COCO-val2017": {"box_map": 37.0}},
+            "_ops": 134.38,
+            "_file_size": 159.743,
+            "_docs": "Trained on COCO by a recipe close to the paper's.",
+        },
+        # these weights alone were trained before FrozenBatchNorm2d had an eps (torchvision's overwrite_eps)
+        options={"norm_eps": 0.0},
+    )
+    DEFAULT = COCO_V1
+
+
+def _make(num_classes: int, body: Any, shared: dict[str, Any], **fields: Any) -> FasterRCNN:
+    fpn = FeaturePyramidNetwork(256, LastLevelMaxPool(), **shared)
+    return FasterRCNN(BackboneWithFPN(body, fpn), num_classes, **shared, **fields)
+
+
+def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool = False, **options: Any) -> Any:
+    from torchvision.models import resnet18, resnet50
+    from torchvision.models.detection import FasterRCNN as TheirFasterRCNN
+    from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+
+    body = (resnet18 if small else resnet50)(weights=None, norm_layer=norm_layer)
+    return TheirFasterRCNN(_resnet_fpn_extractor(body, layers), num_classes=num_classes, **options)
+
+
+ARCHITECTURE = register(
+    Architecture(
+        name="fasterrcnn_resnet50_fpn",
+        title="Faster R-CNN with a ResNet-50-FPN backbone",
+        kind=FasterRCNN,
+        make=_make,
+        weights=FasterRCNN_ResNet50_FPN_Weights,
+        keys=Keys(
+            present=frozenset(
+                {
+                    "backbone.body.layer4.2.conv3.weight",
+                    "backbone.body.layer3.5.conv3.weight",
+                    "backbone.fpn.layer_blocks.3.0.weight",
+                    "rpn.head.conv.0.0.weight",
+                    "roi_heads.box_head.fc6.weight",
+                    "roi_heads.box_head.fc7.weight",
+                    "roi_heads.box_predictor.cls_score.weight",
+                }
+            ),
+            absent=frozenset(
+                {
+                    "backbone.body.layer3.6.conv3.weight",
+                    "backbone.fpn.layer_blocks.3.1.weight",
+                    "rpn.head.conv.1.0.weight",
+                    "roi_heads.mask_predictor.mask_fcn_logits.weight",
+                    "roi_heads.keypoint_predictor.kps_score_lowres.weight",
+                }
+            ),
+            class_key="roi_heads.box_predictor.cls_score.weight",
+            relative=(
+                frozenset({"rpn.head.cls_logits.weight", "roi_heads.box_predictor.cls_score.weight"}),
+                "a Faster R-CNN with other parts than torchvision's builders on a ResNet-50-FPN",
+            ),
+        ),
+        # torchvision's references: 8 devices of 2 images
+        training=Training(
+            lr=0.02,
+            batch_size=16,
+            epochs=26,
+            milestones=(16, 22),
+            weight_decay=1e-4,
+            fine_tuning_lr=0.02,
+            data={"flip": 0.5},
+        ),
+        in_torch=_in_torch,
+        comparison="flaxdet.zoo.torch_faster_rcnn",
+        freezable=True,
+    )
+)
+
+
+def fasterrcnn_resnet50_fpn(
+    *,
+    weights: FasterRCNN_ResNet50_FPN_Weights | str | None = None,
+    progress: bool = True,
+    num_classes: int | None = None,
+    weights_backbone: ResNet50_Weights | str | None = ResNet50_Weights.IMAGENET1K_V1,
+    trainable_backbone_layers: int | None = None,
+    key: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = None,
+    precision: Any = None,
+    freeze_bn: bool = False,
+    remat: bool = False,
+    **kwargs: Any,
+) -> tuple[FasterRCNN, dict[str, Any]]:
+    """Faster R-CNN with a ResNet-50-FPN (torchvision.models.detection.fasterrcnn_resnet50_fpn).
+
+    As in torchvision, BatchNorm is frozen where anything is pretrained, and live otherwise. With ``weights="COCO_V1"``,
+    and with no other weights, FrozenBatchNorm adds no eps to the variance.
+
+    Args:
+        weights: of the whole model; a member or its name ("COCO_V1", "DEFAULT"). Downloaded on first use.
+        progress: shows a bar while downloading.
+        num_classes: including the background; default 91. With ``weights`` only their own number.
+        weights_backbone: ImageNet weights of the ResNet-50; not used where ``weights`` are given.
+        trainable_backbone_layers: 0 (none) to 5 (all), counted from the last stage; default 3. With nothing
+            pretrained always 5.
+        key: of the random initialisation; default ``jax.random.key(0)``.
+        dtype: computes; boxes, scores and NMS are float32 at least.
+        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        precision: of every convolution and product.
+        freeze_bn: keeps live BatchNorm as in evaluation while training (an addition to torchvision).
+        remat: for the gradient, computes each residual block of the ResNet again: less memory, more time (see
+            ``flaxdet.nn.ResNet``).
+        **kwargs: fields of ``flaxdet.FasterRCNN``, under torchvision's names.
+
+    Returns:
+        The model and its variables {"params": ..., "batch_stats": ...}.
+
+    Raises:
+        TypeError: for an unknown keyword.
+        ValueError: for a number of classes that doesn't fit the weights, layers outside 0..5, an unknown
+            name of weights, or float64 without jax's 64-bit mode.
+        flaxdet.files.download.DownloadError: if weights can't be downloaded.
+    """
+    return build(
+        ARCHITECTURE,
+        weights,
+        ResNet50_Weights.verify(weights_backbone),
+        progress=progress,
+        num_classes=num_classes,
+        trainable_backbone_layers=trainable_backbone_layers,
+        key=key,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        precision=precision,
+        freeze_bn=freeze_bn,
+        remat=remat,
+        **kwargs,
+    )
