@@ -27,7 +27,7 @@ from flaxdet.evaluation.evaluate import evaluate
 from flaxdet.models.initial import initial_variables
 from flaxdet.registry import make_model
 from flaxdet.train import create_state, decay_mask, evaluation_variables, fit, make_train_step, warmup_cosine_schedule
-from flaxdet.zoo._tiny_fcos import NAME
+from flaxdet.zoo._tiny import NAME
 
 BATCH = 4
 RATE, WARMUP_EPOCHS, DECAY, EMA = 2e-3, 2, 0.01, 0.995

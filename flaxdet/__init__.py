@@ -19,7 +19,7 @@ from flaxdet.results.bridges import to_supervision
 from flaxdet.results.draw import draw_detections
 from flaxdet.structures import Detections, ImageBatch, Proposals, Targets, TransformConfig
 from flaxdet.xla.options import compiler_options
-from flaxdet.zoo import _tiny_fcos as _tiny_fcos
+from flaxdet.zoo import _tiny as _tiny
 from flaxdet.zoo.fasterrcnn_resnet50_fpn import FasterRCNN_ResNet50_FPN_Weights, fasterrcnn_resnet50_fpn
 from flaxdet.zoo.fasterrcnn_resnet50_fpn_v2 import FasterRCNN_ResNet50_FPN_V2_Weights, fasterrcnn_resnet50_fpn_v2
 from flaxdet.zoo.fcos_resnet50_fpn import FCOS_ResNet50_FPN_Weights, fcos_resnet50_fpn

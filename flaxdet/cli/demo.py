@@ -27,7 +27,7 @@ def check_demo(command: Any) -> None:
 
 def demo_photos() -> tuple[str, ...]:
     """Paths of the photos, in place of the command's arguments."""
-    from flaxdet.zoo._tiny_fcos import DEMO_PHOTOS
+    from flaxdet.zoo._tiny import DEMO_PHOTOS
 
     return tuple(map(str, DEMO_PHOTOS))
 
@@ -44,7 +44,7 @@ def load_demo(command: Any) -> tuple[Any, Any, list[str]]:
     import jax.numpy as jnp
 
     from flaxdet.files import models
-    from flaxdet.zoo._tiny_fcos import DEMO_WEIGHTS, NAME
+    from flaxdet.zoo._tiny import DEMO_WEIGHTS, NAME
 
     threshold = THRESHOLD if command.threshold is None else command.threshold
     given = {registry.get(NAME).kind.score_field: threshold, "min_size": command.min_size, "max_size": command.max_size}

@@ -25,9 +25,7 @@ from flaxdet.files.download import cache_dir
 from flaxdet.xla.compilation_cache import keep_compiled
 
 COMMANDS = {"detect": Detect, "train": Train, "eval": Eval, "convert": Convert, "export": Export, "verify": Verify}
-DESCRIPTION = (
-    "torchvision's FCOS and Faster R-CNN v2 in JAX: detect, train, evaluate, convert weights, export, verify equality."
-)
+DESCRIPTION = "torchvision's detectors in JAX: detect, train, evaluate, convert weights, export, verify equality."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

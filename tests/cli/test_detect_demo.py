@@ -13,7 +13,7 @@ from flaxdet.cli.detect import Detect
 from flaxdet.data import read_coco
 from flaxdet.evaluation.evaluate import evaluate
 from flaxdet.ops import box_iou
-from flaxdet.zoo._tiny_fcos import DEMO_PHOTOS
+from flaxdet.zoo._tiny import DEMO_PHOTOS
 from tests.cli.conftest import files, results
 
 pytestmark = pytest.mark.xdist_group("detect")
