@@ -18,6 +18,7 @@ _ROI_DELTAS = (0.0, 0.4)  # divided by the coder's weights 10, 10, 5, 5
 _OBJECTNESS = (0.0, 1.5)
 _ROI_CLASSES = (0.0, 0.55)  # low, so that a softmax does not saturate, where scores would tie at 1
 _ROI_CANDIDATES = 0.3  # above the score threshold before NMS, for each proposal
+_ROI_CANDIDATES_WITHOUT_NORM = 3.0  # a box head without norms spreads the scores of photos less than calibrated ones
 
 
 def kind() -> type[torch.nn.Module]:
@@ -83,14 +84,14 @@ def calibrate(model: Any, features: dict[str, torch.Tensor]) -> None:
     predictor = model.roi_heads.box_predictor
     set_channels(predictor.bbox_pred, hidden, _ROI_DELTAS)
     logits = set_channels(predictor.cls_score, hidden, _ROI_CLASSES)
+    norms = any(isinstance(module, torch.nn.BatchNorm2d) for module in model.roi_heads.box_head.modules())
+    candidates = _ROI_CANDIDATES if norms else _ROI_CANDIDATES_WITHOUT_NORM
     # The background's bias decides how many pass: bisection, as a softmax has no closed form.
     low, high, shift = -20.0, 40.0, 0.0
     for _ in range(40):
         shift = (low + high) / 2
         moved = torch.cat([logits[:, :1] + shift, logits[:, 1:]], dim=1).softmax(1)[:, 1:]
         low, high = (
-            (shift, high)
-            if (moved > model.roi_heads.score_thresh).sum() > _ROI_CANDIDATES * len(logits)
-            else (low, shift)
+            (shift, high) if (moved > model.roi_heads.score_thresh).sum() > candidates * len(logits) else (low, shift)
         )
     predictor.cls_score.bias[0] += shift
