@@ -162,7 +162,7 @@ def test_parts_of_ones_own():
     model = tiny_model(V2_NAME, None, box_predictor=OwnPredictor())
     assert isinstance(model, FasterRCNN)
     with pytest.raises(
-        TypeError, match="of FastRCNNPredictor, and the box_predictor of this FasterRCNN is OwnPredictor"
+        TypeError, match="of torchvision's parts, and the box_predictor of this FasterRCNN is OwnPredictor"
     ):
         replace_classes(model, {}, 3)
     with pytest.raises(TypeError, match="expected a detector, got Dense"):
