@@ -190,3 +190,10 @@ def test_imports_go_one_way():
     upwards = {(name, other) for name, others in graph.items() for other in others if layer(other) > layer(name)}
     assert upwards == set()
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_every_module_but_the_comparison_imports_without_torch():
+    """The zoo's modules that record torchvision's stages among them: they import torch when called."""
+    comparison = {f"flaxdet.convert.{name}" for name in ("stages", "verify", "lively", "torch_ops")}
+    names = sorted(set(modules()) - comparison)
+    run(f"import importlib, sys\nsys.modules['torch'] = None\nfor name in {names}: importlib.import_module(name)")

@@ -11,7 +11,7 @@ THRESHOLD = 0.4  # of the scores, unless another is given: the model's own .2 cr
 
 NEXT = """
 That was a tiny model for blood cells. Next:
-  flaxdet verify                           the proof: both detectors beside torchvision's (needs the extra torch)
+  flaxdet verify                           the proof: each detector beside torchvision's (needs the extra torch)
   flaxdet detect photo.jpg                 80 classes of things in your own photos (downloads 124 MB once)
   flaxdet detect --help"""
 

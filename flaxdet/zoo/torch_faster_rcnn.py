@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from flaxdet.convert.lively import set_channels
 from flaxdet.convert.reference import torchvision
-from flaxdet.convert.stages import PROPOSAL_IMAGE, record_map
+
+if TYPE_CHECKING:
+    import torch
 
 _RPN_DELTAS = (0.0, 0.2)  # boxes move and grow by about a fifth of an anchor
 _ROI_DELTAS = (0.0, 0.4)  # divided by the coder's weights 10, 10, 5, 5
@@ -36,6 +36,9 @@ def hooks(model: Any, recorded: dict[str, np.ndarray]) -> list[tuple[torch.nn.Mo
         model: torchvision's.
         recorded: arrays by stage.
     """
+    import torch
+
+    from flaxdet.convert.stages import PROPOSAL_IMAGE, record_map
 
     def flat(x: torch.Tensor, width: int) -> torch.Tensor:  # [B, A * width, h, w] -> [B, hwA, width]
         batch, _, height, columns = x.shape
@@ -68,8 +71,12 @@ def calibrate(model: Any, features: dict[str, torch.Tensor]) -> None:
 
     Args:
         model: torchvision's; changed in place.
-        features: of the backbone, for the calibration picture.
+        features: {name: [1, C, h, w]} of the backbone, for the calibration picture, finest first.
     """
+    import torch
+
+    from flaxdet.convert.lively import set_channels
+
     levels = list(features.values())
     hidden = [model.rpn.head.conv(level) for level in levels]
     set_channels(model.rpn.head.cls_logits, hidden, _OBJECTNESS)

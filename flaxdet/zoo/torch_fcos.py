@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from flaxdet.convert.lively import set_channels
 from flaxdet.convert.reference import torchvision
+
+if TYPE_CHECKING:
+    import torch
 
 _CENTERNESS = (0.0, 1.0)
 _DISTANCES = (2.6, 0.7)  # in anchor sizes: boxes of about five strides, which overlap their neighbours'
@@ -44,8 +45,12 @@ def calibrate(model: Any, features: dict[str, torch.Tensor]) -> None:
 
     Args:
         model: torchvision's; changed in place.
-        features: of the backbone, for the calibration picture.
+        features: {name: [1, C, h, w]} of the backbone, for the calibration picture, finest first.
     """
+    import torch
+
+    from flaxdet.convert.lively import set_channels
+
     levels = list(features.values())
     classification, regression = model.head.classification_head, model.head.regression_head
     towers = [regression.conv(level) for level in levels]
