@@ -30,7 +30,7 @@ def test_no_arguments_print_the_help_and_fail():
 def test_help(run):
     found = run("--help")
     assert (found.status, found.err) == (0, "")
-    for part in ("usage: flaxdet", "torchvision's FCOS", "Detect objects in images", *COMMANDS):
+    for part in ("usage: flaxdet", "torchvision's detectors", "Detect objects in images", *COMMANDS):
         assert part in found.out
 
 

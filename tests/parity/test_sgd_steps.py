@@ -45,7 +45,8 @@ FEW_PROPOSALS = EXHAUSTIVE | {
     "rpn_post_nms_top_n_train": 16,
     "rpn_post_nms_top_n_test": 40,
 }
-SCHEDULE = warmup_multistep_schedule(2e-3, 5, [1], warmup_factor=0.1)
+# ten times this learning rate makes detectors of two stages diverge, to NaN on both sides
+SCHEDULE = warmup_multistep_schedule(2e-4, 5, [1], warmup_factor=0.1)
 DECAY = 1e-2  # large, so that a wrong decay would show
 
 
@@ -105,13 +106,16 @@ def test_ten_steps_and_back(name, x64, monkeypatch):
     tx = sgd(SCHEDULE, weight_decay=DECAY)
     state = create_state(model, variables, tx, key=jax.random.key(0))
     train_step = make_train_step(model, tx)
+    losses = []
     for step in range(STEPS):
         images, targets = batches[step % len(batches)]
         batch = transform(images, model.transform, canvas="batch", bucket=CANVAS, dtype=np.float64)
         assert batch.canvas is None
         padded = transform_targets(targets, batch, max_boxes=4, num_classes=11)
-        state, _ = train_step(state, shard_batch({**vars(batch), **vars(padded)}, None))
+        state, metrics = train_step(state, shard_batch({**vars(batch), **vars(padded)}, None))
+        losses.append(float(metrics["loss"]))
     assert train_step.jitted._cache_size() == 1
+    assert losses[8] < losses[0] and losses[9] < losses[1]  # of the same batch
 
     trained = jax.device_get(evaluation_variables(state))
     found = to_torchvision(model, trained)
@@ -126,13 +130,10 @@ def test_ten_steps_and_back(name, x64, monkeypatch):
             np.testing.assert_array_equal(found[key], value, err_msg=key)
     assert moved > 50
 
-    # ten steps leave detectors of two stages sure of the background everywhere: all candidates count
-    low = sides.known(name, {"box_score_thresh": 0.0})
-    _, _, theirs = sides.both(name, 18, 11, dtype="float64", **options, **low)
     theirs.load_state_dict({key: torch.from_numpy(value) for key, value in found.items()}, strict=True)
     image = sides.crop("china", 100, 150)
     (detected,), _ = stages.run_reference(theirs, [image], keep_stages=False)
-    found_here = predict(model.clone(**low), trained, [image])[0]
+    found_here = predict(model, trained, [image])[0]
     match = verify.match_detections(found_here, detected, BOXES_F64, SCORES_F64)
     assert match.same, match
     assert match.count > 5
