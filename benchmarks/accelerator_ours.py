@@ -19,7 +19,8 @@ from photos import photos, training_examples
 
 import flaxdet
 from flaxdet.images.transform import resized_size
-from flaxdet.models.detector import call_part, feature_extents
+from flaxdet.models.detector import call_part
+from flaxdet.models.levels import feature_extents
 from flaxdet.structures import ImageBatch
 
 Run = Callable[[], Any]

@@ -14,7 +14,8 @@ from part_common import Run, jitted, ready, tensors, with_ratio
 
 import flaxdet
 from flaxdet.images.transform import transform
-from flaxdet.models.detector import call_part, level_shapes
+from flaxdet.models.detector import call_part
+from flaxdet.models.levels import level_shapes
 
 
 def our_stages(weights: Path, options: Any) -> dict[str, Run]:

@@ -12,18 +12,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 from flax.core import Scope
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from flaxdet.models.backbones import named_maps, warn_of_other_maps, warn_of_other_options
-from flaxdet.nn.canvas import level_extent
 from flaxdet.nn.fpn import BackboneWithFPN, Features
 from flaxdet.nn.layers import Array, Dtype, Precision, TypedModule, at_least_float32
 from flaxdet.nn.names import TorchName, inside, names_of
-from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import Detections, ImageBatch, TransformConfig
-from flaxdet.xla.mesh import per_image
-
-Extents = dict[str, Int[Array, "B 2"]] | None
 
 
 def freeze_lists(value: Any) -> Any:
@@ -237,48 +232,6 @@ for _name in GEOMETRY:  # not in the class, where Flax would take them for metho
 def _unnamed(part: Any) -> Any:
     """A part as it was before its model was bound, which names it."""
     return nn.Module.clone(part, name=None) if isinstance(part, nn.Module) else part
-
-
-def level_shapes(features: Features) -> tuple[tuple[int, int], ...]:
-    """(h, w) of every map."""
-    return tuple((x.shape[1], x.shape[2]) for x in features.values())
-
-
-def feature_extents(features: Features, batch: ImageBatch) -> Extents:
-    """The part of each map inside each image's canvas, {name: [B, 2] int32}; ``None`` for all of it."""
-    if batch.canvas is None:
-        return None
-    bucket = batch.pixels.shape[1:3]
-    extents = {name: level_extent(batch.canvas, bucket, x.shape[1:3]) for name, x in features.items()}
-    return extents  # pyright: ignore[reportReturnType]
-
-
-def whole_extents(
-    batch: ImageBatch, shapes: tuple[tuple[int, int], ...]
-) -> tuple[Int[Array, "B 2"], Int[Array, "B L 2"]]:
-    """Canvas of each image and extent of each level, as arrays also where every canvas is the bucket."""
-    count = batch.pixels.shape[0]
-    bucket = batch.pixels.shape[1:3]
-    if batch.canvas is None:
-        canvas = jnp.broadcast_to(jnp.asarray(bucket, jnp.int32)[None], (count, 2))
-        extents = jnp.broadcast_to(jnp.asarray(shapes, jnp.int32)[None], (count, len(shapes), 2))
-    else:
-        canvas = batch.canvas
-        levels = [level_extent(canvas, bucket, shape) for shape in shapes]
-        extents = jnp.stack(levels, axis=1)  # pyright: ignore[reportArgumentType]
-    return canvas, extents
-
-
-def batch_anchors(
-    generator: AnchorGenerator, batch: ImageBatch, shapes: tuple[tuple[int, int], ...], dtype: Dtype
-) -> tuple[Float[Array, "B N 4"], Bool[Array, "B N"]]:
-    """Anchors of all levels one after the other, xyxy in pixels, and which of them lie inside each canvas."""
-
-    def image(canvas: Array, extents: Array) -> tuple[Array, Array]:
-        anchors = generator(canvas, extents, shapes, dtype)
-        return jnp.concatenate(anchors), jnp.concatenate(generator.valid(extents, shapes))
-
-    return per_image(image)(*whole_extents(batch, shapes))
 
 
 def example_batch(size: int = 64) -> ImageBatch:

@@ -11,42 +11,25 @@ from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
 from jaxtyping import Float
 
-from flaxdet.models.backbones import check_backbone
-from flaxdet.models.detector import (
-    Detector,
-    batch_anchors,
-    call_part,
-    feature_extents,
-    freeze_lists,
-    level_shapes,
-    whole_extents,
-)
-from flaxdet.models.labels import check_targets, label_range, refuse_labels
-from flaxdet.models.losses import roi_losses, rpn_losses, sample_proposals
+from flaxdet.models.detector import freeze_lists
+from flaxdet.models.labels import label_range
+from flaxdet.models.losses import roi_losses, sample_proposals
+from flaxdet.models.rcnn import RCNN
 from flaxdet.models.roi_heads import FastRCNNPredictor, TwoMLPHead, postprocess_detections
 from flaxdet.models.roi_pool import MultiScaleRoIAlign, pooled_channels
-from flaxdet.models.rpn import RPNHead, filter_proposals
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array
 from flaxdet.nn.options import check_counts, check_numbers
 from flaxdet.nn.typed import SHARED_OPTIONS
-from flaxdet.ops import AnchorGenerator, BoxCoder
+from flaxdet.ops import BoxCoder
 from flaxdet.structures import Detections, ImageBatch, Proposals, Targets
 
 REPRESENTATION_SIZE = 1024
 
 
-def default_anchor_generator() -> AnchorGenerator:
-    """Sizes 32 to 512, one a level, in the shapes 1:2, 1:1 and 2:1 (height to width .5, 1, 2)."""
-    sizes = ((32,), (64,), (128,), (256,), (512,))
-    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
-
-
-class FasterRCNN(Detector):
+class FasterRCNN(RCNN):
     """Faster R-CNN on any backbone that returns named feature maps (torchvision's names and defaults).
 
     ``model.apply(variables, batch)`` is ``postprocess(box(propose(features)))``; each of these methods can be
@@ -92,18 +75,6 @@ class FasterRCNN(Detector):
         TypeError: for a backbone, anchor generator, RoI pooling or option of another kind.
     """
 
-    rpn_anchor_generator: AnchorGenerator | None = None
-    rpn_head: nn.Module | None = None
-    rpn_pre_nms_top_n_train: int = 2000
-    rpn_pre_nms_top_n_test: int = 1000
-    rpn_post_nms_top_n_train: int = 2000
-    rpn_post_nms_top_n_test: int = 1000
-    rpn_nms_thresh: float = 0.7
-    rpn_fg_iou_thresh: float = 0.7
-    rpn_bg_iou_thresh: float = 0.3
-    rpn_batch_size_per_image: int = 256
-    rpn_positive_fraction: float = 0.5
-    rpn_score_thresh: float = 0.0
     box_roi_pool: MultiScaleRoIAlign | None = None
     box_head: nn.Module | None = None
     box_predictor: nn.Module | None = None
@@ -114,7 +85,7 @@ class FasterRCNN(Detector):
     box_bg_iou_thresh: float = 0.5
     box_batch_size_per_image: int = 512
     box_positive_fraction: float = 0.25
-    bbox_reg_weights: tuple[float, ...] | None = None
+    bbox_reg_weights: tuple[float, float, float, float] | None = None
 
     _own_stages = frozenset(
         (
@@ -141,42 +112,23 @@ class FasterRCNN(Detector):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bbox_reg_weights", freeze_lists(self.bbox_reg_weights))
-        self._check_options()
-        for name, kind in (("rpn_anchor_generator", AnchorGenerator), ("box_roi_pool", MultiScaleRoIAlign)):
-            value = getattr(self, name)
-            if not isinstance(value, (kind, type(None))):
-                raise TypeError(f"{name} should be of type {kind.__name__} or None instead of {type(value)}")
-        check_backbone(self)
-        if self.num_classes is None and self.box_predictor is None:
-            raise ValueError("num_classes should not be None when box_predictor is not specified")
+        self._check_box_options()
         # Flax clones this module with both given, the predictor being the one made here: they agree
         agree = getattr(self.box_predictor, "num_classes", None) == self.num_classes
         if self.num_classes is not None and self.box_predictor is not None and not agree:
             raise ValueError("num_classes should be None when box_predictor is specified")
-        self._fill_in_parts()
-        anchors = self.rpn_anchor_generator.num_anchors_per_location()  # pyright: ignore[reportOptionalMemberAccess]
-        if isinstance(self.rpn_head, RPNHead) and set(anchors) != {self.rpn_head.num_anchors}:
-            raise ValueError(
-                "rpn_anchor_generator should have as many anchors a location on every level as the rpn_head predicts, "
-                f"num_anchors={self.rpn_head.num_anchors}, and has {anchors}"
-            )
         super().__post_init__()
 
-    def _check_options(self) -> None:
+    def _check_box_options(self) -> None:
         if self.num_classes is not None:
             check_counts(self, 2, "num_classes")  # the background is one
-        check_counts(self, 1, "rpn_pre_nms_top_n_test", "rpn_post_nms_top_n_test", "box_batch_size_per_image")
-        # without proposals the box head still trains on the ground truth
-        check_counts(self, 0, "rpn_pre_nms_top_n_train", "rpn_post_nms_top_n_train", "rpn_batch_size_per_image")
-        check_counts(self, 0, "box_detections_per_img", "trainable_backbone_layers")
-        check_numbers(self, "rpn_score_thresh", "rpn_nms_thresh", "box_score_thresh", "box_nms_thresh")
-        for part in ("rpn", "box"):
-            check_numbers(self, f"{part}_positive_fraction", low=0, high=1)
-            names = f"{part}_bg_iou_thresh", f"{part}_fg_iou_thresh"
-            check_numbers(self, *names)
-            low, high = (getattr(self, name) for name in names)
-            if low > high:
-                raise ValueError(f"FasterRCNN: {names[0]} should not exceed {names[1]}, got {low} and {high}")
+        elif self.box_predictor is None:
+            raise ValueError("num_classes should not be None when box_predictor is not specified")
+        check_counts(self, 1, "box_batch_size_per_image")
+        check_counts(self, 0, "box_detections_per_img")
+        check_numbers(self, "box_score_thresh", "box_nms_thresh")
+        self._check_sampling("box")
+        self._check_type("box_roi_pool", MultiScaleRoIAlign)
         if self.bbox_reg_weights is not None:
             try:
                 _ = self.box_coder
@@ -185,13 +137,9 @@ class FasterRCNN(Detector):
 
     def _default_parts(self) -> dict[str, Callable[[], Any]]:
         options: dict[str, Any] = {name: getattr(self, name) for name in SHARED_OPTIONS} | {"parent": None}
-        channels = self.backbone.out_channels
-        anchors = self.rpn_anchor_generator or default_anchor_generator()
         pool = self.box_roi_pool or MultiScaleRoIAlign()
-        inputs = pooled_channels(channels, pool.output_size)
-        parts: dict[str, Callable[[], Any]] = {
-            "rpn_anchor_generator": default_anchor_generator,
-            "rpn_head": lambda: RPNHead(channels, anchors.num_anchors_per_location()[0], **options),
+        inputs = pooled_channels(self.backbone.out_channels, pool.output_size)
+        parts = super()._default_parts() | {
             "box_roi_pool": MultiScaleRoIAlign,
             "box_head": lambda: TwoMLPHead(inputs, REPRESENTATION_SIZE, **options),
         }
@@ -199,6 +147,11 @@ class FasterRCNN(Detector):
         if classes is not None:  # else the predictor is the user's
             parts["box_predictor"] = lambda: FastRCNNPredictor(REPRESENTATION_SIZE, classes, **options)
         return parts
+
+    @property
+    def box_coder(self) -> BoxCoder:
+        """Of the box head's offsets."""
+        return BoxCoder((10.0, 10.0, 5.0, 5.0) if self.bbox_reg_weights is None else self.bbox_reg_weights)
 
     @property
     def target_labels(self) -> range:
@@ -209,186 +162,20 @@ class FasterRCNN(Detector):
         num_classes = getattr(self.box_predictor, "num_classes", None) if self.num_classes is None else self.num_classes
         return label_range(num_classes, background=True)
 
-    def __call__(
-        self,
-        batch: ImageBatch,
-        targets: Targets | None = None,
-        *,
-        train: bool = False,
-        with_detections: bool = False,
-    ) -> Any:
-        """Detects, or computes the losses.
-
-        Args:
-            batch: images from ``flaxdet.transform``.
-            targets: ground truth in the pixels of the resized images; needs ``rngs={"sampling": key}``.
-            train: BatchNorm's mode (``mutable=["batch_stats"]`` then keeps its statistics) and the RPN's numbers of
-                candidates. Targets with ``train=False`` give validation losses.
-            with_detections: with targets, return the detections too, those of test-time proposals.
-
-        Returns:
-            Without targets: ``Detections`` in the pixels of the resized images. With targets: torchvision's losses
-            {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}, or the pair (losses,
-            detections). Under jit, all losses and their gradients are NaN if the label of a valid box is not one of
-            ``target_labels``.
-
-        Raises:
-            ValueError: for such a label outside of jit.
-        """
-        features = self.features(batch, train=train)
-        shapes = level_shapes(features)
-        objectness, deltas = self.rpn(features, batch)
-        losses = {}
-        if targets is not None:
-            keys = jax.random.split(self.make_rng("sampling"), (2, batch.size.shape[0]))
-            proposals = self.filter_proposals(objectness, deltas, batch, shapes, train=train)
-            losses = self.compute_loss(features, objectness, deltas, proposals, batch, targets, keys, train=train)
-            if not with_detections:
-                return losses
-            train = False
-        proposals = self.filter_proposals(objectness, deltas, batch, shapes, train=train)
-        self.sow_all({"proposals": proposals})
-        class_logits, box_regression = self.box(features, proposals, batch, train=train)
-        detections = self.postprocess(class_logits, box_regression, proposals, batch)
-        return detections if targets is None else (losses, detections)
-
-    def rpn(self, features: Features, batch: ImageBatch) -> tuple[list[Array], list[Array]]:
-        """Runs the RPN's head.
+    def detect(self, features: Features, proposals: Proposals, batch: ImageBatch, *, train: bool = False) -> Detections:
+        """Runs the box branch and keeps the best boxes: ``box``, then ``postprocess``.
 
         Args:
             features: of the backbone.
-            batch: the images that they belong to.
-
-        Returns:
-            Per level the objectness logits [B, hwA] and the offsets [B, hwA, 4].
-        """
-        objectness, deltas = call_part(
-            self.rpn_head, features, role="rpn_head", extents=feature_extents(features, batch)
-        )
-        objectness = [x.astype(self.box_dtype) for x in objectness]
-        deltas = [x.astype(self.box_dtype) for x in deltas]
-        self.sow_all(
-            {
-                "objectness": jnp.concatenate(objectness, axis=1),
-                "pred_bbox_deltas": jnp.concatenate(deltas, axis=1),
-            }
-        )
-        return objectness, deltas
-
-    def propose(self, features: Features, batch: ImageBatch, *, train: bool = False) -> Proposals:
-        """Runs the region proposal network.
-
-        Args:
-            features: of the backbone.
-            batch: the images that they belong to.
-            train: takes the training numbers of candidates and proposals.
-
-        Returns:
-            Proposals in the pixels of the resized images.
-        """
-        objectness, deltas = self.rpn(features, batch)
-        return self.filter_proposals(objectness, deltas, batch, level_shapes(features), train=train)
-
-    def filter_proposals(
-        self,
-        objectness: list[Array],
-        deltas: list[Array],
-        batch: ImageBatch,
-        shapes: tuple[tuple[int, int], ...],
-        *,
-        train: bool = False,
-    ) -> Proposals:
-        """The best boxes of the RPN's outputs.
-
-        Args:
-            objectness: logits [B, hwA] of each level.
-            deltas: offsets [B, hwA, 4] of each level.
-            batch: the images that they belong to.
-            shapes: (h, w) of each level's map.
-            train: takes the training numbers of candidates and proposals.
-
-        Returns:
-            Proposals in the pixels of the resized images.
-        """
-        assert self.rpn_anchor_generator is not None
-        return filter_proposals(
-            objectness,
-            deltas,
-            self.rpn_anchor_generator,
-            shapes,
-            batch.size,
-            *whole_extents(batch, shapes),
-            pre_nms_top_n=self.rpn_pre_nms_top_n_train if train else self.rpn_pre_nms_top_n_test,
-            post_nms_top_n=self.rpn_post_nms_top_n_train if train else self.rpn_post_nms_top_n_test,
-            nms_thresh=self.rpn_nms_thresh,
-            score_thresh=self.rpn_score_thresh,
-        )
-
-    def compute_loss(
-        self,
-        features: Features,
-        objectness: list[Array],
-        deltas: list[Array],
-        proposals: Proposals,
-        batch: ImageBatch,
-        targets: Targets,
-        keys: Array,
-        *,
-        train: bool,
-    ) -> dict[str, Float[Array, ""]]:
-        """The losses of the RPN and of the box head.
-
-        Args:
-            features: of the backbone.
-            objectness: logits [B, hwA] of each level, of the RPN's head.
-            deltas: offsets [B, hwA, 4] of each level, of the RPN's head.
-            proposals: what the box head trains on is sampled from these and the ground truth.
+            proposals: boxes in the pixels of the resized images, of ``propose`` or of the user.
             batch: the images.
-            targets: ground truth in the pixels of the resized images.
-            keys: [2, B] random keys, of the RPN's and the box head's sampling.
-            train: BatchNorm's mode in the box head.
+            train: BatchNorm's mode.
 
         Returns:
-            {"loss_classifier", "loss_box_reg", "loss_objectness", "loss_rpn_box_reg"}; all NaN, as are their gradients,
-            if the label of a valid box is not one of ``target_labels`` and under jit.
-
-        Raises:
-            ValueError: for such a label outside of jit.
+            Detections in the pixels of the resized images.
         """
-        check_targets(targets.labels, targets.valid, self.target_labels)
-        assert self.rpn_anchor_generator is not None
-        anchors, admitted = batch_anchors(self.rpn_anchor_generator, batch, level_shapes(features), self.box_dtype)
-        proposal_losses = rpn_losses(
-            jnp.concatenate(objectness, axis=1),
-            jnp.concatenate(deltas, axis=1),
-            anchors,
-            admitted,
-            targets,
-            keys[0],
-            fg_iou_thresh=self.rpn_fg_iou_thresh,
-            bg_iou_thresh=self.rpn_bg_iou_thresh,
-            batch_size_per_image=self.rpn_batch_size_per_image,
-            positive_fraction=self.rpn_positive_fraction,
-        )
-        sampled, labels, boxes = sample_proposals(
-            proposals,
-            targets,
-            keys[1],
-            fg_iou_thresh=self.box_fg_iou_thresh,
-            bg_iou_thresh=self.box_bg_iou_thresh,
-            batch_size_per_image=self.box_batch_size_per_image,
-            positive_fraction=self.box_positive_fraction,
-        )
-        class_logits, box_regression = self.box(features, sampled, batch, train=train)
-        losses = roi_losses(class_logits, box_regression, sampled, labels, boxes, self.box_coder)
-        allowed = label_range(class_logits.shape[-1], background=True)
-        return refuse_labels(losses | proposal_losses, targets, allowed)
-
-    @property
-    def box_coder(self) -> BoxCoder:
-        """Of the box head's offsets."""
-        weights = (10.0, 10.0, 5.0, 5.0) if self.bbox_reg_weights is None else self.bbox_reg_weights
-        return BoxCoder(weights)  # pyright: ignore[reportArgumentType]
+        class_logits, box_regression = self.box(features, proposals, batch, train=train)
+        return self.postprocess(class_logits, box_regression, proposals, batch)
 
     def box(
         self, features: Features, proposals: Proposals, batch: ImageBatch, *, train: bool = False
@@ -397,28 +184,17 @@ class FasterRCNN(Detector):
 
         Args:
             features: of the backbone.
-            proposals: boxes in the pixels of the resized images, of ``propose`` or one's own.
+            proposals: boxes in the pixels of the resized images, of ``propose`` or of the user.
             batch: the images.
             train: BatchNorm's mode.
 
         Returns:
             Class logits [B, R, k] and box offsets [B, R, k * 4].
         """
-        assert self.box_roi_pool is not None
-        count, slots = proposals.valid.shape
-        boxes, strides = proposals.boxes.astype(self.box_dtype), getattr(self.backbone, "level_strides", None)
-        pooled = call_part(self.box_roi_pool, features, boxes, batch, role="box_roi_pool", strides=strides)
-        self.sow_all({"roi_features": pooled})
-        vectors = call_part(
-            self.box_head,
-            pooled.reshape(count * slots, *pooled.shape[2:]),
-            role="box_head",
-            train=train,
-            mask=proposals.valid.reshape(-1),
-        )
-        outputs = call_part(self.box_predictor, vectors, role="box_predictor", train=train)
-        class_logits, box_regression = (x.reshape(count, slots, -1).astype(self.box_dtype) for x in outputs)
-        self.sow_all({"class_logits": class_logits, "box_regression": box_regression})
+        pooled, *outputs = self.roi_branch("box", features, proposals, batch, train=train)
+        shape = (*proposals.valid.shape, -1)
+        class_logits, box_regression = (x.reshape(shape).astype(self.box_dtype) for x in outputs)
+        self.sow_all({"roi_features": pooled, "class_logits": class_logits, "box_regression": box_regression})
         return class_logits, box_regression
 
     def postprocess(
@@ -450,3 +226,32 @@ class FasterRCNN(Detector):
             nms_thresh=self.box_nms_thresh,
             detections_per_img=self.box_detections_per_img,
         )
+
+    def roi_losses(
+        self, features: Features, proposals: Proposals, batch: ImageBatch, targets: Targets, keys: Array, *, train: bool
+    ) -> tuple[dict[str, Float[Array, ""]], range]:
+        """The losses of the box branch, on sampled proposals.
+
+        Args:
+            features: of the backbone.
+            proposals: of the RPN.
+            batch: the images.
+            targets: ground truth in the pixels of the resized images.
+            keys: [B] random keys of the sampling.
+            train: BatchNorm's mode.
+
+        Returns:
+            {"loss_classifier", "loss_box_reg"}, and the labels for which the class layer has an output.
+        """
+        sampled, labels, boxes = sample_proposals(
+            proposals,
+            targets,
+            keys,
+            fg_iou_thresh=self.box_fg_iou_thresh,
+            bg_iou_thresh=self.box_bg_iou_thresh,
+            batch_size_per_image=self.box_batch_size_per_image,
+            positive_fraction=self.box_positive_fraction,
+        )
+        class_logits, box_regression = self.box(features, sampled, batch, train=train)
+        losses = roi_losses(class_logits, box_regression, sampled, labels, boxes, self.box_coder)
+        return losses, label_range(class_logits.shape[-1], background=True)

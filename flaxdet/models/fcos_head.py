@@ -10,9 +10,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.nn.initializers import constant
-from jaxtyping import Float
 
-from flaxdet.models.detector import Extents
+from flaxdet.models.dense import DenseOutputs
+from flaxdet.models.levels import Extents
 from flaxdet.nn.chain import Layer, chain
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.initializers import normal_001
@@ -22,7 +22,6 @@ from flaxdet.nn.norm import GroupNorm
 from flaxdet.nn.options import check_counts, check_numbers
 
 GROUPS = 32  # of neighbouring channels, in each GroupNorm
-HeadOutputs = dict[str, Float[Array, "B hwA _"]]
 
 
 def check_groups(owner: str, channels: int) -> None:
@@ -125,7 +124,7 @@ class FCOSHead(TypedModule):
                 yield TorchName(f"{branch}/{prediction}", f"{branch}.{prediction}")
 
     @nn.compact
-    def __call__(self, features: Features, extents: Extents = None) -> HeadOutputs:
+    def __call__(self, features: Features, extents: Extents = None) -> DenseOutputs:
         """Applies both branches to every level.
 
         Args:

@@ -47,9 +47,8 @@ def fold_batch_norm(model: Any, variables: Mapping[str, Any]) -> tuple[Any, Vari
     for name, part in parts_of(model):
         if "." in name or not is_foldable(part):  # a part of a part is its owner's to declare
             continue
-        declared: Any = part
-        replaced[name] = declared.without_norms()
-        for pair in declared.conv_norm_pairs:
+        replaced[name] = part.without_norms()
+        for pair in part.conv_norm_pairs:
             _fold(params, stats, pair.below(name))
     folded: Variables = {"params": _without_empty(params)}
     if rest := _without_empty(stats):

@@ -7,8 +7,6 @@ before they could reach a sum or a gradient.
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
@@ -23,7 +21,7 @@ from flaxdet.ops.losses import (
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
-from flaxdet.ops.matching import BELOW_LOW_THRESHOLD, fcos_match, match
+from flaxdet.ops.matching import BELOW_LOW_THRESHOLD, match
 from flaxdet.ops.sampling import balanced_sample
 from flaxdet.structures import Proposals, Targets
 from flaxdet.xla.mesh import per_image
@@ -36,10 +34,9 @@ def fcos_losses(
     outputs: dict[str, Float[Array, "B N _"]],
     anchors: Float[Array, "B N 4"],
     admitted: Bool[Array, "B N"],
+    matched: Int[Array, "B N"],
     targets: Targets,
-    num_anchors_per_level: tuple[int, ...],
-    *,
-    center_sampling_radius: float,
+    coder: BoxLinearCoder,
 ) -> dict[str, Float[Array, ""]]:
     """FCOS's three losses (torchvision's FCOS.compute_loss and FCOSHead.compute_loss).
 
@@ -47,18 +44,14 @@ def fcos_losses(
         outputs: outputs of the head, in the boxes' dtype.
         anchors: xyxy in pixels of each canvas.
         admitted: True for anchors inside the canvas.
+        matched: index of each anchor's ground-truth box, or -1; see ``ops.fcos_match``.
         targets: ground truth in the pixels of the resized images.
-        num_anchors_per_level: number of anchors of each level, including the padding of the bucket.
-        center_sampling_radius: in anchor sizes.
+        coder: the coder of the distances.
 
     Returns:
         {"classification", "bbox_regression", "bbox_ctrness"}, each a sum over the batch divided by the number of
         matched anchors in the batch (at least 1).
     """
-    assign = functools.partial(fcos_match, center_sampling_radius=center_sampling_radius)
-    matched = per_image(lambda a, b, gt, ok: assign(a, b, num_anchors_per_level, valid_gt=gt, valid=ok))(
-        anchors, targets.boxes, targets.valid, admitted
-    )
     foreground = matched >= 0
     labels, boxes = _of_match(targets, matched)
     count = jnp.maximum(jnp.sum(foreground, dtype=jnp.int32), 1).astype(anchors.dtype)
@@ -68,7 +61,6 @@ def fcos_losses(
     focal = sigmoid_focal_loss(logits, one_hot, reduction="none")
 
     # An anchor without a match replaces target and prediction by itself: the loss is 0 and the gradient finite.
-    coder = BoxLinearCoder(normalize_by_size=True)
     mask = foreground[..., None]
     boxes = jnp.where(mask, boxes, anchors)
     predicted = jnp.where(mask, coder.decode(outputs["bbox_regression"], anchors), anchors)

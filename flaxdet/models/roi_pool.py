@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from flaxdet.models.detector import feature_extents
+from flaxdet.models.levels import feature_extents
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array
 from flaxdet.nn.options import check_counts, check_sizes
@@ -47,11 +47,11 @@ class MultiScaleRoIAlign:
     def __post_init__(self) -> None:
         if isinstance(self.featmap_names, str) or not all(isinstance(name, str) for name in self.featmap_names):
             raise TypeError(f"MultiScaleRoIAlign: featmap_names should be names of maps, got {self.featmap_names!r}")
-        size = self.output_size
+        size: Any = self.output_size  # one number or two, checked below
         if np.shape(size) == ():
             size = (size, size)
         object.__setattr__(self, "featmap_names", tuple(self.featmap_names))
-        object.__setattr__(self, "output_size", tuple(size))  # pyright: ignore[reportArgumentType]
+        object.__setattr__(self, "output_size", tuple(size))
         check_sizes(self, "output_size", 2)
         check_counts(self, 1, "sampling_ratio", "canonical_scale")
         check_counts(self, 0, "canonical_level")

@@ -9,16 +9,16 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from flaxdet.models.detector import Extents
+from flaxdet.models.levels import Extents
 from flaxdet.nn.canvas import mask_beyond
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.initializers import normal_001
 from flaxdet.nn.layers import Array, Conv, Dtype, Precision, TypedModule
 from flaxdet.nn.names import TorchName
 from flaxdet.nn.options import check_counts
-from flaxdet.ops import AnchorGenerator, BoxCoder, clip_boxes_to_image, remove_small_boxes
+from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Proposals
 from flaxdet.xla.barriers import materialise
@@ -96,11 +96,9 @@ class RPNHead(TypedModule):
 def filter_proposals(
     objectness: list[Float[Array, "B hwA"]],
     deltas: list[Float[Array, "B hwA 4"]],
-    anchor_generator: AnchorGenerator,
-    shapes: tuple[tuple[int, int], ...],
+    anchors: tuple[Float[Array, "B hwA 4"], ...],
+    admitted: tuple[Bool[Array, "B hwA"], ...],
     size: Int[Array, "B 2"],
-    canvas: Int[Array, "B 2"],
-    extents: Int[Array, "B L 2"],
     *,
     pre_nms_top_n: int,
     post_nms_top_n: int,
@@ -112,11 +110,9 @@ def filter_proposals(
     Args:
         objectness: logits of each level.
         deltas: offsets from the anchors, of each level.
-        anchor_generator: the anchors.
-        shapes: (h, w) of each level's map.
+        anchors: of each level, xyxy in pixels of each canvas.
+        admitted: of each level, True for anchors inside the canvas.
         size: [B, 2] (rows, columns) of the resized images, to which boxes are clipped.
-        canvas: [B, 2] (rows, columns) of the canvases.
-        extents: [B, L, 2] (rows, columns) of each map inside the canvas.
         pre_nms_top_n: largest number of candidates per level.
         post_nms_top_n: largest number of proposals per image.
         nms_thresh: IoU above which NMS, within each level, suppresses a box.
@@ -128,32 +124,26 @@ def filter_proposals(
     """
     select = functools.partial(
         _filter_image,
-        anchor_generator=anchor_generator,
-        shapes=shapes,
         pre_nms_top_n=pre_nms_top_n,
         post_nms_top_n=post_nms_top_n,
         nms_thresh=nms_thresh,
         score_thresh=score_thresh,
     )
-    return per_image(select)(lax.stop_gradient((objectness, deltas)), size, canvas, extents)
+    return per_image(select)(lax.stop_gradient((objectness, deltas)), anchors, admitted, size)
 
 
 def _filter_image(
     outputs: tuple[list[Array], list[Array]],
+    anchors: tuple[Array, ...],
+    admitted: tuple[Array, ...],
     size: Array,
-    canvas: Array,
-    extents: Array,
     *,
-    anchor_generator: AnchorGenerator,
-    shapes: tuple[tuple[int, int], ...],
     pre_nms_top_n: int,
     post_nms_top_n: int,
     nms_thresh: float,
     score_thresh: float,
 ) -> Proposals:
     dtype = outputs[0][0].dtype
-    anchors = anchor_generator(canvas, extents, shapes, dtype)
-    admitted = anchor_generator.valid(extents, shapes)
     coder = BoxCoder()
     candidates: list[tuple[Array, ...]] = []
     for level, (logits, deltas, boxes, inside) in enumerate(zip(*outputs, anchors, admitted, strict=True)):

@@ -5,11 +5,27 @@ What lies beyond the canvas must not be seen, so every spatial convolution reads
 
 from __future__ import annotations
 
+from typing import overload
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
+
+
+@overload
+def level_extent(canvas: Int[Array, "B 2"], bucket: tuple[int, ...], shape: tuple[int, ...]) -> Int[Array, "B 2"]: ...
+
+
+@overload
+def level_extent(canvas: None, bucket: tuple[int, ...], shape: tuple[int, ...]) -> None: ...
+
+
+@overload
+def level_extent(
+    canvas: Int[Array, "B 2"] | None, bucket: tuple[int, ...], shape: tuple[int, ...]
+) -> Int[Array, "B 2"] | None: ...
 
 
 def level_extent(

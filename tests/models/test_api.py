@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from flaxdet.models import FCOS, FasterRCNN
-from flaxdet.models.detector import example_batch, feature_extents, level_shapes
+from flaxdet.models.detector import example_batch
+from flaxdet.models.levels import feature_extents, level_shapes
 from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import Detections, Proposals
 from tests.models.small import (

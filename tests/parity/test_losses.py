@@ -19,7 +19,7 @@ import torch
 from flaxdet.convert import reference, stages, to_torchvision
 from flaxdet.images.transform import transform, transform_targets
 from flaxdet.models import FCOS, FasterRCNN
-from flaxdet.models.detector import level_shapes
+from flaxdet.models.levels import level_shapes
 from flaxdet.structures import Proposals
 from tests.parity import sides
 from tests.tolerances import BATCH_STATS_F64, GRADIENT_F64, GRADIENT_FLOOR_F64, LOSS_F64

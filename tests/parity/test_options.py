@@ -18,7 +18,7 @@ import torch
 from flaxdet.convert import stages, verify
 from flaxdet.images.transform import to_original, transform
 from flaxdet.inference.detect import unpad
-from flaxdet.models.detector import level_shapes
+from flaxdet.models.levels import level_shapes
 from flaxdet.structures import Detections, Proposals
 from tests.parity import sides
 from tests.tolerances import BOXES_F64, PIXELS_F64, SCORES_F64
