@@ -30,8 +30,8 @@ def resize_benchmark(options: Any) -> dict[str, Any]:
     resize = functools.partial(
         resize_image,
         bucket=batch.pixels.shape[1:3],
-        mean=config.image_mean,  # pyright: ignore[reportArgumentType]
-        std=config.image_std,  # pyright: ignore[reportArgumentType]
+        mean=config.image_mean,
+        std=config.image_std,
         dtype=jnp.float32,
     )
     ours = ready(jitted(jax.vmap(resize)), jax.device_put(raw), batch.original_size, batch.size)

@@ -1,4 +1,4 @@
-"""torchvision checkpoints in and out: files, names, layouts. No torch is needed, nor imported."""
+"""Reads and writes torchvision's checkpoints: files, names, layouts. Neither needs nor imports torch."""
 
 from flaxdet.convert.identify import identify
 from flaxdet.convert.state_dict import (

@@ -1,4 +1,4 @@
-"""Which detector a state_dict belongs to, told from its keys and shapes alone."""
+"""Identifies the detector of a state_dict by keys and shapes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from flaxdet import registry
 from flaxdet.convert.rules import COUNTER, canonical_keys
 from flaxdet.files.checkpoint import CheckpointError
 
-# What else a state_dict may be, by keys that it has: first what has the keys of a known kind of detector too.
+# Phrases for state_dicts of other models, by keys. A larger detector has all keys of a registered detector's kind, so
+# these come first.
 _LARGER = (
     ({"roi_heads.mask_predictor.mask_fcn_logits.weight"}, "a Mask R-CNN"),
     ({"roi_heads.keypoint_predictor.kps_score_lowres.weight"}, "a Keypoint R-CNN"),
@@ -27,12 +28,12 @@ _OTHERS = (
 
 
 def _state(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Each value under its present name."""
-    return {name: state_dict[given[0]] for name, given in canonical_keys(state_dict).items()}
+    """The values under torchvision's present names."""
+    return {name: state_dict[keys[0]] for name, keys in canonical_keys(state_dict).items()}
 
 
 def _architecture(state: Mapping[str, Any]) -> tuple[registry.Architecture, int] | None:
-    """The registered architecture that has such keys, and the number of classes."""
+    """The registered architecture with these keys, and the number of classes."""
     for architecture in registry.architectures():
         keys = architecture.keys
         if keys is not None and keys.present <= state.keys() and not keys.absent & state.keys():
@@ -45,38 +46,39 @@ def describe(state_dict: Mapping[str, Any]) -> str | None:
     """A phrase for error messages: "fcos_resnet50_fpn with 91 classes", "a RetinaNet".
 
     Args:
-        state_dict: tensors by torch key, in any spelling that `from_torchvision` takes.
+        state_dict: tensors by torch key, with any names that `from_torchvision` accepts.
 
     Returns:
-        The phrase; None for what it does not know.
+        The phrase; None for an unknown model.
     """
     state = _state(state_dict)
-    if (found := _architecture(state)) is not None:
-        return f"{found[0].name} with {found[1]} classes"
+    if (identified := _architecture(state)) is not None:
+        architecture, classes = identified
+        return f"{architecture.name} with {classes} classes"
     relatives = tuple(each.keys.relative for each in registry.architectures() if each.keys is not None)
     return next((phrase for present, phrase in (*_LARGER, *relatives, *_OTHERS) if present <= state.keys()), None)
 
 
 def identify(state_dict: Mapping[str, Any], *, source: str = "state_dict") -> tuple[str, dict[str, Any]]:
-    """Tells which builder's model a state_dict belongs to, and with which arguments.
+    """Identifies the builder, and the builder's arguments, of the model of a state_dict.
 
     Args:
-        state_dict: tensors by torch key, in any spelling that `from_torchvision` takes.
-        source: the file's name, for error messages.
+        state_dict: tensors by torch key, with any names that `from_torchvision` accepts.
+        source: name of the file, for error messages.
 
     Returns:
-        The builder's name, such as "fcos_resnet50_fpn", and its arguments: ``num_classes`` (background counted) and
-        ``frozen_bn``, whether the backbone's BatchNorm is frozen. A ``num_batches_tracked`` in the backbone tells live
-        from frozen; a detector whose BatchNorm torchvision never freezes is live.
+        The name of the builder, such as "fcos_resnet50_fpn", and arguments: ``num_classes`` (with the background) and
+        ``frozen_bn``, True for frozen BatchNorm in the backbone. BatchNorm is live if the backbone has a key
+        ``num_batches_tracked``, or if torchvision never freezes BatchNorm of this detector.
 
     Raises:
-        CheckpointError: if it is something else; the message says what.
+        CheckpointError: for a state_dict of any other model; the message names the model if it is known.
     """
     state = _state(state_dict)
-    found = _architecture(state)
-    if found is None:
-        held = describe(state) or "none of torchvision's detectors"
-        raise CheckpointError(f"{source}: holds {held}; expected torchvision's {' or '.join(registry.names())}")
-    architecture, classes = found
+    identified = _architecture(state)
+    if identified is None:
+        content = describe(state) or "none of torchvision's detectors"
+        raise CheckpointError(f"{source}: holds {content}; expected torchvision's {' or '.join(registry.names())}")
+    architecture, classes = identified
     counters = any(key.startswith("backbone.body.") and key.endswith(COUNTER) for key in state)
     return architecture.name, {"num_classes": classes, "frozen_bn": architecture.freezable and not counters}

@@ -1,10 +1,10 @@
-"""torchvision itself, ready to be compared with: its operators in place, its models built.
+"""torchvision for comparisons: imports torchvision with or without C++ operators, and builds torchvision's models.
 
-Needs the extra ``torch`` (``pip install 'flaxdet[torch]'``); nothing here is imported by ``import flaxdet``.
+Needs the extra ``torch`` (``pip install 'flaxdet[torch]'``); ``import flaxdet`` does not import this module.
 
-The torchvision wheel that pip installs expects CUDA libraries. Beside a CPU-only torch its C++ operators
-cannot be loaded, and importing it fails with "operator torchvision::nms does not exist". `torchvision` then
-declares the three operators that detection needs and implements them in plain torch (`torch_ops`).
+The torchvision wheel that pip installs expects CUDA libraries. With a CPU-only torch the wheel's C++ operators can't be
+loaded, and the import fails with "operator torchvision::nms does not exist". The function `torchvision` then declares
+the three operators that detection needs, and implements the operators in plain torch (`torch_ops`).
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     import torch
 
 _MISSING_OPS = "operator torchvision::nms does not exist"
-_library: torch.library.Library | None = None  # torch forgets the declared operators when this is collected
+_library: torch.library.Library | None = None  # torch removes the declared operators when this object is deleted
 
 
 def torchvision() -> ModuleType:
-    """Imports torchvision so that its detectors run, whether or not its C++ operators can be loaded.
+    """Imports torchvision so that the detectors run, whether or not torchvision's C++ operators can be loaded.
 
     Returns:
-        The module ``torchvision``; the real C++ operators are used wherever they load (see `ops_kind`).
+        The module ``torchvision``. Uses the C++ operators if they can be loaded (see `ops_kind`).
 
     Raises:
         ImportError: if torch or torchvision is not installed.
@@ -42,7 +42,7 @@ def torchvision() -> ModuleType:
     try:
         module = importlib.import_module("torchvision")
     except ImportError as error:
-        raise ImportError("comparing with torchvision needs it: pip install 'flaxdet[torch]'") from error
+        raise ImportError("comparing with torchvision needs torchvision: pip install 'flaxdet[torch]'") from error
     except RuntimeError as error:
         if _MISSING_OPS not in str(error):
             raise
@@ -51,16 +51,16 @@ def torchvision() -> ModuleType:
         _declare_ops()
         module = importlib.import_module("torchvision")
     if _library is not None:
-        # Only the two modules whose operators exist now: every other operator still reports itself missing.
+        # Only these two modules have all operators now: in other modules a missing operator still raises an error.
         for name in ("torchvision.ops.boxes", "torchvision.ops.roi_align"):
-            part: Any = sys.modules[name]
-            part._assert_has_ops = lambda: None
-            part._has_ops = lambda: True
+            ops_module: Any = sys.modules[name]
+            ops_module._assert_has_ops = lambda: None
+            ops_module._has_ops = lambda: True
     return module
 
 
 def ops_kind() -> str:
-    """Says which operators torchvision runs with: "torchvision's C++ ops" or "plain torch ops"."""
+    """The operators that torchvision uses: "torchvision's C++ ops" or "plain torch ops"."""
     torchvision()
     return "torchvision's C++ ops" if _library is None else "plain torch ops"
 
@@ -90,7 +90,7 @@ def _declare_ops() -> None:
         with torch.autocast("cpu", enabled=False):
             return torch_ops.roi_align(features.float(), rois.float(), *options).to(features.dtype)
 
-    # as torchvision's: autocast computes both in float32
+    # as in torchvision: under autocast the two operators compute in float32
     library.impl("nms", nms_under_autocast, "AutocastCPU")
     library.impl("roi_align", roi_align_under_autocast, "AutocastCPU")
     _library = library
@@ -98,10 +98,10 @@ def _declare_ops() -> None:
 
 @contextlib.contextmanager
 def exact_nms() -> Iterator[None]:
-    """While it lasts, torchvision suppresses class by class.
+    """Within the block, torchvision runs NMS class by class.
 
-    For up to 1000 boxes torchvision shifts each class by an offset instead, which costs float32 digits:
-    between 1 and 3 % of random sets then keep other boxes.
+    Otherwise torchvision, for up to 1000 boxes, shifts the boxes of each class by an offset and runs NMS once. The
+    offset costs float32 digits: in 1 to 3% of random sets of boxes, NMS then keeps other boxes.
     """
     torchvision()
     boxes: Any = sys.modules["torchvision.ops.boxes"]
@@ -114,13 +114,14 @@ def exact_nms() -> Iterator[None]:
 
 
 def see_ordinary_photo(model: torch.nn.Module) -> None:
-    """Gives MultiScaleRoIAlign the scales that it infers when the first image that it sees is an ordinary photo.
+    """Sets the level scales of MultiScaleRoIAlign to the scales inferred from an ordinary photo.
 
-    It infers the scale of each level from the height of that image and keeps it, so that after a strip of some dozen
-    rows all later images are pooled from wrong places (pytorch/vision 3747).
+    torchvision's MultiScaleRoIAlign infers the scale of each level from the height of the first image, and uses these
+    scales for all later images. If the first image is a strip of some dozen rows, the scales are wrong, and RoIs of
+    later images are pooled from wrong places (pytorch/vision 3747).
 
     Args:
-        model: a detector of torchvision; nothing else in it changes.
+        model: a detector of torchvision. Only the scales are changed.
     """
     torchvision()
     import torch
@@ -130,11 +131,12 @@ def see_ordinary_photo(model: torch.nn.Module) -> None:
     if not pools:
         return
     parameter, size = next(model.parameters()), (256, 320)
+    backbone: Any = model.backbone  # torch's type: a tensor or a module
     modes = [(module, module.training) for module in model.modules()]
     for module, _ in modes:
         module.training = False
     with torch.no_grad():
-        maps: Any = model.backbone(parameter.new_zeros(1, 3, *size))  # pyright: ignore[reportCallIssue]
+        maps = backbone(parameter.new_zeros(1, 3, *size))
     for module, training in modes:
         module.training = training
     for pool in pools:
@@ -156,34 +158,33 @@ def build(
     """Builds a detector of torchvision by its builder's name, without pretrained weights, for evaluation.
 
     Args:
-        name: of a builder here, or of any other in ``torchvision.models.detection``.
-        frozen: builds the body on FrozenBatchNorm2d, as torchvision does with any pretrained weights where the
-            detector's body is frozen then.
-        norm_eps: of FrozenBatchNorm2d, which torchvision sets by ``overwrite_eps`` with some of its own weights.
-        small: builds the small form of a detector that has a builder here, see ``registry.make_model``.
-        trainable_backbone_layers: torchvision's.
-        num_classes: torchvision's; default 91.
-        **options: torchvision's own.
+        name: name of a builder of flaxdet, or of any other builder in ``torchvision.models.detection``.
+        frozen: builds the body on FrozenBatchNorm2d, as torchvision does for pretrained weights.
+        norm_eps: eps of FrozenBatchNorm2d, which torchvision changes by ``overwrite_eps`` for some weights.
+        small: builds the small form of a detector of flaxdet, see ``registry.make_model``.
+        trainable_backbone_layers: torchvision's argument.
+        num_classes: torchvision's argument; default 91.
+        **options: torchvision's other arguments.
 
     Raises:
-        ValueError: if torchvision has no such builder, or `frozen` is asked of a detector that is never frozen.
+        ValueError: if torchvision has no such builder, or for ``frozen`` with a detector that is never frozen.
     """
     torchvision()
     from torch.nn import BatchNorm2d
     from torchvision import models
     from torchvision.ops.misc import FrozenBatchNorm2d
 
-    known = registry.names(private=True)
-    if frozen and not (name in known and registry.get(name).freezable):
+    registered = registry.names(private=True)
+    if frozen and not (name in registered and registry.get(name).freezable):
         freezable = ", ".join(each.name for each in registry.architectures() if each.freezable)
         raise ValueError(f"frozen=True is for {freezable}, found {name!r}")
-    if not frozen and not small and not (name in known and registry.get(name).private):
+    if not frozen and not small and not (name in registered and registry.get(name).private):
         if name not in (builders := models.list_models(module=models.detection)):
             raise ValueError(f"torchvision has no detector named {name!r}; it has {', '.join(builders)}")
         builder: Any = getattr(models.detection, name)
-        given = {"num_classes": num_classes, "trainable_backbone_layers": trainable_backbone_layers}
-        given = {option: value for option, value in given.items() if value is not None}
-        return builder(weights=None, weights_backbone=None, **given, **options).eval()
+        arguments = {"num_classes": num_classes, "trainable_backbone_layers": trainable_backbone_layers}
+        arguments = {option: value for option, value in arguments.items() if value is not None}
+        return builder(weights=None, weights_backbone=None, **arguments, **options).eval()
     norm = functools.partial(FrozenBatchNorm2d, eps=norm_eps) if frozen else BatchNorm2d
     layers = (3 if frozen else 5) if trainable_backbone_layers is None else trainable_backbone_layers
     classes = registry.NUM_COCO_CLASSES if num_classes is None else num_classes
@@ -191,16 +192,16 @@ def build(
 
 
 def comparison_of(model: Any) -> ModuleType:
-    """The module of the zoo that knows how to record and calibrate a detector of torchvision.
+    """The module of the zoo that records the stages of a detector of torchvision and calibrates the prediction layers.
 
     Args:
-        model: torchvision's.
+        model: a detector of torchvision.
 
     Raises:
         TypeError: if the model is of no registered kind.
     """
-    kinds = {each.comparison: each for each in registry.architectures(private=True)}
-    comparisons = [architecture.load_comparison() for architecture in kinds.values()]
+    architectures = {each.comparison: each for each in registry.architectures(private=True)}
+    comparisons = [architecture.load_comparison() for architecture in architectures.values()]
     for comparison in comparisons:
         if isinstance(model, comparison.kind()):
             return comparison

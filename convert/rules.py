@@ -1,7 +1,7 @@
-"""The table of names: one row for every tensor of torchvision's state_dict.
+"""The conversion table of a model: one row per tensor of torchvision's state_dict.
 
-The model's parts say what torchvision calls their modules (``torch_names``, see ``flaxdet.nn.names``), in torchvision's
-order; `rules` keeps the modules that the model's variables have, and adds their tensors and layouts.
+Each part of a model lists torchvision's names of the part's modules (``torch_names``, see ``flaxdet.nn.names``), in
+torchvision's order. `rules` selects the modules with variables, and adds tensors and layouts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Path = tuple[str, ...]
 
 COLLECTIONS = ("params", "batch_stats")
 COUNTER = "num_batches_tracked"
-# Flax's leaf -> torch's, in torch's order.
+# Name of a leaf in Flax -> name in torch, in torch's order.
 _LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -29,7 +29,7 @@ _LEAVES = {
     "var": "running_var",
 }
 
-# What torchvision renames on loading, as we do: (old, new).
+# Old names, which torchvision renames on loading: (old, new).
 _OLD_NAMES = (
     (re.compile(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)"), r"\1.0.\2"),
     (re.compile(r"rpn\.head\.conv\.(weight|bias)"), r"rpn.head.conv.0.0.\1"),
@@ -37,13 +37,13 @@ _OLD_NAMES = (
 
 
 class Rule(NamedTuple):
-    """One tensor.
+    """The conversion of one tensor.
 
     Attributes:
-        key: torch's name.
-        collection: "params" or "batch_stats"; None for a ``num_batches_tracked``, which Flax has no use for.
-        path: the leaf inside the collection; empty with None.
-        layout: how the two arrays correspond.
+        key: torch's name of the tensor.
+        collection: "params" or "batch_stats"; None for a ``num_batches_tracked``, which has no counterpart in Flax.
+        path: path of the leaf in the collection; empty if ``collection`` is None.
+        layout: the layouts of the tensor in torch and in Flax.
         shape: torch's shape.
     """
 
@@ -55,18 +55,18 @@ class Rule(NamedTuple):
 
 
 def rules(model: Any, variables: Mapping[str, Any]) -> list[Rule]:
-    """The rows for a model, in the order of torchvision's own state_dict.
+    """The rows for a model, in the order of torchvision's state_dict.
 
     Args:
         model: a detector.
-        variables: the model's variables, or their shapes as `jax.eval_shape` gives them.
+        variables: the variables of the model, or the shapes of the variables (`jax.eval_shape`).
 
     Returns:
-        One row a tensor of torchvision's state_dict. Every leaf of ``params`` and ``batch_stats`` is in one
-        row, no key is twice.
+        One row per tensor of torchvision's state_dict. Every leaf of ``params`` and ``batch_stats`` is in exactly one
+        row, and every key occurs once.
 
     Raises:
-        ValueError: if the model has a leaf that torchvision's architecture has no name for.
+        ValueError: if torchvision's architecture has no name for a leaf of the model.
     """
     leaves: dict[str, dict[str, tuple[str, Path, tuple[int, ...]]]] = {}
     for collection, path, leaf in leaves_of(variables):
@@ -83,8 +83,8 @@ def rules(model: Any, variables: Mapping[str, Any]) -> list[Rule]:
     unnamed += [f"{module}/{leaf}" for module in named for leaf in leaves[module].keys() - _LEAVES.keys()]
     if unnamed:
         raise ValueError(
-            "only torchvision's architecture can be converted (flaxdet.save_variables stores any other's variables); "
-            "it has no name for " + ", ".join(sorted(unnamed))
+            "only torchvision's architecture can be converted (flaxdet.save_variables stores the variables of any "
+            "model); it has no name for " + ", ".join(sorted(unnamed))
         )
     keys = [row.key for row in rows]
     if len(set(keys)) != len(keys):
@@ -93,14 +93,14 @@ def rules(model: Any, variables: Mapping[str, Any]) -> list[Rule]:
 
 
 def leaves_of(variables: Mapping[str, Any]) -> Iterator[tuple[str, Path, Any]]:
-    """(collection, path, leaf) of everything that is converted."""
+    """Iterates over (collection, path, leaf) of all converted variables."""
     for collection in COLLECTIONS:
         for path, leaf in traverse_util.flatten_dict(dict(variables.get(collection, {}))).items():
             yield collection, path, leaf
 
 
 def _pooled(model: Any) -> tuple[int, int]:
-    """(height, width) of the pooled maps that a box head flattens."""
+    """(height, width) of the pooled features that a box head flattens."""
     size: Any = getattr(getattr(model, "box_roi_pool", None), "output_size", (7, 7))
     return (size, size) if isinstance(size, int) else tuple(size)
 
@@ -128,13 +128,13 @@ def _module_rows(
 
 
 def canonical_keys(state_dict: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Every key under its present name: "module." gone, torchvision's older names brought up to date.
+    """The keys of a state_dict by torchvision's present names: without "module.", and with old names replaced.
 
     Args:
         state_dict: anything by key.
 
     Returns:
-        The given keys by present name; more than one where two mean the same tensor.
+        {present name: keys}; several keys if these are names of the same tensor.
     """
     names: dict[str, list[str]] = {}
     for key in state_dict:

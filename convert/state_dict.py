@@ -1,7 +1,7 @@
-"""torchvision's state_dict to Flax variables and back, strictly: every tensor is placed, or all faults told.
+"""Converts torchvision's state_dict to Flax variables and back. Strict: an error lists every tensor that does not fit.
 
-A ``num_batches_tracked`` means nothing in Flax: it is ignored when read and written as 0 where BatchNorm is
-live. Live and frozen BatchNorm hold the same four vectors, so either kind of model takes either kind of file.
+Flax has no counterpart of ``num_batches_tracked``: it is ignored when read, and written as 0 for live BatchNorm. Live
+and frozen BatchNorm hold the same four vectors, so a model of each kind accepts files of each kind.
 """
 
 from __future__ import annotations
@@ -31,50 +31,50 @@ _SHOWN = 8
 
 
 class StateDictError(ValueError):
-    """A state_dict that does not fit a model, with every fault.
+    """A state_dict does not fit a model; lists every fault.
 
     Args:
-        subject: what does not fit what, the message's beginning.
-        faults: sentences by kind.
-        hint: the end of the message's first line.
+        subject: beginning of the message, such as "model.pth does not fit FCOS".
+        faults: descriptions of the faults, by kind.
+        hint: end of the message's first line.
 
     Attributes:
-        faults: sentences by kind: "missing", "unexpected", "doubled", "wrong shape", "not finite",
-            "wrong type". The message shows the first few of each.
+        faults: descriptions of the faults, by kind: "missing", "unexpected", "doubled", "wrong shape", "not finite",
+            "wrong type". The message shows the first few of each kind.
     """
 
     def __init__(self, subject: str, faults: Mapping[str, list[str]], hint: str = "") -> None:
-        self.faults = {kind: list(found) for kind, found in faults.items() if found}
-        counts = ", ".join(f"{len(found)} {kind}" for kind, found in self.faults.items())
+        self.faults = {kind: list(texts) for kind, texts in faults.items() if texts}
+        counts = ", ".join(f"{len(texts)} {kind}" for kind, texts in self.faults.items())
         lines = [f"{subject}: {counts}{hint}"]
-        for kind, found in self.faults.items():
-            lines += [f"  {kind}: {checkpoint.one_line(line)}" for line in found[:_SHOWN]]
-            if len(found) > _SHOWN:
-                lines.append(f"  {kind}: and {len(found) - _SHOWN} more")
+        for kind, texts in self.faults.items():
+            lines += [f"  {kind}: {checkpoint.one_line(text)}" for text in texts[:_SHOWN]]
+            if len(texts) > _SHOWN:
+                lines.append(f"  {kind}: and {len(texts) - _SHOWN} more")
         super().__init__("\n".join(lines))
 
 
 def from_torchvision(
     model: Any, state_dict: Source, *, allow_nonfinite: bool = False, source: str | None = None
 ) -> Variables:
-    """Converts a state_dict of torchvision's model into variables for ours.
+    """Converts a state_dict of torchvision's model into variables of flaxdet's model.
 
-    Accepted besides today's keys: torchvision's older names, the "module." of DataParallel, a checkpoint of
-    the training reference ({"model": ...}), ``num_batches_tracked`` present or absent, any floating dtype.
+    Accepts torchvision's present keys, torchvision's older keys, the prefix "module." of DataParallel, a checkpoint of
+    the training reference ({"model": ...}), state_dicts with and without ``num_batches_tracked``, and any floating
+    dtype.
 
     Args:
-        model: a detector whose parts torchvision has, as the builders make them.
-        state_dict: torch tensors or numpy or jax arrays by key, or the path of a file for `checkpoint.read`.
+        model: a detector of parts that torchvision has, for example from a builder.
+        state_dict: torch tensors, numpy arrays or jax arrays by key, or the path of a file for `checkpoint.read`.
         allow_nonfinite: accept NaN and infinities.
-        source: what error messages call it; default the path or "state_dict".
+        source: name of the state_dict in error messages; default the path, or "state_dict".
 
     Returns:
-        {"params": ..., "batch_stats": ...}, jax arrays in the dtype that the model stores (its
-        ``param_dtype``).
+        {"params": ..., "batch_stats": ...}, jax arrays in the model's ``param_dtype``.
 
     Raises:
-        StateDictError: with everything that is missing, unexpected, doubled, of a wrong shape or type, or
-            not finite.
+        StateDictError: for tensors that are missing, unexpected, doubled, of a wrong shape or type, or not finite; the
+            message lists them all.
         flaxdet.convert.CheckpointError: if the file can't be read or holds no state_dict.
         TypeError: if `state_dict` is neither a dict nor a path.
     """
@@ -95,17 +95,17 @@ def backbone_from_torchvision(
     allow_nonfinite: bool = False,
     source: str | None = None,
 ) -> Variables:
-    """Puts an ImageNet classifier's ResNet (torchvision's ``resnet50`` keys) into a detector's backbone.
+    """Replaces the body of a detector's backbone by a ResNet trained on ImageNet (torchvision's ``resnet50`` keys).
 
     Args:
         model: the detector.
-        variables: its variables; they are not changed.
+        variables: the variables of the detector; not changed.
         state_dict: as for `from_torchvision`; ``fc.*`` is ignored.
         allow_nonfinite: accept NaN and infinities.
-        source: what error messages call it; default the path or "state_dict".
+        source: name of the state_dict in error messages; default the path, or "state_dict".
 
     Returns:
-        Variables with the backbone's body from the state_dict and all else from `variables`.
+        Variables: the backbone's body from ``state_dict``, everything else from ``variables``.
 
     Raises:
         StateDictError: as for `from_torchvision`.
@@ -128,23 +128,23 @@ def to_torchvision(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nda
     """Converts variables into the state_dict that torchvision loads with ``strict=True``.
 
     Args:
-        model: a detector whose parts torchvision has, as the builders make them.
-        variables: its variables.
+        model: a detector of parts that torchvision has, for example from a builder.
+        variables: the variables of the detector.
 
     Returns:
-        Arrays of the same dtypes, in torchvision's shapes, by torchvision's key, in torchvision's order, each
-        contiguous and a copy; ``num_batches_tracked`` is an int64 0 for every live BatchNorm. The tensors can't say
-        that FrozenBatchNorm adds another eps than 1e-5: a warning then says what to do in torchvision.
+        Arrays with torchvision's keys, order and shapes, in the dtypes of the variables. Each array is contiguous and a
+        copy. ``num_batches_tracked`` is an int64 0 for every live BatchNorm. A state_dict does not hold the eps of
+        FrozenBatchNorm: for another eps than 1e-5, a warning says how to set the eps in torchvision.
 
     Raises:
-        StateDictError: if the variables are not the model's: leaves missing, unexpected or of a wrong shape.
-        ValueError: if the model is not of torchvision's architecture, or its BatchNorm is folded.
+        StateDictError: if leaves of the model's variables are missing, unexpected or of a wrong shape.
+        ValueError: if the model is not of torchvision's architecture, or has folded BatchNorm.
     """
     body = getattr(getattr(model, "backbone", None), "body", None)
     eps: float = getattr(body, "norm_eps", FROZEN_EPS)
     if eps != FROZEN_EPS:
         warnings.warn(
-            f"the model's BatchNorm adds {eps} to the variance, which tensors can't say: in torchvision, "
+            f"the model's BatchNorm adds {eps} to the variance, which a state_dict doesn't hold: in torchvision, "
             f"call torchvision.models.detection._utils.overwrite_eps(model, {eps}) after load_state_dict",
             stacklevel=2,
         )
@@ -152,28 +152,28 @@ def to_torchvision(model: Any, variables: Mapping[str, Any]) -> dict[str, np.nda
 
 
 def tensors_of(model: Any, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """``to_torchvision`` without the warning, for files that say the model's options too.
+    """``to_torchvision`` without the warning, for files that hold the model's options too.
 
     Args:
-        model: as there.
-        variables: as there.
+        model: as for ``to_torchvision``.
+        variables: as for ``to_torchvision``.
 
     Returns:
-        As there.
+        The result of ``to_torchvision``.
 
     Raises:
-        StateDictError, ValueError: as there.
+        StateDictError, ValueError: as ``to_torchvision``.
     """
     _check_not_folded(model)
     abstract = abstract_variables(model)
-    wanted = {(c, path): leaf.shape for c, path, leaf in leaves_of(abstract)}
+    expected = {(c, path): leaf.shape for c, path, leaf in leaves_of(abstract)}
     leaves = {(c, path): leaf for c, path, leaf in leaves_of(variables)}
     faults = {
-        "missing": [_where(at) for at in wanted if at not in leaves],
-        "unexpected": [_where(at) for at in leaves if at not in wanted],
+        "missing": [_where(at) for at in expected if at not in leaves],
+        "unexpected": [_where(at) for at in leaves if at not in expected],
         "wrong shape": [
             f"{_where(at)}: expected {list(shape)}, found {list(leaves[at].shape)}"
-            for at, shape in wanted.items()
+            for at, shape in expected.items()
             if at in leaves and tuple(leaves[at].shape) != tuple(shape)
         ],
     }
@@ -192,7 +192,7 @@ def tensors_of(model: Any, variables: Mapping[str, Any]) -> dict[str, np.ndarray
 def _check_not_folded(model: Any) -> None:
     if getattr(getattr(getattr(model, "backbone", None), "body", None), "folded", False):
         raise ValueError(
-            "BatchNorm of the model is folded (fold_batch_norm), so torchvision has no such model: pass the one before"
+            "BatchNorm of the model is folded (fold_batch_norm), unlike in torchvision: pass the model before folding"
         )
 
 
@@ -208,9 +208,9 @@ def abstract_variables(model: Any) -> Variables:
     return _init.eval_shape(model)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # for its cache: an equal model is not traced again
+@functools.partial(jax.jit, static_argnums=0)  # jit's cache: an equal model is not traced again
 def _init(model: Any) -> Variables:
-    variables = model.init(jax.random.key(0), example_batch())  # sown intermediates are left out
+    variables = model.init(jax.random.key(0), example_batch())  # also has the collection of sown stages
     return {collection: variables[collection] for collection in COLLECTIONS if collection in variables}
 
 
@@ -247,15 +247,15 @@ def _convert(
     dtypes: Mapping[tuple[str, tuple[str, ...]], Any],
     allow_nonfinite: bool,
 ) -> dict[tuple[str, tuple[str, ...]], jax.Array]:
-    """The leaf of every row, or one StateDictError with all that is wrong."""
+    """The leaf of every row; or one StateDictError with all faults."""
     names = canonical_keys(state)
-    known = {row.key for row in rows}
-    # Frozen BatchNorm has no counter, but a file of the live kind brings one for each.
+    expected = {row.key for row in rows}
+    # Frozen BatchNorm has no counter, but a file of live BatchNorm has a counter per BatchNorm.
     ignored = {f"{row.key.removesuffix('running_mean')}{COUNTER}" for row in rows if row.key.endswith("running_mean")}
     faults: dict[str, list[str]] = {
         "missing": [row.key for row in rows if row.collection is not None and row.key not in names],
-        "unexpected": [given[0] for name, given in names.items() if name not in known | ignored],
-        "doubled": [" and ".join(given) for given in names.values() if len(given) > 1],
+        "unexpected": [keys[0] for name, keys in names.items() if name not in expected | ignored],
+        "doubled": [" and ".join(keys) for keys in names.values() if len(keys) > 1],
         "wrong shape": [],
         "not finite": [],
         "wrong type": [],
@@ -284,9 +284,9 @@ def _convert(
                 faults["not finite"].append(f"{key}: {bad} of {leaf.size} values, as {leaf.dtype}")
             flat[at] = leaf
     if any(faults.values()):
-        strange = faults["missing"] or faults["unexpected"] or faults["wrong shape"]
-        known_as = describe(state) if strange else None
-        raise StateDictError(message, faults, f"; it holds {known_as}" if known_as else "")
-    # The leaves are copies that nobody else holds, so device_put may keep their memory. jnp.asarray would compile a
-    # program for each shape, and keep it: 40 MB, half a second.
+        other_model = faults["missing"] or faults["unexpected"] or faults["wrong shape"]
+        content = describe(state) if other_model else None
+        raise StateDictError(message, faults, f"; it holds {content}" if content else "")
+    # The leaves are copies without other references, so device_put may take over the memory. jnp.asarray would compile
+    # and cache a program per shape: 40 MB, half a second.
     return {at: jax.device_put(leaf) for at, leaf in flat.items()}

@@ -1,7 +1,7 @@
-"""Runs torchvision's detector and ours on the same photos and compares them, stage by stage.
+"""Runs torchvision's detector and flaxdet's detector on the same photos, and compares every stage.
 
-Needs the extra ``torch``. The stages have the names under which our models sow them: pixels, c2..c5, the pyramid's
-levels, head outputs, proposals, RoI features; so the first one that differs names the layer at fault.
+Needs the extra ``torch``. The stages have the names under which flaxdet's models sow the stages: pixels, c2..c5, the
+levels of the pyramid, head outputs, proposals, RoI features. So the first stage that differs locates a wrong layer.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ import torch
 
 from flaxdet import registry
 from flaxdet.convert import from_torchvision, reference
-from flaxdet.convert.stages import OF_PROPOSALS, PROPOSAL_IMAGE, Detection, Stages, run, run_reference
+from flaxdet.convert.stages import OF_PROPOSALS, PROPOSAL_IMAGE, Stages, run, run_reference
 from flaxdet.files.models import ModelFile, read_model
 from flaxdet.images.transform import transform
-from flaxdet.inference.detect import jitted_detect, unpad
+from flaxdet.inference.detect import ImageDetections, jitted_detect, unpad
 from flaxdet.models.detector import Detector
 
-# What counts as the same answer: largest difference of a box (pixels) and of a score. torchvision in float32 differs
-# from itself in float64 by up to .022 px and 1.3e-4; in float64 only the order of sums is left.
+# Tolerances of equal detections: of a box (pixels), and of a score. torchvision's results in float32 and in float64
+# differ by up to .022 px and 1.3e-4. In float64 only the order of sums differs.
 TOLERANCES = {"float32": (0.05, 5e-4), "float64": (1e-6, 1e-9)}
-# The same of a stage, relative to its largest value, hundreds of times what rounding does: so that a difference shows
-# also where nothing is detected.
+# Tolerances of equal stages, relative to the largest value of the stage: hundreds of times the effect of rounding. A
+# wrong layer is found by the stages even if there are no detections.
 STAGE_TOLERANCES = {"float32": 1e-3, "float64": 1e-8}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage on both sides.
+    """One stage, compared.
 
     Attributes:
-        name: as sown.
-        shape: of the compared array, [B, h, w, C] for maps.
+        name: name under which flaxdet's model sows the stage.
+        shape: shape of torchvision's array, [B, h, w, C] for maps.
         error: largest absolute difference; ``inf`` if shapes differ.
-        scale: largest absolute value of torchvision's.
+        scale: largest absolute value in torchvision's array.
     """
 
     name: str
@@ -55,14 +55,14 @@ class Stage:
 
 @dataclass(frozen=True)
 class Match:
-    """Detections of one image, paired.
+    """The detections of one image, matched.
 
     Attributes:
-        count: torchvision's detections.
-        ours: our detections.
-        matched: pairs with the same label and boxes and scores within tolerance.
-        box_error: largest difference of a coordinate among pairs, in pixels of the original image.
-        score_error: largest difference of a score among pairs.
+        count: number of torchvision's detections.
+        ours: number of flaxdet's detections.
+        matched: number of pairs: same label, and box and score within the tolerances.
+        box_error: largest difference of a coordinate in a pair, in pixels of the original image.
+        score_error: largest difference of scores in a pair.
     """
 
     count: int
@@ -73,53 +73,67 @@ class Match:
 
     @property
     def same(self) -> bool:
-        """Whether every detection of either side has its counterpart."""
+        """True if every detection of torchvision and of flaxdet is in a pair."""
         return self.count == self.ours == self.matched
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Everything found on one batch."""
+    """The comparison on one batch.
+
+    Attributes:
+        stages: the compared stages, in the order of computation.
+        matches: the matched detections of each image.
+        ours: flaxdet's detections of each image.
+        theirs: torchvision's detections of each image.
+        seconds: flaxdet's run time; 0 if not timed.
+        their_seconds: torchvision's run time; 0 if not timed.
+        stage_tolerance: largest relative error of equal stages.
+    """
 
     stages: list[Stage]
     matches: list[Match]
-    ours: list[Detection]
-    theirs: list[Detection]
+    ours: list[ImageDetections]
+    theirs: list[ImageDetections]
     seconds: float = field(default=0.0)
     their_seconds: float = field(default=0.0)
     stage_tolerance: float = STAGE_TOLERANCES["float32"]
 
     @property
     def first_difference(self) -> str | None:
-        """The first stage that is not the same; the layer at fault is between it and the one before.
+        """The first stage that differs. A wrong layer lies between this stage and the stage before.
 
-        Only stages before the first selection count: where two proposals' scores nearly tie, rounding may decide
-        which of them is kept, and what follows is of another one.
+        Only stages before the first selection count: if two proposals have nearly the same score, rounding may decide
+        which proposal is selected, and later stages are then stages of different proposals.
         """
         for stage in self.stages:
             if stage.name == "proposals":
                 break
-            if not stage.relative <= self.stage_tolerance:  # NaN is no match
+            if not stage.relative <= self.stage_tolerance:  # True for NaN
                 return stage.name
         return None
 
     @property
     def same(self) -> bool:
-        """The verdict."""
+        """True if no stage differs and all detections match."""
         return self.first_difference is None and all(match.same for match in self.matches)
 
 
-def match_detections(ours: Detection, theirs: Detection, box_tolerance: float, score_tolerance: float) -> Match:
-    """Pairs the detections of one image, each with the nearest of its label.
+def match_detections(
+    ours: ImageDetections, theirs: ImageDetections, box_tolerance: float, score_tolerance: float
+) -> Match:
+    """Matches the detections of one image: each with the nearest box of the same label.
+
+    The order of detections is irrelevant, since detections with equal scores may come in any order.
 
     Args:
-        ours: {"boxes": [N, 4] xyxy, "scores": [N], "labels": [N]}.
-        theirs: the same of torchvision.
+        ours: flaxdet's detections, {"boxes": [N, 4] xyxy, "scores": [N], "labels": [N]}.
+        theirs: torchvision's detections, in the same form.
         box_tolerance: largest difference of a coordinate, in pixels.
         score_tolerance: largest difference of a score.
 
     Returns:
-        The pairs' number and errors. Order doesn't count: equal scores may come in any.
+        The numbers of detections and pairs, and the errors of the pairs.
     """
     free = np.ones(len(ours["scores"]), bool)
     matched, box_error, score_error = 0, 0.0, 0.0
@@ -146,24 +160,24 @@ def compare(
     *,
     timed: bool = False,
 ) -> Comparison:
-    """Runs both sides on one batch, padded as torchvision pads it; BatchNorm is not folded on either side.
+    """Runs flaxdet and torchvision on one batch, with torchvision's padding, and compares. BatchNorm is not folded.
 
     Args:
-        model: ours.
-        variables: converted from torchvision's.
-        reference_model: torchvision's, in evaluation mode, in the same dtype.
+        model: flaxdet's model.
+        variables: variables converted from torchvision's weights.
+        reference_model: torchvision's model, in evaluation mode, of the same dtype.
         images: [H, W, 3] uint8, or floats in [0, 1].
-        timed: run each side once more and take the time, compiled and warm.
+        timed: also measures run times, in a second run of each model, after compilation.
 
     Returns:
-        The comparison; ``model.dtype`` chooses the tolerances.
+        The comparison; the tolerances depend on ``model.dtype``.
     """
     batch = transform(images, model.transform, canvas="batch", dtype=model.box_dtype)
     theirs, their_stages = run_reference(reference_model, images)
     ours, our_stages = run(model, variables, batch)
     seconds = their_seconds = 0.0
     if timed:
-        # without the stages it is another program, which is compiled here, and must have run before the clock starts
+        # The program without stages is another program: compile it and run it once before the measurement.
         jax.block_until_ready(jitted_detect(model, variables, batch))
         start = time.perf_counter()
         batch = transform(images, model.transform, canvas="batch", dtype=model.box_dtype)
@@ -186,28 +200,29 @@ def compare(
 
 
 def compare_stages(ours: Stages, theirs: Stages) -> list[Stage]:
-    """The errors of every stage that both sides have, in the order of computation.
+    """The errors of every stage that is in both arguments, in the order of computation.
 
-    Proposals are paired first, each with the nearest of its image: where two objectness scores are equal up to
-    rounding, their order is nobody's fault, and the rows of the stages after them follow it.
+    First, each of torchvision's proposals is matched with flaxdet's nearest proposal in the same image, and the rows of
+    all later stages are reordered in the same way: two proposals whose objectness is equal up to rounding may come in
+    any order.
     """
     order = _pair_proposals(ours, theirs)
-    found = []
+    stages = []
     for name, expected in theirs.items():
         if name not in ours or name == PROPOSAL_IMAGE:
             continue
         scale = float(np.abs(expected).max(initial=0.0))
         if ours[name].shape != expected.shape:
-            found.append(Stage(name, expected.shape, float("inf"), scale))
+            stages.append(Stage(name, expected.shape, float("inf"), scale))
         else:
             mine = ours[name] if order is None or name not in OF_PROPOSALS else ours[name][order]
             gap = np.abs(mine.astype(np.float64) - expected.astype(np.float64))
-            found.append(Stage(name, expected.shape, float(gap.max(initial=0.0)), scale))
-    return found
+            stages.append(Stage(name, expected.shape, float(gap.max(initial=0.0)), scale))
+    return stages
 
 
 def _pair_proposals(ours: Stages, theirs: Stages) -> np.ndarray | None:
-    """For each of their proposals the row of ours; None where there are none or their numbers differ."""
+    """The row of flaxdet's proposal for each of torchvision's; None without proposals, or if the numbers differ."""
     if "proposals" not in theirs or ours["proposals"].shape != theirs["proposals"].shape:
         return None
     free = np.ones(len(ours["proposals"]), bool)
@@ -230,48 +245,50 @@ def both_sides(
     progress: bool = True,
     **options: Any,
 ) -> tuple[Detector, Any, torch.nn.Module, list[str] | None]:
-    """The same detector with the same weights on both sides.
+    """The same detector with the same weights in flaxdet and in torchvision.
 
     Args:
-        name: the builder's.
-        weights: "random" (lively, see ``lively.make_lively``), the name of published weights, or a file: its name, or
-            what ``flaxdet.files.models.read_model`` has read.
-        dtype: float32 or float64, of both sides.
-        seed: of random weights.
-        progress: bar while downloading.
-        **options: of both models, under torchvision's names.
+        name: name of the builder.
+        weights: "random" (lively, see ``lively.make_lively``), the name of published weights, the name of a file, or
+            the content of a file from ``flaxdet.files.models.read_model``.
+        dtype: float32 or float64, for flaxdet and torchvision.
+        seed: seed of random weights.
+        progress: shows a progress bar while downloading.
+        **options: options of flaxdet's and torchvision's model, under torchvision's names.
 
     Returns:
-        Our model, its variables, torchvision's model in evaluation mode, and the names of the labels if known.
+        flaxdet's model, the variables, torchvision's model in evaluation mode, and the names of the labels, or None.
     """
     architecture, enum = registry.get(name), registry.get(name).weights
     categories: list[str] | None = None
     state_dict: dict[str, Any] | None = None
-    made: dict[str, Any] = {"num_classes": registry.NUM_COCO_CLASSES, "frozen_bn": architecture.freezable}
+    model_options: dict[str, Any] = {"num_classes": registry.NUM_COCO_CLASSES, "frozen_bn": architecture.freezable}
     source = weights.path if isinstance(weights, ModelFile) else weights
     if isinstance(weights, str) and enum is not None and weights.removeprefix(f"{enum.__name__}.") in enum.__members__:
         member: Any = enum.verify(weights)
         state_dict, categories = member.get_state_dict(progress=progress), member.meta["categories"]
-        made |= member.options
+        model_options |= member.options
     elif weights != "random":
         file = read_model(weights) if isinstance(weights, str) else weights
         state_dict, categories = file.state_dict, file.categories
-        made |= {option: file.options[option] for option in (*made, "norm_eps") if option in file.options}
-    model = registry.make_model(name, **made, dtype=dtype, precision=jax.lax.Precision.HIGHEST, **options)
-    frozen, classes = made.pop("frozen_bn"), made.pop("num_classes")
-    theirs = reference.build(name, frozen=frozen, num_classes=classes, **made, **options)
+        model_options |= {
+            option: file.options[option] for option in (*model_options, "norm_eps") if option in file.options
+        }
+    model = registry.make_model(name, **model_options, dtype=dtype, precision=jax.lax.Precision.HIGHEST, **options)
+    frozen, classes = model_options.pop("frozen_bn"), model_options.pop("num_classes")
+    theirs = reference.build(name, frozen=frozen, num_classes=classes, **model_options, **options)
     if state_dict is None:
-        from flaxdet.convert.lively import make_lively  # which needs torch
+        from flaxdet.convert.lively import make_lively  # needs torch
 
         make_lively(theirs, seed)
         variables = from_torchvision(model, theirs.state_dict())
     else:
-        variables = from_torchvision(model, state_dict, source=source)  # its report of faults is the clearer one
+        variables = from_torchvision(model, state_dict, source=source)  # first, for the clearer error
         theirs.load_state_dict({key: _tensor(value) for key, value in state_dict.items()})
     return model, variables, theirs.to(torch.float64 if dtype == np.float64 else torch.float32), categories
 
 
 def _tensor(array: Any) -> torch.Tensor:
-    """A torch tensor, float32 where it is floating: numpy's bfloat16 is unknown to torch."""
+    """A torch tensor; floating point becomes float32, since torch can't read numpy's bfloat16."""
     array = np.array(array)
     return torch.from_numpy(array.astype(np.float32) if jnp.issubdtype(array.dtype, jnp.floating) else array)

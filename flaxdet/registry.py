@@ -1,14 +1,14 @@
-"""The table of detectors that have a builder: what each one is, for all who name no detector themselves.
+"""The table of detectors that have a builder. Code outside ``flaxdet/zoo/`` finds detectors here and names none.
 
-A file of ``flaxdet/zoo/`` registers one ``Architecture``. Conversion, files, the command line, training defaults and
-the parity tests ask the table.
+Each file of ``flaxdet/zoo/`` registers one ``Architecture``. Conversion, files, the command line, training defaults and
+the parity tests use the table.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -21,35 +21,35 @@ from flaxdet.models.detector import GEOMETRY, Detector
 from flaxdet.nn.resnet import ResNet
 
 NUM_COCO_CLASSES = 91
-FROZEN_EPS = 1e-5  # of BatchNorm in torch, and of torchvision's FrozenBatchNorm2d
+FROZEN_EPS = 1e-5  # the default eps of torch's BatchNorm and of torchvision's FrozenBatchNorm2d
 
-# Options of `make_model` that reach the backbone's body, with their defaults.
+# Options of `make_model` for the backbone's body, with default values.
 _BODY_OPTIONS: Mapping[str, Any] = MappingProxyType(
     {"frozen_bn": False, "norm_eps": FROZEN_EPS, "freeze_bn": False, "remat": False}
 )
-# Options that reach every part, with their defaults.
+# Options of `make_model` for every part, with default values.
 _SHARED_OPTIONS: Mapping[str, Any] = MappingProxyType({"dtype": jnp.float32, "param_dtype": None, "precision": None})
 
 
 def resnet50(**options: Any) -> ResNet:
-    """The body of most of torchvision's detectors."""
+    """The backbone's body in most of torchvision's detectors."""
     return ResNet(50, **options)
 
 
 def resnet18(**options: Any) -> ResNet:
-    """The body of small forms."""
+    """The backbone's body in the small forms of detectors."""
     return ResNet(18, **options)
 
 
 @dataclass(frozen=True)
 class Keys:
-    """How the state_dict of an architecture is told from others.
+    """The keys that identify a state_dict of an architecture.
 
     Attributes:
-        present: keys that it has.
-        absent: keys that it lacks.
-        class_key: the key of a tensor whose first axis has one row for each class.
-        relative: keys by which another detector of this kind is told, and what to call it in an error.
+        present: keys that the state_dict must have.
+        absent: keys that the state_dict must not have.
+        class_key: the key of a tensor with one row per class.
+        relative: keys that identify another detector of the same kind, and a phrase for that detector in errors.
     """
 
     present: frozenset[str]
@@ -60,17 +60,17 @@ class Keys:
 
 @dataclass(frozen=True)
 class Training:
-    """How torchvision trained the published weights, which is also what ``flaxdet train`` goes by.
+    """torchvision's recipe for the published weights, from which ``flaxdet train`` takes default values.
 
     Attributes:
         lr: learning rate after the warm-up, for ``batch_size``.
-        batch_size: images of an update, on all devices together.
-        epochs: of training.
-        milestones: epochs before which the rate is divided by 10.
-        weight_decay: of every parameter, biases and norms too.
-        data: options of ``flaxdet.data.train_batches``, the augmentation.
+        batch_size: images per update, over all devices.
+        epochs: number of epochs.
+        milestones: epochs (from 0) at whose start the learning rate is divided by 10.
+        weight_decay: weight decay of every parameter, biases and norms included.
         fine_tuning_lr: learning rate for ``batch_size`` images when trained weights are adapted to other images.
-        alias: a name of ``recipe`` for this architecture in ``flaxdet.train``, if it has one.
+        alias: name of this architecture's recipe in ``flaxdet.train``; None for no such name.
+        data: the augmentation: options of ``flaxdet.data.train_batches``.
     """
 
     lr: float
@@ -88,25 +88,26 @@ class Architecture:
     """A detector that has a builder.
 
     Attributes:
-        name: of the builder, in torchvision and here.
-        title: the detector in words, for people.
+        name: name of the builder, in torchvision and in flaxdet.
+        title: short description of the detector, for people.
         kind: class of the model.
-        make: ``(num_classes, body, shared, **fields) -> model``; ``body`` is the backbone's body, ``shared`` the
-            options that every part takes, ``fields`` those of ``kind``.
-        make_body: ``(**options) -> module``, the backbone's body; default a ResNet-50.
-        make_small_body: the same for the small form of the architecture, in which tests run it; default a ResNet-18.
-        weights: the ``WeightsEnum`` of the published weights; None for none.
-        keys: how its state_dict is told from others; None for an architecture that is never told from keys, so that
-            only files of ``flaxdet.save``, which carry the name, can be loaded.
-        training: how the weights were trained.
-        made_parts: fields of ``kind`` that ``make`` fills in, which nobody else may give.
-        freezable: whether torchvision builds the body on FrozenBatchNorm2d where anything is pretrained.
+        make: ``(num_classes, body, shared, **fields) -> model``; ``body`` is the backbone's body, ``shared`` are the
+            options of every part, ``fields`` are fields of ``kind``.
+        weights: the ``WeightsEnum`` of the published weights; None if there are none.
+        keys: the keys that identify a state_dict of this architecture. None if keys can't identify the architecture;
+            then only files of ``flaxdet.save``, which store the name, can be loaded.
+        training: the recipe of the published weights.
         in_torch: ``(norm_layer, trainable_layers, num_classes, *, small, **options) -> torch.nn.Module``, torchvision's
-            detector with a kind of norm in the body; it imports torch when called.
-        comparison: name of the module that records the stages of torchvision's detector and makes its weights lively
-            (``flaxdet.convert.stages``, ``flaxdet.convert.lively``); it needs torch, and is imported when asked for.
-        default: whether the command line takes this architecture where none is named.
-        private: left out of what users choose from.
+            detector with ``norm_layer`` in the body; imports torch when called.
+        comparison: name of the module that records the stages of torchvision's detector and calibrates the prediction
+            layers (``flaxdet.convert.stages``, ``flaxdet.convert.lively``). The module is imported on use and needs
+            torch.
+        make_body: ``(**options) -> module``, the backbone's body; default a ResNet-50.
+        make_small_body: ``make_body`` for the small form of the architecture, which tests use; default a ResNet-18.
+        made_parts: fields of ``kind`` that ``make`` sets; callers can't set these fields.
+        freezable: True if torchvision builds the body on FrozenBatchNorm2d when anything is pretrained.
+        default: True for the architecture that the command line uses by default.
+        private: True to hide the architecture from users.
     """
 
     name: str
@@ -127,13 +128,14 @@ class Architecture:
 
     @property
     def fields(self) -> list[str]:
-        """The keywords of the builder besides its own parameters: fields of ``kind``, under torchvision's names."""
-        own = {"backbone", "num_classes", "transform", "parent", "name", *_SHARED_OPTIONS, *self.made_parts}
-        names = {each.name for each in dataclasses.fields(self.kind)} - own - {"trainable_backbone_layers"}
+        """Fields of ``kind`` that the builder accepts as keywords, under torchvision's names."""
+        excluded = {"backbone", "num_classes", "transform", "parent", "name", "trainable_backbone_layers"}
+        excluded |= {*_SHARED_OPTIONS, *self.made_parts}
+        names = {each.name for each in dataclasses.fields(self.kind)} - excluded
         return sorted({*names, *GEOMETRY})
 
     def load_comparison(self) -> ModuleType:
-        """Imports the module ``comparison``.
+        """Imports the module named ``comparison``.
 
         Raises:
             ImportError: without torch and torchvision.
@@ -145,16 +147,16 @@ _table: dict[str, Architecture] = {}
 
 
 def register(architecture: Architecture) -> Architecture:
-    """Enters an architecture.
+    """Adds an architecture to the table.
 
     Args:
-        architecture: of a name that is not taken.
+        architecture: an architecture whose name is not registered.
 
     Returns:
-        The same.
+        The argument.
 
     Raises:
-        ValueError: if the name is taken.
+        ValueError: if the name is registered already.
     """
     if architecture.name in _table:
         raise ValueError(f"{architecture.name} is registered already")
@@ -163,22 +165,22 @@ def register(architecture: Architecture) -> Architecture:
 
 
 def architectures(*, private: bool = False) -> list[Architecture]:
-    """The architectures, the default first and the others by name.
+    """The architectures, the default first, the others in the order of names.
 
     Args:
-        private: those that are left out of what users choose from too.
+        private: include private architectures.
     """
-    known = (each for each in _table.values() if private or not each.private)
-    return sorted(known, key=lambda each: (not each.default, each.name))
+    selected = (each for each in _table.values() if private or not each.private)
+    return sorted(selected, key=lambda each: (not each.default, each.name))
 
 
 def names(*, private: bool = False) -> list[str]:
-    """The builders' names, in the order of ``architectures``."""
+    """The names of the builders, in the order of ``architectures``."""
     return [each.name for each in architectures(private=private)]
 
 
 def get(name: str) -> Architecture:
-    """The architecture of a builder's name.
+    """The architecture of a builder, by the builder's name.
 
     Raises:
         ValueError: for an unknown name.
@@ -192,27 +194,29 @@ def make_model(name: str, /, *, num_classes: int, small: bool = False, **options
     """The module that a builder returns, without variables.
 
     Args:
-        name: of the builder.
-        num_classes: including the background.
+        name: name of the builder.
+        num_classes: number of classes, including the background.
         small: makes the small form of the architecture.
-        **options: ``trainable_backbone_layers`` (0..5, default 5); of the body ``frozen_bn`` (``FrozenBatchNorm``),
-            ``norm_eps`` (added to the variance), ``freeze_bn`` (keeps live BatchNorm as in evaluation while training)
-            and ``remat`` (rematerialises each residual block in the gradient); ``dtype``, ``param_dtype`` and
-            ``precision`` of every part; fields of the model's class.
+        **options: ``trainable_backbone_layers`` (0..5, default 5). Options of the body: ``frozen_bn``
+            (``FrozenBatchNorm``), ``norm_eps`` (added to the variance), ``freeze_bn`` (in training, live BatchNorm
+            normalises with the running statistics and does not update them) and ``remat`` (rematerialises each residual
+            block in the backward pass). Options of every part: ``dtype``, ``param_dtype`` and ``precision``. Fields of
+            the model's class.
 
     Returns:
         The model.
 
     Raises:
-        TypeError: for a keyword that is unknown or that the builder sets itself.
-        ValueError: for an unknown builder, fewer than one class, or frozen BatchNorm where the detector has none.
+        TypeError: for an unknown keyword, or for a part that the builder makes.
+        ValueError: for an unknown builder, fewer than one class, or frozen BatchNorm in a detector that has no frozen
+            form.
     """
     architecture = get(name)
-    known = {"trainable_backbone_layers", *_BODY_OPTIONS, *_SHARED_OPTIONS, *architecture.fields}
+    accepted = {"trainable_backbone_layers", *_BODY_OPTIONS, *_SHARED_OPTIONS, *architecture.fields}
     for option in options:
         if option in architecture.made_parts:
-            raise TypeError(f"{name}() got multiple values for keyword argument {option!r}: it makes its own")
-        if option not in known:
+            raise TypeError(f"{name}() got multiple values for keyword argument {option!r}: the builder makes it")
+        if option not in accepted:
             taken = ", ".join(architecture.fields)
             raise TypeError(f"{name}() got an unexpected keyword argument {option!r}; it takes {taken}")
     if num_classes < 1:
@@ -228,16 +232,17 @@ def make_model(name: str, /, *, num_classes: int, small: bool = False, **options
 
 
 def describe(model: Any) -> tuple[Architecture, dict[str, Any]]:
-    """The architecture and the options from which ``make_model`` makes this very model again, its dtypes left out.
+    """The architecture and the options with which ``make_model`` makes an equal model, dtypes and precision left out.
 
     Args:
         model: a detector.
 
     Returns:
-        The architecture, and options that differ from the defaults, ``num_classes`` and those of BatchNorm always.
+        The architecture, and the options: ``num_classes``, ``trainable_backbone_layers``, ``frozen_bn``, ``freeze_bn``
+        and ``remat`` in any case; every other option only if the value is not the default.
 
     Raises:
-        ValueError: for a model that no builder makes; a TypeError if it is no detector.
+        ValueError: for a model that no builder makes.
     """
     kinds = [each for each in architectures(private=True) if type(model) is each.kind]
     if not kinds:
@@ -251,17 +256,18 @@ def describe(model: Any) -> tuple[Architecture, dict[str, Any]]:
                 return architecture, options
         except (TypeError, ValueError):  # options that belong to another architecture of this class
             continue
+    builders = ", ".join(each.name for each in kinds)
     raise ValueError(
-        f"no builder of this class ({_listed(kinds)}) makes this model, which has parts of another kind (another "
+        f"no builder of this class ({builders}) makes this model, which has parts of another kind (another "
         "backbone, head or predictor)"
     )
 
 
 def nearest(model: Any) -> Architecture:
-    """The architecture of a model, or another of the same class where new class layers or parts have changed it.
+    """The architecture of a model, or, for a model that no builder makes, an architecture with the same model class.
 
     Raises:
-        ValueError: for a model of no architecture's class.
+        ValueError: if no architecture has the model's class.
     """
     try:
         return describe(model)[0]
@@ -273,11 +279,12 @@ def nearest(model: Any) -> Architecture:
 
 
 def _differing(architecture: Architecture, model: Any, dtypes: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of ``describe``, if the model is of this architecture."""
     body = getattr(model.backbone, "body", None)
     options: dict[str, Any] = {
         "num_classes": getattr(model, "num_classes", None)
         or getattr(getattr(model, model.class_part), "num_classes", None)
-        or 1,  # a part of the user's own needn't say: no builder makes it
+        or 1,  # a custom part may have no num_classes; no builder makes such a model
         **{name: bool(getattr(body, name, False)) for name in ("frozen_bn", "freeze_bn", "remat")},
         "trainable_backbone_layers": model.trainable_backbone_layers,
     }
@@ -291,7 +298,3 @@ def _differing(architecture: Architecture, model: Any, dtypes: Mapping[str, Any]
         if name not in (model.class_part, "head") and value != getattr(standard, name):
             options[name] = value.item() if isinstance(value, np.generic) else value
     return options
-
-
-def _listed(those: Iterable[Architecture]) -> str:
-    return ", ".join(each.name for each in those)

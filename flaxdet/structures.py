@@ -17,7 +17,7 @@ import functools
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import InitVar, dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.export
@@ -27,6 +27,8 @@ from jaxtyping import Bool, Float, Int
 
 Array = jax.Array
 Class = TypeVar("Class", bound=type)
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of red, green and blue in [0, 1]
 
 
 def exportable(cls: Class, *, dropped: Sequence[str] = ()) -> Class:
@@ -50,9 +52,9 @@ def exportable(cls: Class, *, dropped: Sequence[str] = ()) -> Class:
     names = [field.name for field in fields(cls)]
     title = f"flaxdet.{cls.__name__}"
 
-    def build(written: Any, children: Sequence[Any]) -> Any:
-        values = dict(zip(written, children, strict=True))
-        present = [name for name in written if values[name] is not None and name not in dropped]
+    def build(aux_data: Any, children: Sequence[Any]) -> Any:  # jax's names; aux_data: the fields of the file
+        values = dict(zip(aux_data, children, strict=True))
+        present = [name for name in aux_data if values[name] is not None and name not in dropped]
         if present != [name for name in names if name in present]:
             expected = f"expected the fields {', '.join(names)}, in this order"
             raise ValueError(f"{title}: {expected}, got {', '.join(present)}")
@@ -65,7 +67,7 @@ def exportable(cls: Class, *, dropped: Sequence[str] = ()) -> Class:
         serialized_name=title,
         serialize_auxdata=lambda _: json.dumps(names).encode(),
         deserialize_auxdata=json.loads,
-        from_children=build,  # pyright: ignore[reportArgumentType]  # parameters of other names
+        from_children=build,
     )
     return cls
 
@@ -184,47 +186,53 @@ class TransformConfig:
         TypeError: for values that are no numbers.
     """
 
-    min_size: int | Sequence[int] = 800
+    min_size: tuple[int, ...] = (800,)
     max_size: int = 1333
-    image_mean: Sequence[float] | None = None
-    image_std: Sequence[float] | None = None
+    image_mean: tuple[float, ...] = IMAGENET_MEAN
+    image_std: tuple[float, ...] = IMAGENET_STD
     size_divisible: int = 32
-    fixed_size: Sequence[int] | None = None
+    fixed_size: tuple[int, ...] | None = None
+
+    if TYPE_CHECKING:  # the constructor takes more than the fields hold: lists, one number, None for the default
+
+        def __init__(
+            self,
+            min_size: int | Sequence[int] = 800,
+            max_size: int = 1333,
+            image_mean: Sequence[float] | None = None,
+            image_std: Sequence[float] | None = None,
+            size_divisible: int = 32,
+            fixed_size: Sequence[int] | None = None,
+        ) -> None: ...
 
     def __post_init__(self):
-        normalised = {
-            "min_size": _numbers("min_size", self.min_size),
-            "image_mean": (0.485, 0.456, 0.406),
-            "image_std": (0.229, 0.224, 0.225),
-            "fixed_size": None,
-        }
-        for name in ("image_mean", "image_std", "fixed_size"):
-            if (value := getattr(self, name)) is not None:
-                normalised[name] = _numbers(name, value)
-        for name in ("image_mean", "image_std"):
-            normalised[name] = tuple(float(value) for value in normalised[name])  # pyright: ignore[reportOptionalIterable]
+        min_size = _numbers("min_size", self.min_size)
+        mean = _numbers("image_mean", IMAGENET_MEAN if self.image_mean is None else self.image_mean)
+        std = _numbers("image_std", IMAGENET_STD if self.image_std is None else self.image_std)
+        fixed = None if self.fixed_size is None else _numbers("fixed_size", self.fixed_size)
         for name in ("max_size", "size_divisible"):
             value = getattr(self, name)
             if _numbers(name, value) != (value,):
                 raise TypeError(f"{name} should be one number, got {value!r}")
-        if not normalised["min_size"] or not all(size > 0 for size in normalised["min_size"]):
+        if not min_size or not all(size > 0 for size in min_size):
             raise ValueError(f"min_size should be one or more positive numbers, got {self.min_size!r}")
         if self.max_size <= 0:
             raise ValueError(f"max_size should be positive, got {self.max_size!r}")
-        if len(normalised["image_mean"]) != 3 or len(normalised["image_std"]) != 3:
+        if len(mean) != 3 or len(std) != 3:
             raise ValueError(
                 "image_mean and image_std should have 3 values, for red, green and blue, got "
                 f"{self.image_mean!r} and {self.image_std!r}"
             )
-        if not all(value > 0 for value in normalised["image_std"]):
+        if not all(value > 0 for value in std):
             raise ValueError(f"image_std should be positive, got {self.image_std!r}")
         if self.size_divisible < 1 or int(self.size_divisible) != self.size_divisible:
             raise ValueError(f"size_divisible should be a positive integer, got {self.size_divisible!r}")
-        fixed = normalised["fixed_size"]
         if fixed is not None and (len(fixed) != 2 or not all(side > 0 for side in fixed)):
             raise ValueError(f"fixed_size should be (width, height), both positive, got {self.fixed_size!r}")
-        for name, value in normalised.items():
-            object.__setattr__(self, name, value)
+        object.__setattr__(self, "min_size", min_size)
+        object.__setattr__(self, "image_mean", tuple(float(value) for value in mean))
+        object.__setattr__(self, "image_std", tuple(float(value) for value in std))
+        object.__setattr__(self, "fixed_size", fixed)
 
 
 def _numbers(name: str, values: Any) -> tuple[Any, ...]:

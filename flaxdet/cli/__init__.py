@@ -1,1 +1,1 @@
-"""The command line: ``flaxdet detect | convert | verify``, one file a command."""
+"""The command line ``flaxdet``, one file per command."""

@@ -1,4 +1,4 @@
-"""``flaxdet convert``: weights from one format to the other."""
+"""``flaxdet convert``: converts weights from one file format to the other."""
 
 from __future__ import annotations
 
@@ -23,21 +23,23 @@ from flaxdet.cli.options import (
 class Convert:
     """Convert weights between torchvision's .pth and .safetensors.
 
-    Both hold torchvision's keys and can be loaded there with strict=True; .safetensors also carries the model's options
-    and the names of its classes, so that `flaxdet detect --weights FILE` needs no more. Torch is not needed.
+    Files of both formats hold torchvision's keys, and torchvision loads them with strict=True. A .safetensors file also
+    holds the model's options and class names, so `flaxdet detect --weights FILE` needs no other option.
+
+    Torch is not needed.
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
     """A .pth or .safetensors file, or the name of published weights (COCO_V1)."""
 
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
-    """The file to write; its ending, .safetensors or .pth, is the format."""
+    """The file to write. The ending, .safetensors or .pth, selects the format."""
 
     model: Annotated[ModelName | None, Quiet] = None
-    """Which detector; told by the file where SOURCE is one. Default fcos_resnet50_fpn."""
+    """The detector. Default: the detector in the file SOURCE, else fcos_resnet50_fpn."""
 
     categories: Annotated[Path | None, Quiet] = None
-    """Names of the labels: COCO annotations, a JSON list, or a name a line (label 0, the background, first)."""
+    """File of label names, the background first: COCO annotations, a JSON list, or text with one name per line."""
 
     min_size: Size = None
     """Store this as the model's min_size."""
@@ -46,10 +48,11 @@ class Convert:
     """Store this as the model's max_size."""
 
     frozen_bn: Annotated[bool | None, Quiet] = None
-    """Overrule whether the backbone's BatchNorm is frozen; default: as the file's keys tell."""
+    """Whether the backbone's BatchNorm is frozen. Default: as in the file."""
 
     norm_eps: Annotated[float | None, Quiet] = None
-    """What BatchNorm adds to the variance, which keys can't tell: 0 for a .pth of fasterrcnn_resnet50_fpn's COCO_V1."""
+    """eps that BatchNorm adds to the variance: 0 for a .pth of fasterrcnn_resnet50_fpn's COCO_V1. Default: the value in
+    the file, else 1e-5."""
 
     progress: bool = True
     """Show a progress bar while downloading."""
@@ -66,7 +69,7 @@ class Convert:
         import flaxdet
 
         names = None if self.categories is None else read_categories(self.categories)
-        model, variables, known = load_model(
+        model, variables, stored_names = load_model(
             self.model,
             self.source,
             progress=self.progress,
@@ -77,7 +80,7 @@ class Convert:
         )
         if self.categories is not None and names is not None:
             check_categories(self.categories, names, model.num_classes)
-        flaxdet.save(self.target, model, variables, categories=names or known)
+        flaxdet.save(self.target, model, variables, categories=names or stored_names)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
         print(f"{type(model).__name__}, {model.num_classes} classes, {parameters:,} parameters -> {self.target}")
         return 0

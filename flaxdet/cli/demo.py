@@ -1,4 +1,4 @@
-"""What ``flaxdet detect --demo`` runs on: the photos and the weights that the package brings."""
+"""``flaxdet detect --demo``: the photos and the weights that are part of the package."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any
 
 from flaxdet import registry
 
-THRESHOLD = 0.4  # of the scores, unless another is given: the model's own .2 crowds the pictures
+THRESHOLD = 0.4  # default score threshold of --demo: with the model's .2, boxes crowd the pictures
 
 NEXT = """
 That was a tiny model for blood cells. Next:
-  flaxdet verify                           the proof: each detector beside torchvision's (needs the extra torch)
-  flaxdet detect photo.jpg                 80 classes of things in your own photos (downloads 124 MB once)
+  flaxdet verify                           compares each detector with torchvision's (needs the extra torch)
+  flaxdet detect photo.jpg                 detects 80 classes of objects in your photos (downloads 124 MB once)
   flaxdet detect --help"""
 
 
 def check_demo(command: Any) -> None:
-    """Raises ValueError where ``--demo`` comes beside photos, weights or names that the user chose."""
+    """Raises ValueError if ``--demo`` is combined with photos, weights or names from the user."""
     given = {"IMAGE": command.images, "--model": command.model, "--categories": command.categories}
     given["--weights"] = command.weights != type(command).weights
     for option, value in given.items():
         if value:
-            raise ValueError(f"--demo brings photos, weights and names of its own: expected no {option} beside it")
+            raise ValueError(f"--demo uses photos, weights and names of the package: expected no {option} beside it")
 
 
 def demo_photos() -> tuple[str, ...]:
-    """Paths of the photos, in place of the command's arguments."""
+    """The paths of the demonstration's photos."""
     from flaxdet.zoo._tiny import DEMO_PHOTOS
 
     return tuple(map(str, DEMO_PHOTOS))
@@ -36,7 +36,7 @@ def load_demo(command: Any) -> tuple[Any, Any, list[str]]:
     """The tiny model, its variables and the names of its labels.
 
     Args:
-        command: with the options threshold, min_size, max_size and dtype.
+        command: a command with the options threshold, min_size, max_size and dtype.
 
     Returns:
         Model, variables and names, label 0 first.
@@ -54,7 +54,7 @@ def load_demo(command: Any) -> tuple[Any, Any, list[str]]:
 
 
 def print_next(pictures: list[Path]) -> None:
-    """Says where the pictures are, and what to run next."""
+    """Prints the paths of the pictures, and commands to try next."""
     for picture in pictures:
         print(f"picture: {picture}")
     print(NEXT)

@@ -1,4 +1,4 @@
-"""``flaxdet detect``: images in, JSON and annotated pictures out."""
+"""``flaxdet detect``: detects objects in images, and writes JSON and annotated pictures."""
 
 from __future__ import annotations
 
@@ -34,10 +34,11 @@ if TYPE_CHECKING:
 class Detect:
     """Detect objects in images.
 
-    Writes OUT/detections.json (boxes as x1, y1, x2, y2 in pixels of each image) and one annotated picture an image.
-    An image that is missing or can't be read is reported, the others are done; the exit status is then 1.
+    Writes OUT/detections.json (boxes as x1, y1, x2, y2 in pixels of the image) and one annotated picture per image.
+    If an image is missing or can't be read, the command reports the image, continues with the other images, and exits
+    with status 1.
 
-    Options that take several values end with the next option, so images come first:
+    An option with several values ends at the next option, so images come first:
     flaxdet detect photo.jpg 'more/*.png' --classes person dog
 
     flaxdet detect --demo needs no image and downloads nothing.
@@ -47,37 +48,37 @@ class Detect:
     """Files, folders (with their subfolders) or patterns such as 'photos/*.jpg'."""
 
     demo: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Find blood cells in two photos that come with flaxdet, by weights that come with it too."""
+    """Find blood cells in two photos. The photos and the weights are part of flaxdet."""
 
     weights: str = "COCO_V1"
-    """A file (.safetensors or .pth, ours or torchvision's), or the name of published weights (downloaded once)."""
+    """A file (.safetensors or .pth, flaxdet's or torchvision's), or the name of published weights (downloaded once)."""
 
     model: Annotated[ModelName | None, Quiet] = None
-    """Which detector; told by the file where WEIGHTS is one. Default fcos_resnet50_fpn."""
+    """The detector. Default: the detector in the file WEIGHTS, else fcos_resnet50_fpn."""
 
     out: Path = Path("detections")
     """Folder to write to."""
 
     threshold: Annotated[float | None, Quiet] = None
-    """Only scores above this, from 0 to 1. Default: the model's (FCOS .2, Faster R-CNN .05), .4 with --demo."""
+    """Keep scores above this, from 0 to 1. Default: the model's value (FCOS .2, Faster R-CNN .05), .4 with --demo."""
 
     classes: Annotated[tuple[str, ...], Quiet, tyro.conf.arg(metavar="CLASS...")] = ()
-    """Only these classes, by name (person 'traffic light') or number. Default: all."""
+    """Keep only these classes, by name (person 'traffic light') or by label number. Default: all classes."""
 
     categories: Annotated[Path | None, Quiet] = None
-    """Names of the labels, for weights that carry none: COCO annotations, a JSON list, or a name a line."""
+    """File of label names, for weights without names: COCO annotations, a JSON list, or text with one name per line."""
 
     min_size: Size = None
-    """Resize the shorter side to this many pixels. Default: 800, or what the file says."""
+    """Resize the shorter side to this many pixels. Default: the value in the file, else 800."""
 
     max_size: Size = None
-    """But the longer side to no more than this. Default: 1333, or what the file says."""
+    """Limit of the longer side after the resize, in pixels. Default: the value in the file, else 1333."""
 
     batch_size: int = 1
-    """Images at a time; the answers do not depend on it."""
+    """Images per batch; the detections do not depend on it."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is faster on GPU and TPU, and a little less exact."""
+    """bfloat16 is faster on GPU and TPU, and a little less precise."""
 
     pictures: bool = True
     """Write annotated pictures."""
@@ -112,12 +113,12 @@ class Detect:
         make_folder(self.out)
         paths, failed = self._find()
         model, variables, names = load_demo(self) if self.demo else load_with_names(self, given)
-        wanted = labels_of(self.classes, names, model.num_classes)
+        labels = labels_of(self.classes, names, model.num_classes)
 
-        done: list[dict[str, Any]] = []
-        # a picture must not replace one of the photos, as `detect . --out .` would
+        records: list[dict[str, Any]] = []
+        # a picture must not replace a photo, as would happen in `detect . --out .`
         taken = {path.name.casefold() for path in paths if path.resolve().parent == self.out.resolve()}
-        images: dict[int, np.ndarray] = {}  # those on their way, for their pictures
+        images: dict[int, np.ndarray] = {}  # the images in progress, to draw the pictures on
 
         def source(number: int) -> Callable[[], np.ndarray]:
             def read() -> np.ndarray:
@@ -127,48 +128,48 @@ class Detect:
             return read
 
         predictor = Predictor(model, variables, batch_size=self.batch_size)
-        del variables  # the predictor has its own, folded
+        del variables  # the predictor holds folded variables
         stream = predictor.stream(source(number) for number in range(len(paths)))
         results = tqdm(stream, total=len(paths), unit="image", disable=not self.progress or len(paths) < 2)
-        for (number, path), found in zip(enumerate(paths), results, strict=True):
+        for (number, path), detection in zip(enumerate(paths), results, strict=True):
             image = images.pop(number, None)
             try:
-                if isinstance(found, Exception):
-                    raise found
+                if isinstance(detection, Exception):
+                    raise detection
                 assert image is not None
-                if wanted is not None:
-                    kept = np.isin(found["labels"], sorted(wanted))
-                    found = {field: values[kept] for field, values in found.items()}
+                if labels is not None:
+                    selected = np.isin(detection["labels"], sorted(labels))
+                    detection = {field: values[selected] for field, values in detection.items()}
                 record: dict[str, Any] = {"file": str(path), "height": image.shape[0], "width": image.shape[1]}
                 if self.pictures:
                     target = self.out / _picture_name(path, taken)
-                    drawn = Image.fromarray(draw_detections(image, found, categories=names))
+                    drawn = Image.fromarray(draw_detections(image, detection, categories=names))
                     with replacing(target) as file:
                         drawn.save(file, format="PNG" if target.suffix == ".png" else "JPEG", quality=92)
                     record["picture"] = str(target)
-                done.append({**record, "detections": _rows(found, names)})
-            except (ImageError, ValueError, OSError) as error:  # this image's fault: the others are done all the same
+                records.append({**record, "detections": _rows(detection, names)})
+            except (ImageError, ValueError, OSError) as error:  # only this image failed: continue with the others
                 message = str(error) if str(path) in str(error) else f"{path}: {error}"
                 failed.append({"file": str(path), "error": message})
                 tqdm.write(message, file=sys.stderr)
 
-        result = {"weights": "demo" if self.demo else self.weights, "images": done, "failed": failed}
+        result = {"weights": "demo" if self.demo else self.weights, "images": records, "failed": failed}
         target = self.out / "detections.json"
         with replacing(target) as file:
             file.write(json.dumps(result, indent=1).encode())
-        total = sum(len(record["detections"]) for record in done)
-        print(f"{total} detections in {len(done)} images -> {target}")
+        total = sum(len(record["detections"]) for record in records)
+        print(f"{total} detections in {len(records)} images -> {target}")
         if failed:
-            print(f"{len(failed)} of {len(failed) + len(done)} failed (listed in {target})", file=sys.stderr)
+            print(f"{len(failed)} of {len(failed) + len(records)} failed (listed in {target})", file=sys.stderr)
         if self.demo:
-            print_next([Path(record["picture"]) for record in done if self.pictures])
+            print_next([Path(record["picture"]) for record in records if self.pictures])
         return 1 if failed else 0
 
     def _find(self) -> tuple[list[Path], list[dict[str, str]]]:
-        """The image files, sorted, and the arguments that match none."""
+        """The image files, sorted, and the arguments that match no image, each with an error."""
         from flaxdet.images.decode import ImageError, find_images
 
-        found: dict[Path, Path] = {}
+        images: dict[Path, Path] = {}  # resolved path -> path as given
         failed: list[dict[str, str]] = []
         out = self.out.resolve()
         for argument in self.images:
@@ -177,26 +178,26 @@ class Detect:
             except ImageError as error:
                 failed.append({"file": argument, "error": str(error)})
                 continue
-            # a folder's subfolders count, but not the one with the results of the last run
-            below = Path(argument).expanduser().resolve() in out.parents
+            # subfolders are searched, except the folder with the results of an earlier run
+            holds_out = Path(argument).expanduser().resolve() in out.parents
             for file in files:
-                if not (below and out in file.resolve().parents):
-                    found.setdefault(file.resolve(), file)
-        if not found:
+                if not (holds_out and out in file.resolve().parents):
+                    images.setdefault(file.resolve(), file)
+        if not images:
             raise ImageError("; ".join(row["error"] for row in failed) or f"no images besides those in {self.out}")
         for row in failed:
             print(row["error"], file=sys.stderr)
-        return sorted(found.values()), failed
+        return sorted(images.values()), failed
 
 
 def _picture_name(path: Path, taken: set[str]) -> str:
-    """The image's name as .jpg or .png, numbered where folders hold the same name twice."""
+    """The image's name with the ending .jpg or .png, and with a number if the name is taken."""
     return free_name(path.stem, ".png" if path.suffix.lower() == ".png" else ".jpg", taken)
 
 
-def _rows(found: dict[str, Any], names: list[str] | None) -> list[dict[str, Any]]:
+def _rows(detection: dict[str, Any], names: list[str] | None) -> list[dict[str, Any]]:
     rows = []
-    for box, score, label in zip(found["boxes"], found["scores"], found["labels"], strict=True):
+    for box, score, label in zip(detection["boxes"], detection["scores"], detection["labels"], strict=True):
         row = {"box": [float(x) for x in box], "score": float(score), "label": int(label)}
         if names is not None and int(label) < len(names):
             row["category"] = names[int(label)]

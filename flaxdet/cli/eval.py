@@ -1,4 +1,4 @@
-"""``flaxdet eval``: COCO's average precision of a checkpoint, in one command."""
+"""``flaxdet eval``: COCO's average precision of a model on a data set."""
 
 from __future__ import annotations
 
@@ -23,50 +23,50 @@ from flaxdet.cli.options import (
 class Eval:
     """Evaluate a model on a data set in COCO's format.
 
-    Prints COCO's average precision and recall, and those of every class, as pycocotools computes them. With --out,
-    writes OUT/metrics.json and OUT/detections.json (COCO's format of results, for other tools).
+    Prints COCO's average precision and recall, and the average precision of every class, computed by pycocotools. With
+    --out, writes OUT/metrics.json and OUT/detections.json (COCO's format of results, for other tools).
 
-    Where the weights carry names of their labels (ours and the published ones do), categories are told by their names;
-    otherwise their ids in the annotations are the labels, as in torchvision.
+    If the weights have label names (published weights and files of flaxdet have), the label of a category is found by
+    the category's name. Otherwise the category's id in the annotations is the label, as in torchvision.
 
     Needs pycocotools: pip install 'flaxdet[train]'.
     """
 
     images: Path
-    """Folder that the file names in the annotations are relative to."""
+    """Folder of the images; file names in the annotations are relative to this folder."""
 
     annotations: Path
     """The annotations: a COCO JSON file."""
 
     weights: str = "COCO_V1"
-    """A file (.safetensors or .pth, ours or torchvision's), or the name of published weights (downloaded once)."""
+    """A file (.safetensors or .pth, flaxdet's or torchvision's), or the name of published weights (downloaded once)."""
 
     model: Annotated[ModelName | None, Quiet] = None
-    """Which detector; told by the file where WEIGHTS is one. Default fcos_resnet50_fpn."""
+    """The detector. Default: the detector in the file WEIGHTS, else fcos_resnet50_fpn."""
 
     out: Annotated[Path | None, Quiet] = None
     """Folder to write to. Default: nothing is written."""
 
     threshold: Annotated[float | None, Quiet] = None
-    """Only detections with a score above this, from 0 to 1. Default: the model's (FCOS .2, Faster R-CNN .05)."""
+    """Keep scores above this, from 0 to 1. Default: the model's value (FCOS .2, Faster R-CNN .05)."""
 
     categories: Annotated[Path | None, Quiet] = None
-    """Names of the labels, for weights that carry none: COCO annotations, a JSON list, or a name a line."""
+    """File of label names, for weights without names: COCO annotations, a JSON list, or text with one name per line."""
 
     min_size: Size = None
-    """Resize the shorter side to this many pixels. Default: 800, or what the file says."""
+    """Resize the shorter side to this many pixels. Default: the value in the file, else 800."""
 
     max_size: Size = None
-    """But the longer side to no more than this. Default: 1333, or what the file says."""
+    """Limit of the longer side after the resize, in pixels. Default: the value in the file, else 1333."""
 
     batch_size: int = 1
-    """Images at a time; the figures do not depend on it."""
+    """Images per batch; the figures do not depend on it."""
 
     workers: int = 2
     """Threads that read images."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is faster on GPU and TPU, and a little less exact."""
+    """bfloat16 is faster on GPU and TPU, and a little less precise."""
 
     progress: bool = True
     """Show progress bars."""
@@ -80,27 +80,25 @@ class Eval:
                 raise ValueError(f"{name} should be at least 1, got {value}")
         from flaxdet.data.coco import read_coco
         from flaxdet.evaluation.coco_metrics import read_annotations, require_pycocotools
-        from flaxdet.evaluation.evaluate import coco_results, detect_dataset, evaluate_results
+        from flaxdet.evaluation.evaluate import evaluate_with_rows
         from flaxdet.files.checkpoint import replacing
 
         require_pycocotools()
         given = given_names(self.categories)
-        truth = read_annotations(self.annotations)
+        truth = read_annotations(self.annotations)  # faults show before weights are downloaded
         if self.out is not None:
             make_folder(self.out)
         model, variables, names = load_with_names(self, given)
         dataset = read_coco(self.images, self.annotations, categories=names, num_classes=model.num_classes)
-        found = detect_dataset(
+        result, rows = evaluate_with_rows(
             model,
             variables,
             dataset,
+            truth,
             batch_size=self.batch_size,
             workers=self.workers,
             progress=self.progress,
         )
-        image_ids = [dataset[i].image_id for i in range(len(dataset))]
-        rows = coco_results(found, image_ids, dataset.category_ids)
-        result = evaluate_results(rows, truth, image_ids=image_ids)
         print(result.table())
         if self.out is not None:
             for name, text in (("metrics.json", result.to_json()), ("detections.json", json.dumps(rows))):

@@ -1,4 +1,4 @@
-"""``flaxdet export``: a detector as StableHLO, for programs that have jax alone."""
+"""``flaxdet export``: exports a detector as StableHLO, for programs that use jax without flaxdet."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ from flaxdet.cli.options import (
 class Export:
     """Export a detector as StableHLO.
 
-    Writes OUT/signature.json, OUT/weights.safetensors and a program for each bucket, each the whole pipeline from
-    pixels to detections, lowered for CPU, CUDA and TPU. jax alone runs them; README.md shows how.
+    Writes OUT/signature.json, OUT/weights.safetensors and one program per bucket. A program is the whole pipeline from
+    pixels to detections, lowered for CPU, CUDA and TPU. Only jax is needed to run a program; README.md shows how.
     """
 
     out: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="OUT")]
     """Folder to write to."""
 
     weights: str = "COCO_V1"
-    """A file (.safetensors or .pth, ours or torchvision's), or the name of published weights (downloaded once)."""
+    """A file (.safetensors or .pth, flaxdet's or torchvision's), or the name of published weights (downloaded once)."""
 
     model: Annotated[ModelName | None, Quiet] = None
-    """Which detector; told by the file where WEIGHTS is one. Default fcos_resnet50_fpn."""
+    """The detector. Default: the detector in the file WEIGHTS, else fcos_resnet50_fpn."""
 
     buckets: Annotated[tuple[str, ...], Quiet, tyro.conf.arg(metavar="ROWSxCOLUMNS...")] = ()
-    """Sizes of the programs, in pixels after the resize, multiples of 32. Default: seven, which hold every image."""
+    """Buckets, one program each, in pixels after the resize, multiples of 32. Default: seven, which hold any image."""
 
     batch_sizes: Annotated[tuple[int, ...], Quiet, tyro.conf.arg(metavar="B...")] = ()
-    """A program for each. Default: one that takes any."""
+    """Fixed batch sizes, one program each. Default: one program for any batch size."""
 
     raw_size: int = 1280
-    """Side of the square arrays that images come in; larger photos must be made smaller before."""
+    """Side of the square input arrays, in pixels. Larger photos must be made smaller first."""
 
     platforms: tuple[Literal["cpu", "cuda", "rocm", "tpu"], ...] = ("cpu", "cuda", "tpu")
-    """What each program is lowered for."""
+    """Platforms that each program is lowered for."""
 
     threshold: Annotated[float | None, Quiet] = None
-    """Only detections with a score above this, from 0 to 1. Default: the model's (FCOS .2, Faster R-CNN .05)."""
+    """Keep scores above this, from 0 to 1. Default: the model's value (FCOS .2, Faster R-CNN .05)."""
 
     categories: Annotated[Path | None, Quiet] = None
-    """Names of the labels, for weights that carry none: COCO annotations, a JSON list, or a name a line."""
+    """File of label names, for weights without names: COCO annotations, a JSON list, or text with one name per line."""
 
     min_size: Size = None
-    """Resize the shorter side to this many pixels. Default: 800, or what the file says."""
+    """Resize the shorter side to this many pixels. Default: the value in the file, else 800."""
 
     max_size: Size = None
-    """But the longer side to no more than this. Default: 1333, or what the file says."""
+    """Limit of the longer side after the resize, in pixels. Default: the value in the file, else 1333."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16 is faster on GPU and TPU, and a little less exact."""
+    """bfloat16 is faster on GPU and TPU, and a little less precise."""
 
     progress: bool = True
     """Show progress bars."""
@@ -96,7 +96,7 @@ class Export:
 
 
 def _bucket(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if found is None:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
         raise ValueError(f"--buckets should be ROWSxCOLUMNS such as 800x1088, got {text!r}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])

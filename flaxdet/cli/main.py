@@ -1,6 +1,6 @@
-"""Entry point: chooses the command, and turns every foreseen error into one line and an exit status.
+"""Entry point: runs a command, and turns every expected error into one line and an exit status.
 
-Exit status: 0 done; 1 it ran, but an image failed or the verdict is "different"; 2 it could not run (no command, bad
+Exit status: 0 success; 1 an image failed, or the verdict is "different"; 2 the command could not run (no command, bad
 option, file or weights); 130 interrupted.
 """
 
@@ -32,16 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        arguments: of the command line, without the program's name; default ``sys.argv``.
+        arguments: arguments of the command line, without the name of the program; default from ``sys.argv``.
 
     Returns:
         The exit status.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None:  # a process of ours: what it compiles serves the next
+    if arguments is None:  # run as a program: the next run of the program can use what this run compiles
         keep_compiled(cache_dir() / "compiled")
     if not given:
-        with contextlib.redirect_stdout(sys.stderr):  # help, but nothing was done
+        with contextlib.redirect_stdout(sys.stderr):  # not output: nothing was done
             _parse(["--help"])
         return 2
     command = _parse(given)
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(given: list[str]) -> Any:
-    """The command; or the exit status, after its help or one line on what is wrong has been printed."""
+    """The command; or, after printing the help or an error of one line, the exit status."""
     errors = io.StringIO()
     try:
         with contextlib.redirect_stderr(errors):
@@ -78,7 +78,7 @@ def _parse(given: list[str]) -> Any:
 
 
 def _first_paragraph(box: str) -> str:
-    """What is wrong, out of tyro's framed message: the text up to the first rule or empty line."""
+    """The error in tyro's framed message: the text before the first rule or empty line."""
     words = []
     for line in box.splitlines():
         text = line.strip("│╭╮╰╯ ")
@@ -87,7 +87,7 @@ def _first_paragraph(box: str) -> str:
                 break
             words.append(text)
     paragraph = " ".join(words).removesuffix(".").removesuffix(" (required)") or " ".join(box.split())
-    return re.sub("'None', |, 'None'", "", paragraph)  # of options that can be left out
+    return re.sub("'None', |, 'None'", "", paragraph)  # tyro lists None as a choice of optional options
 
 
 if __name__ == "__main__":

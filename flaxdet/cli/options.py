@@ -1,4 +1,4 @@
-"""What the commands share: naming a model or a file of weights, names of classes, and files to write."""
+"""Shared by several commands: options, checks of options, loading models, class names, output files."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     ModelName = str
 else:
     ModelName = Literal[tuple(registry.names())]  # tyro lists the names and refuses others
-Quiet = tyro.conf.arg(help_behavior_hint="")  # the help text says the default in words
+Quiet = tyro.conf.arg(help_behavior_hint="")  # the help text states the default in words
 Size = Annotated[int | None, Quiet]
-_MOST_LABELS = 100_000  # in a file of annotations: beyond it, ids are no labels
+_MOST_LABELS = 100_000  # category ids above this can't be labels
 
 
 def check_sizes(min_size: int | None, max_size: int | None) -> None:
@@ -31,10 +31,10 @@ def check_sizes(min_size: int | None, max_size: int | None) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes sure, before any work is done, that files can be written to a folder; creates it if need be.
+    """Creates a folder if it does not exist. Checks, before any work is done, that files can be written to the folder.
 
     Raises:
-        OSError: if they can't, naming the folder.
+        OSError: if files can't be written; the message names the folder.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -45,9 +45,9 @@ def make_folder(path: Path) -> None:
 
 
 def free_name(stem: str, suffix: str, taken: set[str]) -> str:
-    """A file name that is not yet taken, numbered if need be; takes it."""
+    """A file name that is not in ``taken``, with a number if necessary. Adds the name to ``taken``."""
     name, number = f"{stem}{suffix}", 1
-    while name.casefold() in taken:  # some file systems don't tell a.jpg from A.JPG
+    while name.casefold() in taken:  # on some file systems a.jpg and A.JPG are the same file
         number += 1
         name = f"{stem}-{number}{suffix}"
     taken.add(name.casefold())
@@ -55,25 +55,25 @@ def free_name(stem: str, suffix: str, taken: set[str]) -> str:
 
 
 def is_file_name(weights: str) -> bool:
-    """Whether ``--weights`` means a file and not the name of published weights."""
-    if weights.partition(".")[0].endswith("_Weights"):  # an enum's name before its member's
+    """Whether the value of ``--weights`` is a file and not the name of published weights."""
+    if weights.partition(".")[0].endswith("_Weights"):  # ENUM.MEMBER
         return False
     path = Path(weights)
     return path.suffix != "" or path.exists() or os.sep in weights
 
 
 def published(weights: str, model: str | None = None) -> tuple[str, Any]:
-    """The builder and the weights that a name means.
+    """The builder and the weights for a name of published weights.
 
     Args:
-        weights: "COCO_V1", or with the enum's name, "FCOS_ResNet50_FPN_Weights.COCO_V1".
-        model: the builder; default what the enum's name says, else the default architecture.
+        weights: "COCO_V1", or with the name of the enum, "FCOS_ResNet50_FPN_Weights.COCO_V1".
+        model: name of the builder; default: the builder of the enum, else the default architecture.
 
     Returns:
-        The builder's name, and the member of its enum.
+        The name of the builder, and the member of the builder's enum.
 
     Raises:
-        ValueError: if there are no such weights, or they are another model's.
+        ValueError: if there are no such weights, or the weights belong to another model.
     """
     enums: dict[str, Any] = {each.name: each.weights for each in registry.architectures() if each.weights is not None}
     prefix, _, name = weights.rpartition(".")
@@ -96,16 +96,17 @@ def load_model(
     """The model, its variables and the names of its labels.
 
     Args:
-        model: builder; with a file only checked against it, as the file tells.
+        model: name of the builder, or None. A file states the builder, which must then be this one.
         weights: name of published weights, or a file.
-        progress: bar while downloading.
-        **options: of the model; None values are left out. ``threshold`` is the builder's score threshold.
+        progress: shows a progress bar while downloading.
+        **options: options of the model; options with the value None are ignored. ``threshold`` is the score threshold
+            of any model.
 
     Returns:
-        Model, variables, and names (None where a file carries none).
+        Model, variables, and the names of the labels (None if the file holds no names).
 
     Raises:
-        ValueError: if the file holds another model than asked for, or the weights have no such name.
+        ValueError: if the file holds another model than ``model``, or there are no published weights of this name.
         OSError: if the file can't be read.
     """
     import flaxdet
@@ -121,36 +122,37 @@ def load_model(
             raise ValueError(f"{weights}: expected weights of {model}, found {builder}")
     else:
         builder, member = published(weights, model)
-        if "frozen_bn" in options:  # which the builders decide by themselves
+        if "frozen_bn" in options:  # the builders accept no frozen_bn
             file = files.read_model(member.get_path(progress=progress))
     if threshold is not None:
         options[registry.get(builder).kind.score_field] = threshold
     if file is None:
-        made, variables = getattr(flaxdet, builder)(weights=member, progress=progress, **options)
+        detector, variables = getattr(flaxdet, builder)(weights=member, progress=progress, **options)
     else:
-        made, variables = files.make(file, **({} if member is None else member.options) | options)
+        detector, variables = files.make(file, **({} if member is None else member.options) | options)
     if member is not None:
-        return made, variables, list(member.meta["categories"])
-    return made, variables, None if file is None else file.categories
+        return detector, variables, list(member.meta["categories"])
+    return detector, variables, None if file is None else file.categories
 
 
 def load_with_names(command: Any, given: list[str] | None) -> tuple[Any, Any, list[str] | None]:
-    """The model, its variables and the names of its labels, as a command's options say.
+    """The model, its variables and the names of its labels, by the options of a command.
 
     Args:
-        command: with the options model, weights, categories, threshold, min_size, max_size, dtype and progress.
-        given: what --categories holds (``given_names``), read before anything is written.
+        command: a command with the options model, weights, categories, threshold, min_size, max_size, dtype and
+            progress.
+        given: the names in the file --categories (``given_names``), or None.
 
     Returns:
-        Model, variables, and names: those given, else those that the weights carry, else None.
+        Model, variables, and names: ``given``, else the names that the weights hold, else None.
 
     Raises:
-        ValueError: as ``load_model``, or if --categories doesn't name every label.
+        ValueError: as ``load_model``, or if ``given`` doesn't have one name per label.
         OSError: if a file can't be read.
     """
     import jax.numpy as jnp
 
-    model, variables, known = load_model(
+    model, variables, stored_names = load_model(
         command.model,
         command.weights,
         progress=command.progress,
@@ -161,16 +163,16 @@ def load_with_names(command: Any, given: list[str] | None) -> tuple[Any, Any, li
     )
     if given is not None:
         check_categories(command.categories, given, model.num_classes)
-    return model, variables, given or known
+    return model, variables, given or stored_names
 
 
 def given_names(path: Path | None) -> list[str] | None:
-    """``read_categories`` of --categories, None where it is not given."""
+    """The names in the file --categories; None without --categories."""
     return None if path is None else read_categories(path)
 
 
 def check_threshold(threshold: float | None) -> None:
-    """Raises ValueError unless a score can be above it."""
+    """Raises ValueError for a threshold outside [0, 1]."""
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"--threshold should be from 0 to 1, got {threshold}")
 
@@ -179,13 +181,13 @@ def read_categories(path: Path) -> list[str]:
     """Names of labels from a file, label 0 (the background) first.
 
     Args:
-        path: a JSON list of strings, COCO annotations (their ids are the labels), or text with a name a line.
+        path: a JSON list of strings, COCO annotations (category ids are the labels), or text with one name per line.
 
     Raises:
-        OSError: if it can't be read.
-        ValueError: if it is none of these.
+        OSError: if the file can't be read.
+        ValueError: if the file has none of these formats.
     """
-    expected = 'expected a JSON list of names, COCO annotations with "categories", or text with a name a line'
+    expected = 'expected a JSON list of names, COCO annotations with "categories", or text with one name per line'
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -200,10 +202,11 @@ def read_categories(path: Path) -> list[str]:
     try:
         content = json.loads(text)
         if isinstance(content, dict):
-            found = {int(row["id"]): str(row["name"]) for row in content["categories"]}
-            if min(found) < 0 or max(found) > _MOST_LABELS:
-                raise ValueError(f"ids from {min(found)} to {max(found)}")
-            return [found.get(label, "__background__" if label == 0 else "N/A") for label in range(max(found) + 1)]
+            names_by_id = {int(row["id"]): str(row["name"]) for row in content["categories"]}
+            first, last = min(names_by_id), max(names_by_id)
+            if first < 0 or last > _MOST_LABELS:
+                raise ValueError(f"ids from {first} to {last}")
+            return [names_by_id.get(label, "N/A" if label else "__background__") for label in range(last + 1)]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: {expected}, found something else ({error})") from None
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
@@ -212,7 +215,7 @@ def read_categories(path: Path) -> list[str]:
 
 
 def check_categories(path: Path, names: Sequence[str], num_classes: int) -> None:
-    """Raises ValueError unless there is a name for every label: without the background's, all would be shifted."""
+    """Raises ValueError unless there is one name per label. A missing background would shift all names by one."""
     if len(names) != num_classes:
         raise ValueError(
             f"{path}: expected {num_classes} names, one for each label of the model, label 0 (the background) first; "
@@ -221,29 +224,30 @@ def check_categories(path: Path, names: Sequence[str], num_classes: int) -> None
 
 
 def labels_of(names: Sequence[str], categories: Sequence[str] | None, num_classes: int) -> set[int] | None:
-    """The labels that classes given by name or number mean; ``None`` if none are given.
+    """The labels of classes that are given by name or by number; ``None`` for no classes.
 
     Raises:
-        ValueError: for a name that the model doesn't know, with the nearest that it does, or a number beyond its own.
+        ValueError: for an unknown name (the message suggests the nearest names), or a number that is no label of the
+            model.
     """
     if not names:
         return None
-    known = {category.lower(): label for label, category in enumerate(categories or ()) if category != "N/A"}
+    label_by_name = {category.lower(): label for label, category in enumerate(categories or ()) if category != "N/A"}
     labels = set()
     for name in names:
-        if name.lower() in known:
-            labels.add(known[name.lower()])
+        if name.lower() in label_by_name:
+            labels.add(label_by_name[name.lower()])
         elif name.isdecimal():
             if int(name) >= num_classes:
                 raise ValueError(f"class {name}: expected a label from 0 to {num_classes - 1}")
             labels.add(int(name))
         elif categories is None:
             raise ValueError(
-                f"class {name!r}: these weights carry no names; give the label's number, or --categories FILE"
+                f"class {name!r}: these weights have no class names; give the label's number, or --categories FILE"
             )
         else:
-            near = difflib.get_close_matches(name.lower(), known, n=3)
-            written = [category for category in categories if category.lower() in (near or list(known)[1:])]
+            near = difflib.get_close_matches(name.lower(), label_by_name, n=3)
+            written = [category for category in categories if category.lower() in (near or list(label_by_name)[1:])]
             hint = f"did you mean {' or '.join(written)}?" if near else f"it knows {', '.join(written)}"
             raise ValueError(f"class {name!r}: the model knows no such class; {hint}")
     return labels

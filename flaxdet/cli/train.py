@@ -1,4 +1,4 @@
-"""``flaxdet train``: a COCO-format data set in, a trained model out."""
+"""``flaxdet train``: trains a detector on a data set in COCO's format."""
 
 from __future__ import annotations
 
@@ -27,12 +27,13 @@ PICTURED = 4  # images in predictions.png
 class Train(TrainOptions):
     """Fine-tune a detector on your own images.
 
-    Annotations are COCO JSON. What is written to OUT: model.safetensors (the best by AP on the validation images, else
-    the last; `flaxdet detect --weights` takes it) and model.pth (the same for torchvision), curves.png,
-    predictions.png (beside the truth), metrics.json, log.jsonl, tensorboard/ and checkpoints/, from which --resume goes
-    on as if nothing had happened. Ctrl-C saves first.
+    Annotations are COCO JSON. Files in OUT: model.safetensors (the model with the best AP on the validation images, or
+    without validation the last; for `flaxdet detect --weights`), model.pth (the same model for torchvision),
+    curves.png, predictions.png (predictions beside the ground truth), metrics.json, log.jsonl, tensorboard/ and
+    checkpoints/. Ctrl-C saves first. With --resume an interrupted run continues, and ends with the same model as a run
+    without interruption.
 
-    Class layers are made new, unless the weights name the very same classes.
+    The class layers are new, unless the weights have exactly the class names of the data set.
 
     flaxdet train --train images/ train.json --val images/ val.json --out run/ --weights model.pth
     """
@@ -50,7 +51,7 @@ class Train(TrainOptions):
         make_folder(self.out)
         begun = any(path.name.isdecimal() for path in (self.out / "checkpoints").glob("*"))
         if begun and not self.resume:
-            raise ValueError(f"{self.out}: holds a run already; expected --resume to go on with it, or another --out")
+            raise ValueError(f"{self.out}: holds a run already; expected --resume to continue it, or another --out")
         if self.resume and not begun:
             raise ValueError(f"{self.out}: expected checkpoints to resume from, found none")
         model, variables, train, val = self.starting_point()
@@ -59,14 +60,14 @@ class Train(TrainOptions):
             checkpoints.check_config()
             self._fit(model, variables, train, val, checkpoints)
         except InterruptedTrainingError as stop:
-            _say(f"{stop}. To go on: {self.resume_command()}")
+            _say(f"{stop}. To continue: {self.resume_command()}")
             return 130
         finally:
             checkpoints.close()
         return 0
 
     def starting_point(self) -> tuple[Any, dict[str, Any], CocoDataset, CocoDataset | None]:
-        """The model with its first variables, and the data."""
+        """The model with initial variables, the training data, and the validation data."""
         import jax
 
         import flaxdet
@@ -129,9 +130,9 @@ class Train(TrainOptions):
         if mesh is not None:
             state = replicate(state, mesh)
         if self.resume:
-            state, place, _ = checkpoints.restore(state)
-            batches.set_state(place)
-            _say(f"going on after step {int(state.step)}")
+            state, position, _ = checkpoints.restore(state)
+            batches.set_state(position)
+            _say(f"continuing after step {int(state.step)}")
         trained = len(jax.tree.leaves(split_trainable(model, state.params)[0]))
         _say(f"{steps} steps of {self.batch_size} images on {_counted(devices, 'device')}; {trained} tensors train")
 
@@ -159,7 +160,7 @@ class Train(TrainOptions):
         report.finish(state, checkpoints)
 
     def batches(self, model: Any, train: CocoDataset, steps: int) -> Batches:
-        """This process's rows of the batches of a run."""
+        """The batches of a run: the rows of this process."""
         import jax
 
         from flaxdet.data import train_batches
@@ -181,7 +182,7 @@ class Train(TrainOptions):
         )
 
     def optimiser(self, training: registry.Training, steps_per_epoch: int) -> tuple[Any, Any]:
-        """The optax transform, and its schedule as a function of the number of updates."""
+        """The optax transform, and the learning rate as a function of the number of updates."""
         import optax
 
         from flaxdet.train import sgd, warmup_cosine_schedule, warmup_multistep_schedule
@@ -189,19 +190,19 @@ class Train(TrainOptions):
 
         # the linear rule of torchvision's references
         rate = self.learning_rate or training.fine_tuning_lr / training.batch_size * self.batch_size * self.accumulate
-        # An update may take steps of two epochs, so an epoch has no whole number of updates: the schedule is of steps.
+        # With accumulation an update may span two epochs, so the schedule counts steps and not updates.
         warmup_updates = WARMUP_ITERATIONS if self.warmup_steps is None else self.warmup_steps
         warmup_steps = warmup_updates * self.accumulate
         if self.warmup_steps is None:
             warmup_steps = min(warmup_steps, steps_per_epoch - 1)
         if self.schedule == "cosine":
-            of_steps = warmup_cosine_schedule(rate, steps_per_epoch, self.epochs, warmup_steps=warmup_steps)
+            rate_at_step = warmup_cosine_schedule(rate, steps_per_epoch, self.epochs, warmup_steps=warmup_steps)
         else:
             milestones = [round(self.epochs * share) for share in (2 / 3, 11 / 12)] if self.schedule == "step" else []
-            of_steps = warmup_multistep_schedule(rate, steps_per_epoch, milestones, warmup_steps=warmup_steps)
+            rate_at_step = warmup_multistep_schedule(rate, steps_per_epoch, milestones, warmup_steps=warmup_steps)
 
         def schedule(update: Any) -> Any:
-            return of_steps(update * self.accumulate)
+            return rate_at_step(update * self.accumulate)
 
         tx = sgd(
             schedule,
@@ -225,19 +226,19 @@ class Train(TrainOptions):
 
 
 class _Report:
-    """What a run leaves for people and for other programs: metrics, pictures, the best model."""
+    """Writes the results of a run: metrics, pictures, the best model."""
 
     def __init__(self, options: Train, model: Any, train: CocoDataset, val: CocoDataset | None):
         self.options, self.model, self.train, self.val = options, model, train, val
         self.out = options.out
 
     def evaluate(self, variables: Mapping[str, Any], step: int) -> dict[str, float]:
-        """COCO's figures on the validation images; draws the pictures anew."""
+        """COCO's figures on the validation images; also writes metrics.json and the pictures."""
         from flaxdet.evaluation.evaluate import evaluate
         from flaxdet.xla.memory import give_memory_back
 
         assert self.val is not None
-        give_memory_back()  # the step's temporaries, on CPUs
+        give_memory_back()  # the train step's temporary buffers, on CPUs
         result = evaluate(
             self.model, variables, self.val, batch_size=self.options.batch_size, progress=self.options.progress
         )
@@ -249,7 +250,7 @@ class _Report:
         return figures
 
     def finish(self, state: TrainState, checkpoints: Checkpoints) -> None:
-        """Writes the best model, or the last where nothing was evaluated."""
+        """Writes the best model, or the last model if there was no evaluation."""
         import flaxdet
         from flaxdet.train import evaluation_variables
 
@@ -266,7 +267,7 @@ class _Report:
         _say(f"{self.out / 'model.safetensors'}: the model of step {step}")
 
     def draw(self, variables: Mapping[str, Any], latest: dict[str, float]) -> None:
-        """curves.png, of the log and the figures that are not in it yet, and predictions.png."""
+        """Writes curves.png, from the log and the figures that the log does not have yet, and predictions.png."""
         from flaxdet.evaluation.evaluate import on_one_device
         from flaxdet.inference.predict import predict
         from flaxdet.train.logs import read_log
@@ -275,15 +276,15 @@ class _Report:
         data = self.train if self.val is None else self.val
         chosen = np.linspace(0, len(data) - 1, min(PICTURED, len(data))).astype(int).tolist()
         images = [data.read_image(i) for i in chosen]
-        found = predict(self.model, on_one_device(variables), images)
+        predictions = predict(self.model, on_one_device(variables), images)
         truths = [{"boxes": data[i].boxes, "labels": data[i].labels} for i in chosen]
-        draw_predictions(images, truths, found, self.train.categories, self.out / "predictions.png")
+        draw_predictions(images, truths, predictions, self.train.categories, self.out / "predictions.png")
         rows = read_log(self.out / "log.jsonl")
         draw_curves([*rows, latest] if latest else rows, self.out / "curves.png")
 
 
 def _summary(report: Mapping[str, int], classes: int) -> str:
-    """What a data set holds, and what was left out of it."""
+    """The numbers of images, boxes and classes of a data set, and the numbers of boxes and images left out."""
     dropped = {
         "without an area": report["no_area"],
         "outside their image": report["outside"],

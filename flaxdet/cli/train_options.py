@@ -16,117 +16,119 @@ from flaxdet.cli.options import ModelName, Quiet, Size, check_sizes
 
 Folder = Path
 Annotations = Path
-# Options that change neither the data nor the arithmetic, and may be others when a run goes on.
+# Options that change neither the data nor the arithmetic, and may differ when a run is resumed.
 _FREE_ON_RESUME = {"train", "val", "out", "resume", "workers", "log_every", "save_every", "tensorboard", "progress"}
 _FREE_ON_RESUME |= {"coordinator", "process_count", "process_index"}
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What can be chosen about a training run; the attributes' texts are the command's help."""
+    """The options of a training run. The docstrings of the attributes are the help texts of the command."""
 
     train: tuple[Folder, Annotations]
-    """Folder of images, and their annotations."""
+    """Folder of the training images, and the annotations of these images: a COCO JSON file."""
 
     val: Annotated[tuple[Folder, Annotations] | None, Quiet] = None
-    """The same for validation; COCO mAP is computed on them. Default: no validation."""
+    """Folder and annotations of the validation images, on which COCO mAP is computed. Default: no validation."""
 
     out: Path = Path("run")
     """Folder to write to."""
 
     model: Annotated[ModelName | None, Quiet] = None
-    """Which detector; told by the file where WEIGHTS is one. Default fcos_resnet50_fpn."""
+    """The detector. Default: the detector in the file WEIGHTS, else fcos_resnet50_fpn."""
 
     weights: str = "COCO_V1"
-    """Where to start: a file (.safetensors or .pth), published weights (downloaded once), 'backbone' (a ResNet-50
+    """Initial weights: a file (.safetensors or .pth), published weights (downloaded once), 'backbone' (a ResNet-50
     pretrained on ImageNet, downloaded once), or 'none' (from scratch: needs far more data and time)."""
 
     resume: bool = False
-    """Go on from the last checkpoint in OUT, with the same other options."""
+    """Continue from the last checkpoint in OUT. The other options must be the same."""
 
     epochs: int = 12
-    """How often each image is seen."""
+    """Number of passes over the training images."""
 
     batch_size: int = 4
-    """Images in a step, over all devices."""
+    """Images per step, over all devices."""
 
     learning_rate: Annotated[float | None, Quiet] = None
-    """At its height. Default: torchvision's, scaled to the batch size (FCOS .01, Faster R-CNN .02 for 16 images)."""
+    """Rate after the warm-up. Default: torchvision's, scaled to the batch size (FCOS .01, Faster R-CNN .02 for 16
+    images)."""
 
     schedule: Literal["step", "cosine", "constant"] = "step"
-    """After the warm-up: a tenth after 2/3 and again after 11/12 of the epochs, half a cosine to 0, or no change."""
+    """After the warm-up. step: divide by 10 after 2/3 and after 11/12 of the epochs. cosine: half a cosine to 0.
+    constant: no change."""
 
     warmup_steps: Annotated[int | None, Quiet] = None
-    """Updates of linear warm-up. Default: the first epoch, at most 1000."""
+    """Number of updates with linear warm-up. Default: one epoch, at most 1000."""
 
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
 
     weight_decay: float = 1e-4
-    """Of SGD; on every trained parameter."""
+    """Weight decay of SGD, for every parameter that trains."""
 
     norm_weight_decay: Annotated[float | None, Quiet] = None
-    """Another one for the parameters of normalisation layers. Default: the same."""
+    """Weight decay for the parameters of normalisation layers. Default: WEIGHT-DECAY."""
 
     clip: Annotated[float | None, Quiet] = None
-    """Clip gradients to this global norm. Default: not."""
+    """Clip gradients to this global norm. Default: no clipping."""
 
     accumulate: int = 1
     """Steps whose gradients are averaged into one update."""
 
     ema: Annotated[float | None, Quiet] = None
-    """Decay of a moving average of the variables, which is then what is evaluated and saved. Default: none."""
+    """Decay of a moving average of the variables. The average is then evaluated and saved. Default: no average."""
 
     trainable_layers: Annotated[int | None, Quiet] = None
-    """Stages of the backbone that train, from the last: 0 to 5. Default: 3, from scratch 5."""
+    """Number of backbone stages that train, from the last stage: 0 to 5. Default: 3, from scratch 5."""
 
     freeze_bn: Annotated[bool | None, Quiet] = None
-    """Leave the statistics of live BatchNorm as they are. Default: where trained weights are given."""
+    """Normalise with the running statistics of BatchNorm and do not update them. Default: only with trained weights."""
 
     copy_classes: Annotated[tuple[str, ...], Quiet, tyro.conf.arg(metavar="CLASS...")] = ()
-    """Start the new class layers with the rows of these classes of the weights, known by the same names."""
+    """Copy the rows of these classes from the weights into the new class layers, by class name."""
 
     keep_classes: bool = False
-    """Keep the class layers of the weights, and label by their names (without names, category ids are labels)."""
+    """Keep the class layers of the weights. Labels follow the class names (without names, category ids are labels)."""
 
     min_size: Size = None
-    """Resize the shorter side to this many pixels. Default: 800, or what the file says."""
+    """Resize the shorter side to this many pixels. Default: the value in the file, else 800."""
 
     max_size: Size = None
-    """But the longer side to no more than this. Default: 1333, or what the file says."""
+    """Limit of the longer side after the resize, in pixels. Default: the value in the file, else 1333."""
 
     multi_scale: Annotated[tuple[int, ...], Quiet, tyro.conf.arg(metavar="SIZE...")] = ()
-    """In training, one of these at random in place of MIN-SIZE."""
+    """In training, use one of these sizes at random instead of MIN-SIZE."""
 
     crop: Annotated[int | None, Quiet] = None
-    """Large-scale jitter: images resized by .1 to 2 times and cropped to squares of this many pixels. Default: none."""
+    """Large-scale jitter: images are scaled by .1 to 2 and cropped to squares of this side. Default: no jitter."""
 
     flip: float = 0.5
-    """Share of training images that are mirrored."""
+    """Probability of a horizontal flip in training."""
 
     max_boxes: Annotated[int | None, Quiet] = None
-    """Most boxes in an image. Default: what the data set has."""
+    """Largest number of boxes per image. Default: the largest number in the data set."""
 
     keep_empty: bool = False
     """Train on images without boxes too."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Computes; parameters stay float32. bfloat16 is faster on GPU and TPU, and takes less memory."""
+    """Dtype of the computation; parameters stay float32. bfloat16 is faster on GPU and TPU, and takes less memory."""
 
     remat: bool = False
-    """Recompute activations in the backward pass, for a GPU or TPU short of memory: less of it, more time."""
+    """Rematerialise activations in the backward pass: less memory, more time."""
 
     workers: int = 0
-    """Processes that read images; 0: threads of this one."""
+    """Number of processes that read images. 0: threads of the training process read images."""
 
     seed: int = 0
-    """Of the order of images, augmentation, new layers and sampling."""
+    """Seed of image order, augmentation, new layers and sampling."""
 
     eval_every: float = 1.0
     """Epochs between evaluations."""
 
     save_every: int = 500
-    """Steps between checkpoints, besides those of the evaluations."""
+    """Steps between checkpoints. Each evaluation saves a checkpoint too."""
 
     log_every: int = 10
     """Steps between lines of the log."""
@@ -138,16 +140,16 @@ class TrainOptions:
     """Show progress bars."""
 
     coordinator: Annotated[str | None, Quiet] = None
-    """HOST:PORT of the first of several processes; 'auto' where the cluster tells. Default: one process."""
+    """HOST:PORT of the first of several processes, or 'auto' on a cluster that jax detects. Default: one process."""
 
     process_count: Annotated[int | None, Quiet] = None
-    """How many processes train together."""
+    """Number of processes that train together."""
 
     process_index: Annotated[int | None, Quiet] = None
-    """Which of them this is, from 0."""
+    """Index of this process, from 0."""
 
     def check(self) -> None:
-        """Raises ValueError for values that no run could have."""
+        """Raises ValueError for values out of range and for options that exclude each other."""
         check_sizes(self.min_size, self.max_size)
         least: dict[str, float] = {"epochs": 1, "batch_size": 1, "accumulate": 1, "save_every": 1, "log_every": 1}
         least |= {
@@ -190,7 +192,7 @@ class TrainOptions:
         return self.weights not in ("none", "backbone")
 
     def config(self) -> dict[str, Any]:
-        """What has to be the same when a run goes on; the annotations by their content."""
+        """The options that must be the same when a run is resumed; annotations as a hash of the file's content."""
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             if field.name not in _FREE_ON_RESUME:
@@ -201,7 +203,7 @@ class TrainOptions:
         return values
 
     def resume_command(self) -> str:
-        """The command line that goes on with this run."""
+        """The command line that resumes this run."""
         given = sys.argv[1:] if sys.argv[1:2] == ["train"] else ["train", "..."]
         return shlex.join(["flaxdet", *(word for word in given if word != "--resume"), "--resume"])
 

@@ -1,4 +1,4 @@
-"""``flaxdet verify``: the proof that ours and torchvision's answers are the same."""
+"""``flaxdet verify``: compares flaxdet's detections and stages with torchvision's."""
 
 from __future__ import annotations
 
@@ -23,45 +23,46 @@ from flaxdet.cli.options import (
 if TYPE_CHECKING:
     from flaxdet.files.models import ModelFile
 
-_DRAWN = 30  # detections in a picture: a hundred random boxes hide the photo and each other
+_DRAWN = 30  # most detections in a picture: a hundred random boxes would hide the photo
 
 
 @dataclass(frozen=True)
 class Verify:
-    """Show that torchvision and flaxdet give the same answer.
+    """Show that torchvision and flaxdet give the same detections.
 
-    Builds torchvision's model, converts its weights, runs both on photos, and prints stage by stage the largest
-    difference, then the detections matched and both times (compiled and warm). Saves a picture of both side by side.
-    Exit status 0: every detection matched, and every stage before the first selection is the same; 1: not.
+    Builds torchvision's model, converts the weights, runs torchvision and flaxdet on photos, and prints the largest
+    difference of every stage, the number of matched detections, and the run times (compiled, second run). Saves a
+    picture of the detections of torchvision and flaxdet, side by side. Exit status 0: every detection is matched, and
+    every stage before the first selection is the same. Exit status 1: some detection or stage differs.
 
-    Random weights (the default, no download) are seeded and lively: every layer drawn anew, biases moved, BatchNorm
-    given the statistics of real activations and moved off them, class scores and box offsets spread until some 300
-    overlapping candidates pass the threshold; so a swapped tensor shows, and NMS has work to do
-    (flaxdet.convert.lively.make_lively says how).
+    Random weights (the default, no download) are seeded and lively: random layers and biases, BatchNorm statistics near
+    the statistics of real activations, and class scores and box deltas with some 300 overlapping candidates above the
+    threshold. So a swapped tensor changes the detections, and NMS has boxes to suppress
+    (flaxdet.convert.lively.make_lively documents this).
 
     Needs torch and torchvision: pip install 'flaxdet[torch]'.
     """
 
     model: tyro.conf.Positional[Literal["all"] | ModelName] = "all"
-    """Which detector."""
+    """The detector."""
 
     weights: str = "random"
-    """random, COCO_V1 (downloaded once), or a file (.pth or .safetensors) of torchvision's weights."""
+    """random, COCO_V1 (downloaded once), or a file (.pth or .safetensors) with torchvision's weights."""
 
     image: Annotated[tuple[Path, ...], Quiet, tyro.conf.arg(metavar="FILE...")] = ()
-    """Photos to run on, each alone. Default: matplotlib's photo of Grace Hopper."""
+    """Photos; each photo runs alone. Default: matplotlib's photo of Grace Hopper."""
 
     float64: tyro.conf.FlagCreatePairsOff[bool] = False
-    """Compute in float64 on both sides: boxes then agree within 1e-6 pixels (float32: .05)."""
+    """Compute in float64, in torchvision and flaxdet: boxes then agree within 1e-6 pixels (float32: .05)."""
 
     min_size: int = 800
-    """Resize the shorter side to this many pixels; smaller is quicker."""
+    """Resize the shorter side to this many pixels; a smaller size is faster."""
 
     max_size: int = 1333
-    """But the longer side to no more than this."""
+    """Limit of the longer side after the resize, in pixels."""
 
     seed: int = 0
-    """Of the random weights."""
+    """Seed of the random weights."""
 
     out: Path = Path()
     """Folder for the pictures verify_MODEL.png."""
@@ -77,7 +78,7 @@ class Verify:
         from flaxdet.images.decode import read_image
 
         check_sizes(self.min_size, self.max_size)
-        reference.torchvision()  # a missing extra shows before anything is computed
+        reference.torchvision()  # raises ImportError for a missing extra before anything is computed
         names, weights = self._weights()
         paths = self.image or (_sample_photo(),)
         images = {path: read_image(path) for path in paths}
@@ -90,7 +91,7 @@ class Verify:
         return 0 if same else 1
 
     def _weights(self) -> tuple[list[str], str | ModelFile]:
-        """The models to verify, those asked for or the one that the weights belong to, and a file's content."""
+        """The names of the models to verify, and the weights: a name, or the content of a file."""
         from flaxdet.files.models import read_model
 
         names = registry.names() if self.model == "all" else [self.model]
@@ -99,14 +100,14 @@ class Verify:
             return names, weights
         if is_file_name(self.weights):
             weights = read_model(self.weights)
-            found = weights.builder
+            builder = weights.builder
         elif "." in self.weights:
-            found, _ = published(self.weights)
+            builder, _ = published(self.weights)
         else:
             return [published(self.weights, name)[0] for name in names], weights
-        if found not in names:
-            raise ValueError(f"{self.weights}: expected weights of {names[0]}, found {found}")
-        return [found], weights
+        if builder not in names:
+            raise ValueError(f"{self.weights}: expected weights of {names[0]}, found {builder}")
+        return [builder], weights
 
     def _verify(self, name: str, weights: str | ModelFile, images: dict[Path, Any]) -> bool:
         import numpy as np
@@ -128,16 +129,16 @@ class Verify:
         verdict = True
         taken: set[str] = set()
         for path, image in images.items():
-            found = verify.compare(model, variables, theirs, [image], timed=True)
-            (match,) = found.matches
-            verdict &= found.same
-            _print_report(name, path, image, found)
+            comparison = verify.compare(model, variables, theirs, [image], timed=True)
+            (match,) = comparison.matches
+            verdict &= comparison.same
+            _print_report(name, path, image, comparison)
             hidden = match.count > _DRAWN or match.ours > _DRAWN
             best = f", the best {_DRAWN} shown" if hidden else ""
             titles = (f"torchvision: {match.count}{best}", f"flaxdet: {match.ours}, {match.matched} matched{best}")
             left, right = (
                 draw_detections(image, _best(detections[0]), categories=categories)
-                for detections in (found.theirs, found.ours)
+                for detections in (comparison.theirs, comparison.ours)
             )
             stem = f"verify_{name}" if len(images) == 1 else f"verify_{name}_{path.stem}"
             target = self.out / free_name(stem, ".png", taken)
@@ -149,14 +150,14 @@ class Verify:
 
 
 def _best(detection: dict[str, Any]) -> dict[str, Any]:
-    return {name: values[:_DRAWN] for name, values in detection.items()}  # they come best first
+    return {name: values[:_DRAWN] for name, values in detection.items()}  # the best come first
 
 
-def _print_report(name: str, path: Path, image: Any, found: Any) -> None:
-    (match,) = found.matches
+def _print_report(name: str, path: Path, image: Any, comparison: Any) -> None:
+    (match,) = comparison.matches
     print(f"\n{name} on {path.name} ({image.shape[0]}x{image.shape[1]})")
     print(f"  {'stage':<18} {'shape':<22} {'largest error':>14} {'of largest value':>17}")
-    for stage in found.stages:
+    for stage in comparison.stages:
         shape = "x".join(str(side) for side in stage.shape)
         print(f"  {stage.name:<18} {shape:<22} {stage.error:>14.2e} {stage.relative:>17.1e}")
     share = 100.0 * match.matched / match.count if match.count else 100.0
@@ -164,10 +165,10 @@ def _print_report(name: str, path: Path, image: Any, found: Any) -> None:
         f"  detections: {match.count} of torchvision, {match.ours} of flaxdet, {match.matched} matched ({share:.0f}%)"
     )
     print(f"  largest difference: boxes {match.box_error:.2e} px, scores {match.score_error:.2e}")
-    print(f"  time: torchvision {found.their_seconds:.2f} s, flaxdet {found.seconds:.2f} s")
-    if found.first_difference is not None:
-        print(f"  first stage that differs: {found.first_difference}")
-    print(f"  verdict: {'the same' if found.same else 'DIFFERENT'}")
+    print(f"  time: torchvision {comparison.their_seconds:.2f} s, flaxdet {comparison.seconds:.2f} s")
+    if comparison.first_difference is not None:
+        print(f"  first stage that differs: {comparison.first_difference}")
+    print(f"  verdict: {'the same' if comparison.same else 'DIFFERENT'}")
 
 
 def _sample_photo() -> Path:

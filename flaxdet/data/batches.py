@@ -15,7 +15,7 @@ from jaxtyping import Int
 from flaxdet.images.buckets import Size, Sizes, assign, holds
 
 
-class Batch(NamedTuple):
+class BatchPlan(NamedTuple):
     """The plan of one batch, with the rows of all processes.
 
     Attributes:
@@ -42,19 +42,19 @@ class TrainPlan:
     this epoch, with other images each time.
 
     Args:
-        own: [N, 2] canvas of each image.
+        image_canvases: [N, 2] canvas of each image.
         buckets: the smallest first, each holding some canvas.
         batch_size: rows of a batch, of all processes together.
         seed: seed of the shuffle.
     """
 
-    def __init__(self, own: Sizes, buckets: Sequence[Size], batch_size: int, seed: int):
+    def __init__(self, image_canvases: Sizes, buckets: Sequence[Size], batch_size: int, seed: int):
         self.buckets, self.batch_size, self.seed = list(buckets), batch_size, seed
-        self.steps_per_epoch = -(-len(own) // batch_size)
-        self._canvases, self._assigned = own, assign(own, buckets)
-        self._epoch: tuple[int, list[Batch]] = (-1, [])  # the epoch planned last, and its batches
+        self.steps_per_epoch = -(-len(image_canvases) // batch_size)
+        self._canvases, self._assigned = image_canvases, assign(image_canvases, buckets)
+        self._epoch: tuple[int, list[BatchPlan]] = (-1, [])  # the epoch planned last, and its batches
 
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, i: int) -> BatchPlan:
         epoch, place = divmod(i, self.steps_per_epoch)
         planned, plan = self._epoch  # number and batches are read and written together, which makes it thread-safe
         if planned != epoch:
@@ -62,7 +62,7 @@ class TrainPlan:
             self._epoch = epoch, plan
         return plan[place]
 
-    def epoch(self, epoch: int) -> list[Batch]:
+    def epoch(self, epoch: int) -> list[BatchPlan]:
         """The batches of one epoch, in order."""
         count, size = len(self._canvases), self.batch_size
         # The third number is no image's index, with which make_sample seeds the augmentation of an image.
@@ -89,7 +89,8 @@ class TrainPlan:
             others = fitting[~np.isin(fitting, rest)]
             batches.append((number, np.resize(np.concatenate([rest, others]), size)))
         real = np.ones(size, bool)
-        return [Batch(epoch, self.buckets[batches[i][0]], batches[i][1], real) for i in rng.permutation(len(batches))]
+        planned = [BatchPlan(epoch, self.buckets[number], indices, real) for number, indices in batches]
+        return [planned[i] for i in rng.permutation(len(planned))]
 
 
 class EvalPlan:
@@ -98,15 +99,15 @@ class EvalPlan:
     The last batch of a bucket is filled up by repeating the batch's first image.
 
     Args:
-        own: [N, 2] canvas of each image.
+        image_canvases: [N, 2] canvas of each image.
         buckets: the smallest first.
         batch_size: rows of a batch, of all processes together.
     """
 
-    def __init__(self, own: Sizes, buckets: Sequence[Size], batch_size: int):
+    def __init__(self, image_canvases: Sizes, buckets: Sequence[Size], batch_size: int):
         self.buckets, self.batch_size = list(buckets), batch_size
-        self._batches: list[Batch] = []
-        assigned = assign(own, buckets)
+        self._batches: list[BatchPlan] = []
+        assigned = assign(image_canvases, buckets)
         for number, bucket in enumerate(self.buckets):
             queue = np.flatnonzero(assigned == number)
             for start in range(0, len(queue), batch_size):
@@ -114,8 +115,8 @@ class EvalPlan:
                 real = np.arange(batch_size) < len(images)
                 padded = np.full(batch_size, images[0])
                 padded[: len(images)] = images
-                self._batches.append(Batch(0, bucket, padded, real))
+                self._batches.append(BatchPlan(0, bucket, padded, real))
         self.steps_per_epoch = len(self._batches)
 
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, i: int) -> BatchPlan:
         return self._batches[i]

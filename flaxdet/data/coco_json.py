@@ -19,21 +19,29 @@ _MAX_NAMED = 3  # an error about missing files names this many of them
 
 
 def load_json(path: Path) -> dict[str, list[Any]]:
-    """The file's three lists: images, annotations (may be missing) and categories."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}), expected a COCO JSON file") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON ({error})") from error
+    """The lists of a COCO file: images, annotations (empty if the file has none) and categories."""
+    content = read_json(path, "a COCO JSON file")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is not COCO's JSON: expected an object of lists, found a {type(content).__name__}")
-    lists = {key: content.get(key) for key in ("images", "annotations", "categories")}
-    lists["annotations"] = lists["annotations"] or []  # files of images to predict have none
-    for key, value in lists.items():
+    lists: dict[str, list[Any]] = {}
+    for key in ("images", "annotations", "categories"):
+        value = content.get(key)
+        if key == "annotations":
+            value = value or []  # files of images to predict have none
         if not isinstance(value, list):
             raise ValueError(f'{path}: is not COCO\'s JSON: expected a list "{key}", found {short(value)}')
-    return lists  # pyright: ignore[reportReturnType]
+        lists[key] = value
+    return lists
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """The content of a JSON file; ``expected`` says in the error what the file should be."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}), expected {expected}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON ({error})") from error
 
 
 def by_id(path: Path, what: str, entries: list[Any]) -> dict[int, Mapping[str, Any]]:

@@ -19,15 +19,13 @@ import numpy as np
 
 from flaxdet.data.augment import check_jitter
 from flaxdet.data.batches import EvalPlan, TrainPlan
-from flaxdet.data.samples import BatchSource, BucketCanvas, Dataset, Options, check_dataset_labels
+from flaxdet.data.samples import BatchDict, BatchSource, BucketCanvas, Dataset, Options, check_dataset_labels
 from flaxdet.data.streams import import_grain, open_stream
 from flaxdet.images.buckets import Size, assign, canvases, choose_buckets, sort_buckets
 from flaxdet.images.transform import check_canvas
 from flaxdet.structures import TransformConfig
 
 _SLOT_STEP = 8  # the default number of slots for boxes is a multiple of this
-
-BatchDict = dict[str, np.ndarray]
 
 
 def train_batches(
@@ -87,7 +85,7 @@ def train_batches(
         raise ValueError(f"flip should be a probability, got {flip!r}")
     if steps < 0 or seed < 0:
         raise ValueError(f"steps and seed should not be negative, got {steps} and {seed}")
-    choices: Any = (config if min_size is None else replace(config, min_size=min_size)).min_size
+    choices = (config if min_size is None else replace(config, min_size=min_size)).min_size
     scales, cut = check_jitter(jitter, crop, min_size)
     # large-scale jitter makes every image as large as the crop, and the image is not resized after that
     geometry = config if cut is None else replace(config, fixed_size=cut[::-1])
@@ -106,10 +104,10 @@ def eval_batches(
     config: TransformConfig,
     *,
     batch_size: int,
+    workers: int = 0,
     buckets: Sequence[Size] | None = None,
     max_boxes: int | None = None,
     canvas: BucketCanvas = "image",
-    workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches:
@@ -121,10 +119,10 @@ def eval_batches(
         dataset: the result of ``read_coco``.
         config: ``model.transform``.
         batch_size: rows of a batch, of all processes together.
+        workers: as for ``train_batches``.
         buckets: as for ``train_batches``.
         max_boxes: as for ``train_batches``.
         canvas: as for ``train_batches``.
-        workers: as for ``train_batches``.
         process_index: number of this process.
         process_count: each process gets ``batch_size / process_count`` rows of every batch.
 
@@ -135,7 +133,7 @@ def eval_batches(
         ValueError: as ``train_batches``.
         ImportError: for workers if grain is not installed.
     """
-    choices = (config.min_size[-1],)  # pyright: ignore[reportIndexIssue]
+    choices = (config.min_size[-1],)
     layout = _layout(dataset, config, choices, buckets, max_boxes, canvas)
     rows = _rows(batch_size, process_index, process_count)
     plan = EvalPlan(layout.canvases, layout.buckets, batch_size)

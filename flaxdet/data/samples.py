@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from flaxdet.data.augment import choose_min_size, fixed_size_crop, horizontal_flip, scale_jitter
-from flaxdet.data.batches import Batch, EvalPlan, TrainPlan
+from flaxdet.data.batches import BatchPlan, EvalPlan, TrainPlan
 from flaxdet.data.coco import Record
 from flaxdet.images.buckets import Size
 from flaxdet.images.resize import resize_array
@@ -20,6 +20,7 @@ from flaxdet.images.transform import canvas_size, resized_size
 from flaxdet.models.labels import check_labels
 from flaxdet.structures import TransformConfig
 
+BatchDict = dict[str, np.ndarray]  # ``data.loader`` lists the names and shapes
 BucketCanvas = Literal["image", "bucket"]  # of ``images.transform.Canvas``: a batch's arrays are its whole bucket
 
 
@@ -114,22 +115,22 @@ class BatchSource:
             self.dataset, self.plan, self.options, self.rows, self.start + count, max(self.count - count, 0)
         )
 
-    def __getitem__(self, i: Any) -> dict[str, np.ndarray]:  # i may be an integer type of grain
-        batch = self.plan[self.start + int(i)]
-        samples = [make_sample(self.dataset, int(n), self.options, batch) for n in batch.indices[self.rows]]
+    def __getitem__(self, i: Any) -> BatchDict:  # i may be an integer type of grain
+        plan = self.plan[self.start + int(i)]
+        samples = [make_sample(self.dataset, int(n), self.options, plan) for n in plan.indices[self.rows]]
         stacked = {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
-        stacked["image_id"][~batch.real[self.rows]] = -1
+        stacked["image_id"][~plan.real[self.rows]] = -1
         return stacked
 
 
-def make_sample(dataset: Dataset, index: int, options: Options, batch: Batch) -> dict[str, np.ndarray]:
+def make_sample(dataset: Dataset, index: int, options: Options, plan: BatchPlan) -> dict[str, np.ndarray]:
     """One image as a row of a batch; the augmentation depends on (seed, epoch, index) alone.
 
     Args:
         dataset: the images.
         index: index of the image in the data set.
         options: how the image becomes a row.
-        batch: the plan of the batch, of which epoch and bucket are used.
+        plan: the plan of the batch, of which epoch and bucket are used.
 
     Returns:
         "pixels" [H, W, 3] float32, "size", "original_size" and, if ``options.masked``, "canvas" [2] int32,
@@ -140,11 +141,11 @@ def make_sample(dataset: Dataset, index: int, options: Options, batch: Batch) ->
     # always four numbers in this order, so that no option changes the random numbers of another
     flip, choice, scale, place = np.ones(4)
     if options.seed is not None:
-        flip, choice, scale, place = np.random.default_rng([options.seed, batch.epoch, index]).random(4).tolist()
+        flip, choice, scale, place = np.random.default_rng([options.seed, plan.epoch, index]).random(4).tolist()
     if options.jitter is not None and options.crop is not None:
         low, high = options.jitter
         image, boxes = scale_jitter(image, boxes, target=options.crop, scale=low + scale * (high - low))
-        fill = [round(255 * mean) for mean in config.image_mean or ()]
+        fill = [round(255 * mean) for mean in config.image_mean]
         image, boxes, keep = fixed_size_crop(image, boxes, size=options.crop, chance=place, fill=fill)
         boxes, labels = boxes[keep], labels[keep]
         size = options.crop
@@ -161,12 +162,12 @@ def make_sample(dataset: Dataset, index: int, options: Options, batch: Batch) ->
     pixels = resize_array(
         image,
         size,
-        bucket=batch.bucket,
-        mean=config.image_mean,  # pyright: ignore[reportArgumentType]
-        std=config.image_std,  # pyright: ignore[reportArgumentType]
+        bucket=plan.bucket,
+        mean=config.image_mean,
+        std=config.image_std,
     )
     slots, n = options.max_boxes, len(boxes)
-    canvas = batch.bucket if options.canvas == "bucket" else canvas_size(size, config)
+    canvas = plan.bucket if options.canvas == "bucket" else canvas_size(size, config)
     sample = {
         "pixels": pixels,
         "size": np.array(size, np.int32),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flaxdet.data.samples import BatchSource
+from flaxdet.data.samples import BatchDict, BatchSource
 
 _THREADS = 2  # numpy and Pillow release the interpreter lock most of the time
 _AHEAD = 3  # batches that the threads make in advance
@@ -24,7 +24,7 @@ _SHARED_MEMORY = "/dev/shm"
 class Stream(Protocol):
     """An iterator of batches that can be closed."""
 
-    def __next__(self) -> dict[str, np.ndarray]: ...
+    def __next__(self) -> BatchDict: ...
 
     def close(self) -> None:
         """Stops the threads or processes."""
@@ -45,9 +45,9 @@ class _Threads:
     def __init__(self, source: BatchSource):
         self._source, self._next = source, 0
         self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="flaxdet-data")
-        self._ahead: deque[Future[dict[str, np.ndarray]]] = deque()
+        self._ahead: deque[Future[BatchDict]] = deque()
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> BatchDict:
         while len(self._ahead) < _AHEAD and self._next < len(self._source):
             self._ahead.append(self._pool.submit(self._source.__getitem__, self._next))
             self._next += 1
@@ -75,7 +75,7 @@ class _Workers:
             )
         )
 
-    def __next__(self) -> dict[str, np.ndarray]:
+    def __next__(self) -> BatchDict:
         # numpy views, which keep grain's arrays in shared memory alive
         return {key: np.asarray(value) for key, value in next(self._batches).items()}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from flaxdet.data.coco_json import load_json
+from flaxdet.data.coco_json import load_json, read_json
 
 # The figures in the order of pycocotools' summary.
 _SUMMARY = (
@@ -206,13 +206,7 @@ def _checked_rows(results: Any, truth: dict[str, Any], images: set[Any]) -> list
     """A checked copy of the rows, with the keys that pycocotools' loadRes would add."""
     content, source = results, "results"
     if isinstance(results, (str, os.PathLike)):
-        source = str(results)
-        try:
-            content = json.loads(Path(results).read_bytes())
-        except OSError as error:
-            raise ValueError(f"{source}: cannot be read ({error.strerror}), expected COCO results") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source}: is not JSON ({error})") from error
+        content, source = read_json(Path(results), "COCO results"), str(results)
     if not isinstance(content, Sequence) or isinstance(content, str):
         raise ValueError(f"{source}: expected a list of results, {_ROW}; found a {type(content).__name__}")
     categories = {category["id"] for category in truth["categories"]}
@@ -235,7 +229,8 @@ def _pycocotools(truth: dict[str, Any], rows: list[dict[str, Any]], image_ids: s
 
     def indexed(annotations: list[dict[str, Any]]) -> COCO:
         coco = COCO()  # not loadRes, which fails on an empty list of results
-        coco.dataset = {**truth, "annotations": annotations}  # pyright: ignore[reportAttributeAccessIssue]
+        content: Any = {**truth, "annotations": annotations}  # without some fields that pycocotools' type demands
+        coco.dataset = content
         coco.createIndex()
         return coco
 

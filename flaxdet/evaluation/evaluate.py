@@ -20,6 +20,7 @@ from flaxdet.evaluation.coco_metrics import (
     require_pycocotools,
 )
 from flaxdet.images.buckets import assign, canvases, choose_buckets
+from flaxdet.inference.detect import ImageDetections
 from flaxdet.inference.engine import stream
 from flaxdet.inference.folded import folded
 from flaxdet.inference.programs import JittedPrograms
@@ -28,7 +29,8 @@ from flaxdet.models.detector import Detector
 
 __all__ = ["ClassResult", "CocoResult", "coco_results", "detect_dataset", "evaluate", "evaluate_results"]
 
-_BUCKETS = 6  # programs to compile at most: a few seconds each, against what is computed beyond the canvases
+# Most programs to compile: each takes a few seconds, and saves computation on pixels beyond the canvases.
+_BUCKETS = 6
 
 
 def evaluate(
@@ -42,15 +44,15 @@ def evaluate(
 ) -> CocoResult:
     """COCO's figures of a model on a data set, by pycocotools.
 
-    The annotations count as their file has them, so that the figures are those of torchvision's own evaluation, crowds
-    and boxes without an area included. Detections of labels that are none of the data set's categories are dropped.
+    The annotations count as the file has them, crowds and boxes without an area included, so that the figures are the
+    figures of torchvision's evaluation. Detections whose label is none of the data set's categories are dropped.
 
     Args:
         model: from a builder or ``flaxdet.load``.
-        variables: its ``{"params": ..., "batch_stats": ...}``. Those replicated over several devices are used on the
-            first device of this process; nothing is communicated, so that one process may evaluate alone.
+        variables: {"params": ..., "batch_stats": ...} of the model. Variables replicated over several devices are
+            used on the first device of this process; nothing is communicated, so that one process may evaluate alone.
         dataset: from ``flaxdet.data.read_coco``.
-        batch_size: images a call of the model; the answer does not depend on it.
+        batch_size: images per call of the model; the figures do not depend on it.
         workers: threads that read images ahead of the device.
         progress: shows a bar.
 
@@ -58,17 +60,50 @@ def evaluate(
         The figures: ``print(result.table())``, ``result.to_json()``.
 
     Raises:
-        ValueError: for an empty data set, annotations that are not COCO's, or an image that can't be read
-            (``ImageError``), naming it.
+        ValueError: for an empty data set, annotations that are not in COCO's format, or an image that can't be read
+            (``ImageError``); the message names the image.
         MemoryError: if the device has too little memory for a batch; names the bucket.
         ImportError: without pycocotools.
     """
     require_pycocotools()
     truth = read_annotations(dataset.annotations)  # faults show before the first image is computed
-    found = detect_dataset(model, variables, dataset, batch_size=batch_size, workers=workers, progress=progress)
+    result, _ = evaluate_with_rows(
+        model, variables, dataset, truth, batch_size=batch_size, workers=workers, progress=progress
+    )
+    return result
+
+
+def evaluate_with_rows(
+    model: Detector,
+    variables: Any,
+    dataset: CocoDataset,
+    truth: Mapping[str, Any],
+    *,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+) -> tuple[CocoResult, list[dict[str, Any]]]:
+    """``evaluate``, with annotations that are read already, and with the detections too.
+
+    Args:
+        model: as for ``evaluate``.
+        variables: as for ``evaluate``.
+        dataset: as for ``evaluate``.
+        truth: ``read_annotations`` of the data set's annotations.
+        batch_size: images per call of the model.
+        workers: threads that read images.
+        progress: shows a bar.
+
+    Returns:
+        The figures, and the detections as rows of COCO's format of results.
+
+    Raises:
+        ValueError, MemoryError, ImportError: as ``evaluate``.
+    """
+    detections = detect_dataset(model, variables, dataset, batch_size=batch_size, workers=workers, progress=progress)
     image_ids = [dataset[i].image_id for i in range(len(dataset))]
-    rows = coco_results(found, image_ids, dataset.category_ids)
-    return evaluate_results(rows, truth, image_ids=image_ids)
+    rows = coco_results(detections, image_ids, dataset.category_ids)
+    return evaluate_results(rows, truth, image_ids=image_ids), rows
 
 
 def coco_results(
@@ -76,12 +111,13 @@ def coco_results(
     image_ids: Sequence[int],
     category_ids: Mapping[int, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """What ``predict`` returns, as rows of COCO's format of results, ready for JSON.
+    """Converts the result of ``predict`` into rows of COCO's format of results, ready for JSON.
 
     Args:
-        detections: for each image {"boxes": [N, 4] xyxy in its pixels, "scores": [N], "labels": [N]}.
+        detections: for each image {"boxes": [N, 4] xyxy in pixels of the image, "scores": [N], "labels": [N]}.
         image_ids: COCO's id of each image.
-        category_ids: COCO's id of each label; detections of other labels are left out. Default: labels are the ids.
+        category_ids: COCO's category id of each label; detections of other labels are left out. Default: the labels
+            themselves are the ids.
 
     Returns:
         Rows {"image_id", "category_id", "bbox": [x, y, width, height], "score"}, in the order given.
@@ -92,10 +128,10 @@ def coco_results(
     if len(detections) != len(image_ids):
         raise ValueError(f"expected an id for each image, got {len(image_ids)} ids for {len(detections)} images")
     rows = []
-    for found, image_id in zip(detections, image_ids, strict=True):
-        boxes = np.asarray(found["boxes"], np.float64)
+    for detection, image_id in zip(detections, image_ids, strict=True):
+        boxes = np.asarray(detection["boxes"], np.float64)
         boxes = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
-        for box, score, label in zip(boxes.tolist(), found["scores"], found["labels"], strict=True):
+        for box, score, label in zip(boxes.tolist(), detection["scores"], detection["labels"], strict=True):
             category = int(label) if category_ids is None else category_ids.get(int(label))
             if category is not None:
                 row = {"image_id": int(image_id), "category_id": int(category), "bbox": box, "score": float(score)}
@@ -104,34 +140,29 @@ def coco_results(
 
 
 def detect_dataset(
-    model: Detector,
-    variables: Any,
-    dataset: Dataset,
-    *,
-    batch_size: int = 1,
-    workers: int = 2,
-    progress: bool = False,
-) -> list[dict[str, np.ndarray]]:
+    model: Detector, variables: Any, dataset: Dataset, *, batch_size: int = 1, workers: int = 2, progress: bool = False
+) -> list[ImageDetections]:
     """Detects objects in every image of a data set: ``predict`` for thousands of images.
 
-    Images are read by threads ahead of the device, few at a time, and run in few buckets, each on its own canvas, so
-    that the answer for an image is the one that it gets alone, up to rounding. BatchNorm is folded, as in ``predict``;
-    variables divided over several devices are used as they are.
+    Threads read images ahead of the device, few at a time. Images run in few buckets, each image on a separate canvas:
+    the detections of an image are the detections of the image alone, up to rounding. BatchNorm is folded, as in
+    ``predict``, except in variables divided over several devices.
 
     Args:
         model: from a builder or ``flaxdet.load``.
-        variables: its variables, as ``evaluate`` takes them.
+        variables: variables of the model, as for ``evaluate``.
         dataset: from ``flaxdet.data.read_coco``.
-        batch_size: images a call of the model.
+        batch_size: images per call of the model.
         workers: threads that read images.
         progress: shows a bar.
 
     Returns:
-        In the order of the data set {"boxes": [N, 4] xyxy in pixels of the original image, "scores": [N] in [0, 1],
-        "labels": [N] int32}, best first.
+        For each image, in the order of the data set, {"boxes": [N, 4] xyxy in pixels of the original image,
+        "scores": [N] in [0, 1], "labels": [N] int32}, best first.
 
     Raises:
-        ValueError: for an empty data set, or an image that can't be read or is too elongated, naming it.
+        ValueError: for an empty data set, or an image that can't be read or is too elongated; the message names the
+            image.
         MemoryError: if the device has too little memory for a batch; names the bucket.
     """
     from tqdm import tqdm
@@ -143,12 +174,12 @@ def detect_dataset(
         raise ValueError("expected a data set with at least one image, got an empty one")
     config, records = model.transform, [dataset[i] for i in range(len(dataset))]
     sizes = [record.size for record in records]
-    own = canvases(sizes, config, names=[record.path for record in records])
-    # canvases that 32 doesn't divide can't be smaller than their bucket
-    buckets = choose_buckets(sizes, config, len(own) if config.size_divisible % 32 else _BUCKETS)
-    assigned = assign(own, buckets)
-    order = np.argsort(assigned, kind="stable").tolist()  # bucket by bucket, so that few images wait for others
-    smaller = (own != np.asarray(buckets)[assigned]).any(axis=1)
+    image_canvases = canvases(sizes, config, names=[record.path for record in records])
+    # canvases of sizes that are no multiples of 32 can't be smaller than their bucket: every canvas gets a bucket
+    buckets = choose_buckets(sizes, config, len(image_canvases) if config.size_divisible % 32 else _BUCKETS)
+    assigned = assign(image_canvases, buckets)
+    order = np.argsort(assigned, kind="stable").tolist()  # bucket by bucket, so that few images wait for a full batch
+    smaller = (image_canvases != np.asarray(buckets)[assigned]).any(axis=1)
     masked = {buckets[number] for number in np.unique(assigned[smaller])}
     model, variables = folded(model, on_one_device(variables))
     count = min(batch_size, len(order))
@@ -162,32 +193,32 @@ def detect_dataset(
     with (
         contextlib.closing(
             stream(load, enumerate(order), programs, ahead=batch_size + workers, workers=workers, patience=count)
-        ) as found,
+        ) as detections,
         tqdm(total=len(order), unit="image", disable=not progress) as bar,
     ):
-        for index, detections in zip(order, found, strict=True):
-            results[index] = detections
+        for index, detection in zip(order, detections, strict=True):
+            results[index] = detection
             bar.update()
     return results
 
 
 def on_one_device(variables: Any) -> Any:
-    """Variables on one device, so that no call has to carry them there and a process can compute alone.
+    """Moves variables to one device, so that no call has to transfer them and a process can compute alone.
 
     Args:
-        variables: a pytree of numpy or jax arrays; replicated ones are taken from one of their devices.
+        variables: a pytree of numpy or jax arrays. A replicated array is taken from one of its devices.
 
     Returns:
-        The same on one device; unchanged if tensors are divided over several.
+        The variables on one device; the argument itself if arrays are divided over several devices.
     """
     leaves = [leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, jax.Array)]
-    spread = any(not leaf.is_fully_replicated for leaf in leaves)
-    if spread:  # parts of tensors on several devices: jit computes where they are
+    divided = any(not leaf.is_fully_replicated for leaf in leaves)
+    if divided:  # jit computes on the devices that hold the parts
         return variables
 
-    def one(x: Any) -> jax.Array:
+    def move(x: Any) -> jax.Array:
         if not isinstance(x, jax.Array):
             return jnp.asarray(x)
         return x if len(x.sharding.device_set) == 1 else x.addressable_data(0)
 
-    return jax.tree.map(one, variables)
+    return jax.tree.map(move, variables)

@@ -51,11 +51,7 @@ Labels, from 0:
 
 
 def save_pretrained(
-    folder: str | Path,
-    model: Detector,
-    variables: dict[str, Any],
-    *,
-    categories: Sequence[str] | None = None,
+    folder: str | Path, model: Detector, variables: dict[str, Any], *, categories: Sequence[str] | None = None
 ) -> None:
     """Writes a model as a folder that the Hugging Face Hub takes as it is (``hf upload REPOSITORY FOLDER``).
 

@@ -137,11 +137,7 @@ def make(file: ModelFile, **overrides: Any) -> tuple[Detector, dict[str, Any]]:
 
 
 def save(
-    path: str | Path,
-    model: Detector,
-    variables: dict[str, Any],
-    *,
-    categories: Sequence[str] | None = None,
+    path: str | Path, model: Detector, variables: dict[str, Any], *, categories: Sequence[str] | None = None
 ) -> None:
     """Writes a model to a file that ``load`` and torchvision can read.
 

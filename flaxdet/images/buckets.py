@@ -37,8 +37,7 @@ def default_buckets(config: TransformConfig) -> list[Size]:
     """
     if config.fixed_size is not None:
         return [canvas_size(resized_size((1, 1), config), config)]
-    sizes: Any = config.min_size
-    short, long = canvas_size((min(sizes[-1], config.max_size), config.max_size), config)
+    short, long = canvas_size((min(config.min_size[-1], config.max_size), config.max_size), config)
     buckets = {(short, long), (long, short)}
     for ratio in _RATIOS:
         rows, columns = canvas_size(resized_size((_LARGE, round(_LARGE * ratio)), config), config)

@@ -6,6 +6,7 @@ Reproduces torchvision.models.detection.transform.GeneralizedRCNNTransform; the 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -111,13 +112,13 @@ def resized_size(
     if config.fixed_size is not None:
         width, height = config.fixed_size
         return int(height), int(width)
-    sizes: Any = config.min_size
-    scale = min((min_size or sizes[-1]) / min(size), config.max_size / max(size))
+    shorter = min_size or config.min_size[-1]
+    scale = min(shorter / min(size), config.max_size / max(size))
     rows, columns = (math.floor(side * scale) for side in size)
     if rows < 1 or columns < 1:
         raise ValueError(
             f"{name} of {size[0]}x{size[1]} (rows x columns) would be resized to {rows}x{columns}: it is too "
-            f"elongated for min_size={min_size or sizes[-1]}, max_size={config.max_size}"
+            f"elongated for min_size={shorter}, max_size={config.max_size}"
         )
     return rows, columns
 
@@ -221,7 +222,7 @@ def to_original(detections: Detections, batch: ImageBatch) -> Detections:
         The detections, with boxes in the pixels of the original images.
     """
     boxes = jax.vmap(resize_boxes)(detections.boxes, batch.size, batch.original_size)
-    return detections.replace(boxes=boxes)  # pyright: ignore[reportAttributeAccessIssue]
+    return dataclasses.replace(detections, boxes=boxes)
 
 
 def transform_targets(

@@ -1,1 +1,1 @@
-"""Images in, detections out."""
+"""Inference: from images to detections."""

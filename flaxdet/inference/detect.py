@@ -14,25 +14,25 @@ from flaxdet.models.detector import Detector
 from flaxdet.structures import Detections, ImageBatch
 from flaxdet.xla.jit import JitByDevice
 
-Found = dict[str, np.ndarray]
+ImageDetections = dict[str, np.ndarray]  # {"boxes": [N, 4], "scores": [N], "labels": [N]} of one image
 
 
 def detect(model: Detector, variables: Any, batch: ImageBatch) -> Detections:
-    """``model.apply``, its boxes [B, K, 4] in the pixels of the original images; nothing is folded."""
-    return to_original(model.apply(variables, batch), batch)  # pyright: ignore[reportArgumentType]
+    """``model.apply``, with boxes [B, K, 4] in the pixels of the original images. BatchNorm is not folded."""
+    detections: Any = model.apply(variables, batch)  # Flax's type also covers the pair that `mutable` returns
+    return to_original(detections, batch)
 
 
 def jitted_detect(model: Detector, variables: Any, batch: ImageBatch) -> Detections:
-    """``detect`` under jit, which keeps what it has compiled for the life of the process.
+    """``detect`` under jit. Compiled programs are cached for the life of the process.
 
-    ``predict`` and ``detect_dataset`` call it with the folded model, the comparison with torchvision with the model as
-    it is.
+    ``predict`` and ``detect_dataset`` pass the folded model; the comparison with torchvision passes the original model.
     """
     return detect_program(model.box_dtype)(model, variables, batch)
 
 
 def detect_program(dtype: Any) -> Any:
-    """The function behind ``jitted_detect`` for models of a dtype; always the same one."""
+    """The function that ``jitted_detect`` calls for models of a dtype; the same object for every call."""
     return _detect_program(jnp.dtype(dtype))
 
 
@@ -41,11 +41,11 @@ def _detect_program(dtype: Any) -> Any:
     return JitByDevice(detect, dtype, static_argnums=0)
 
 
-def unpad(detections: Detections) -> list[Found]:
-    """``Detections`` as one dict an image, without the padding.
+def unpad(detections: Detections) -> list[ImageDetections]:
+    """Converts ``Detections`` into one dict per image, without padding.
 
     Args:
-        detections: of B images.
+        detections: detections of B images.
 
     Returns:
         For each image {"boxes": [N, 4], "scores": [N], "labels": [N]}, numpy, best first.

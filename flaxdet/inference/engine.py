@@ -1,7 +1,7 @@
-"""The one loop of inference: images into buckets, batches of a bucket through a program, results in order.
+"""The loop of inference: sorts images into buckets, runs batches of a bucket by a program, returns results in order.
 
-``predict``, ``Predictor``, ``detect_dataset`` and ``ExportedDetector`` differ in the programs that they run and in
-where images come from; an object of the class ``Programs`` stands for the first, an iterable of samples for the second.
+``predict``, ``Predictor``, ``detect_dataset`` and ``ExportedDetector`` use this loop. They differ in the source of
+images, which is an iterable of samples, and in the programs, which are an object with the methods of ``Programs``.
 """
 
 from __future__ import annotations
@@ -9,79 +9,93 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 import jax
 
 from flaxdet.images.ahead import read_ahead
 from flaxdet.images.buckets import Size, holds
-from flaxdet.inference.detect import Found, unpad
+from flaxdet.inference.detect import ImageDetections, unpad
 from flaxdet.inference.samples import Sample
 from flaxdet.structures import Detections
 from flaxdet.xla import routes
 
 
 class Programs(Protocol):
-    """What runs batches. ``bucket`` is (rows, columns) of the static shape."""
+    """The programs that run batches. ``bucket`` is (rows, columns) of the static shape."""
 
     def batch_sizes(self, bucket: Size, /) -> Sequence[int]:
-        """The numbers of images that the programs of a bucket take."""
+        """The batch sizes of the programs of a bucket."""
         ...
 
     def masked(self, bucket: Size, /) -> bool:
-        """Whether a canvas may be smaller than the bucket, so that images of smaller buckets may run in it too."""
+        """True if a canvas may be smaller than the bucket. Images of smaller buckets may then run in the bucket too."""
         ...
 
     def start(self, bucket: Size, rows: Sequence[Sample], /) -> Detections:
-        """Starts a program on as many images as it takes; doesn't wait for the result.
+        """Starts a program on a batch; doesn't wait for the result.
+
+        Args:
+            bucket: (rows, columns).
+            rows: the images of the batch; the number of images is one of ``batch_sizes(bucket)``.
 
         Returns:
-            A row for each image, boxes [B, K, 4] in the pixels of the original images.
+            The detections, boxes [B, K, 4] in the pixels of the original images.
         """
         ...
 
 
 class Failed(NamedTuple):
-    """In place of a sample: an image that can't be computed.
+    """Stands in for the sample of an image that can't be read or placed.
 
     Attributes:
-        number: place of the error among the results.
-        error: why.
+        number: position of the error in the results.
+        error: the error.
     """
 
     number: int
     error: Exception
 
 
+@overload
+def run(samples: Iterable[Sample], programs: Programs, *, patience: int | None = None) -> Iterator[ImageDetections]: ...
+
+
+@overload
 def run(
     samples: Iterable[Sample | Failed], programs: Programs, *, patience: int | None = None
-) -> Iterator[Found | Exception]:
-    """Runs samples in batches; the device has its next batch before the host waits for the last.
+) -> Iterator[ImageDetections | Exception]: ...
+
+
+def run(
+    samples: Iterable[Sample | Failed], programs: Programs, *, patience: int | None = None
+) -> Iterator[ImageDetections | Exception]:
+    """Runs samples in batches. The device gets the next batch before the host waits for the result of the last batch.
 
     Args:
-        samples: numbered 0, 1, 2, ... in this order; may be endless.
-        programs: what runs them.
-        patience: samples after which a batch that is not full runs all the same; after twice as many the host waits for
-            the result. None: batches that are not full run last.
+        samples: samples with the numbers 0, 1, 2, ... in this order; may be endless.
+        programs: the programs that run the batches.
+        patience: a batch that is not full runs after this many later samples; after twice as many, the host waits for
+            the result. None: batches that are not full run at the end.
 
     Yields:
         For each sample, in order, {"boxes": [N, 4] xyxy in pixels of the original image, "scores": [N], "labels": [N]},
-        or the error of one that failed.
+        or the error of a failed sample.
 
     Raises:
-        MemoryError: if the device has too little memory for a batch; names the bucket.
+        MemoryError: if the device has too little memory for a batch; the message names the bucket.
     """
-    waiting: dict[Size, list[Sample]] = {}  # in the order of the oldest
+    waiting: dict[Size, list[Sample]] = {}  # in the order of the oldest sample
     running: deque[tuple[list[Sample], Size, int, Detections]] = deque()
-    done: dict[int, Found | Exception] = {}
-    given = 0
+    done: dict[int, ImageDetections | Exception] = {}
+    next_number = 0
 
     def settle() -> None:
         rows, bucket, count, detections = running.popleft()
         with naming_bucket(bucket, count):
             results = unpad(detections)
-        for sample, found in zip(rows, results, strict=False):  # the rest are copies
-            done[sample.number] = found
+        for sample, result in zip(rows, results, strict=False):  # further results belong to copies
+            done[sample.number] = result
 
     def start(bucket: Size) -> None:
         rows, count = _take(waiting, bucket, programs)
@@ -103,12 +117,12 @@ def run(
             oldest, queue = next(iter(waiting.items()), (None, []))
             if oldest is not None and sample.number - queue[0].number >= patience:
                 start(oldest)
-            # where few images follow, no next batch makes room for the results of the last
+            # if few images follow, no next batch fetches the results of this batch
             while running and sample.number - min(row.number for row in running[0][0]) >= 2 * patience:
                 settle()
-        while given in done:
-            yield done.pop(given)
-            given += 1
+        while next_number in done:
+            yield done.pop(next_number)
+            next_number += 1
     while waiting:
         start(max(waiting, key=lambda bucket: bucket[0] * bucket[1]))
     while running:
@@ -124,22 +138,22 @@ def stream(
     ahead: int,
     workers: int,
     patience: int,
-) -> Generator[Found | Exception]:
+) -> Generator[ImageDetections | Exception]:
     """``run`` on images that threads read ahead of the device.
 
     Args:
-        load: makes the sample of an item, in a thread.
-        items: taken one by one; may be endless.
-        programs: what runs the samples.
-        ahead: samples held at most besides those that wait in buckets.
-        workers: threads.
+        load: ``item -> sample``; called in a thread.
+        items: the images; may be endless.
+        programs: the programs that run the batches.
+        ahead: largest number of samples in memory, besides the samples that wait in buckets.
+        workers: number of threads.
         patience: as for ``run``.
 
     Yields:
         As ``run``.
 
     Raises:
-        Exception: what ``load`` raises.
+        Exception: any error of ``load``.
         MemoryError: as ``run``.
     """
     with contextlib.closing(read_ahead(load, items, ahead=ahead, workers=workers)) as samples:
@@ -147,33 +161,33 @@ def stream(
 
 
 def _take(waiting: dict[Size, list[Sample]], bucket: Size, programs: Programs) -> tuple[list[Sample], int]:
-    """The samples of the next batch of a bucket, taken out of the queues, and the batch size of its program.
+    """Takes the samples of the next batch of a bucket out of the queues; also returns the batch size.
 
-    Empty places go to images that wait for smaller buckets.
+    If too few images wait in this bucket, images that wait in smaller buckets join the batch.
     """
     fill = routes.platform() != "cpu"
     count = split_batch(len(waiting[bucket]), programs.batch_sizes(bucket), fill=fill)[0]
     others = [other for other in waiting if other != bucket and programs.masked(bucket) and holds(bucket, other)]
     rows: list[Sample] = []
-    for one in [bucket, *others]:
-        places = count - len(rows)
-        rows += waiting[one][:places]
-        waiting[one] = waiting[one][places:]
-        if not waiting[one]:
-            del waiting[one]
+    for key in [bucket, *others]:
+        free = count - len(rows)
+        rows += waiting[key][:free]
+        waiting[key] = waiting[key][free:]
+        if not waiting[key]:
+            del waiting[key]
     return rows, count
 
 
 def split_batch(count: int, sizes: Iterable[int], *, fill: bool) -> list[int]:
-    """The batches that some images run in, by programs of fixed batch sizes.
+    """Divides images into batches, for programs of fixed batch sizes.
 
     Args:
-        count: images.
+        count: number of images.
         sizes: batch sizes of the programs.
-        fill: whether a batch that is not full costs less than several small ones, as on a GPU or TPU.
+        fill: True if one batch that is not full costs less than several small batches, as on a GPU or TPU.
 
     Returns:
-        The batch size of each call; at most the last call is filled up with copies.
+        The batch size of each call. Only the last call may have free places, which are filled up with copies.
     """
     calls = []
     while count > 0:
@@ -185,11 +199,11 @@ def split_batch(count: int, sizes: Iterable[int], *, fill: bool) -> list[int]:
 
 @contextlib.contextmanager
 def naming_bucket(bucket: Size, count: int) -> Iterator[None]:
-    """Turns XLA's error of too little memory into one that names the bucket.
+    """Replaces XLA's out-of-memory error by a MemoryError that names the bucket.
 
     Args:
-        bucket: (rows, columns) of the batch at work.
-        count: images of the batch.
+        bucket: (rows, columns) of the batch.
+        count: number of images in the batch.
 
     Raises:
         MemoryError: instead of XLA's error.

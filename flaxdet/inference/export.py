@@ -1,8 +1,8 @@
-"""A detector as StableHLO: a folder that any program with jax runs, without flaxdet.
+"""Exports a detector as StableHLO: a folder of programs that run with jax, without flaxdet.
 
-It holds signature.json, weights.safetensors, and one file for each bucket, a serialised ``jax.export.Exported`` lowered
-for several platforms. Each is the whole pipeline from 8-bit pixels to detections: resize, normalise, network, decode,
-NMS. README.md shows how to run one with jax alone.
+The folder holds signature.json, weights.safetensors, and one file per bucket: a serialised ``jax.export.Exported``,
+lowered for several platforms. A program is the whole pipeline from 8-bit pixels to detections: resize, normalise,
+network, decode, NMS. README.md shows how to run a program with jax alone.
 """
 
 from __future__ import annotations
@@ -47,33 +47,37 @@ def export(
     categories: Sequence[str] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Writes a detector as StableHLO, with its weights beside it.
+    """Writes a detector as StableHLO programs, and the weights of the detector.
 
-    A program takes (weights, images [B, raw_size, raw_size, 3] uint8, size [B, 2] int32, new_size [B, 2] int32): each
-    image in the top left corner of its array, its (rows, columns), and its (rows, columns) after the resize, which the
-    caller computes in doubles as torchvision does (README.md; on a device, in float32, some would be a pixel off).
-    It returns {"boxes": [B, K, 4] xyxy in pixels of the image as given, "scores": [B, K], "labels": [B, K] int32,
-    "valid": [B, K] bool}. Everything beyond an image's own canvas is masked, as everywhere in flaxdet.
+    A program is ``(weights, images, size, new_size) -> detections``:
+
+    - images: [B, raw_size, raw_size, 3] uint8, each image in the top left corner;
+    - size: [B, 2] int32, (rows, columns) of each image;
+    - new_size: [B, 2] int32, (rows, columns) of each image after the resize. The caller computes ``new_size`` in double
+      precision, as torchvision does (README.md): in float32 on a device, some sizes would be wrong by a pixel;
+    - detections: {"boxes": [B, K, 4] xyxy in pixels of the given image, "scores": [B, K], "labels": [B, K] int32,
+      "valid": [B, K] bool}. Everything beyond the canvas of an image is masked, as everywhere in flaxdet.
 
     Args:
-        folder: where to; created if need be. Files of an earlier artifact are replaced, signature.json last.
+        folder: the folder to write; created if it does not exist. Files of an earlier artifact are replaced,
+            signature.json last.
         model: from a builder or ``flaxdet.load``.
-        variables: its ``{"params": ..., "batch_stats": ...}``.
+        variables: {"params": ..., "batch_stats": ...} of the model.
         buckets: (rows, columns) after the resize, multiples of 32; default ``default_buckets(model.transform)``. A
-            model with ``fixed_size`` has one canvas, which may be of any size where it is the one bucket.
-        batch_sizes: a program for each; default one program for any (its batch is symbolic).
-        raw_size: side of the square arrays that images come in; larger photos must be made smaller before.
-        platforms: that each program is lowered for, of "cpu", "cuda", "rocm" and "tpu".
+            model with ``fixed_size`` has one canvas; if this canvas is the only bucket, any size is accepted.
+        batch_sizes: fixed batch sizes, one program each; default one program with a symbolic batch size.
+        raw_size: side of the square input arrays, in pixels. Larger photos must be made smaller first.
+        platforms: platforms that each program is lowered for: "cpu", "cuda", "rocm" and "tpu".
         fold: fold BatchNorm into the convolutions.
         categories: name of each label, label 0 first, for the signature.
-        progress: shows a bar.
+        progress: shows a progress bar.
 
     Returns:
         The content of signature.json.
 
     Raises:
-        ValueError: where canvases may be smaller than their bucket, for a bucket or a ``size_divisible`` that is no
-            multiple of 32; for sizes below 1, no platform or an unknown one, or a number of categories that isn't
+        ValueError: for a bucket or a ``size_divisible`` that is no multiple of 32, if canvases may be smaller than the
+            bucket; for sizes below 1, no platform, an unknown platform, or a number of categories that isn't
             num_classes.
         OSError: if the folder can't be written.
     """
@@ -88,7 +92,7 @@ def export(
         raise ValueError(f'platforms should be some of "cpu", "cuda", "rocm" and "tpu", got {platforms}')
     check_categories(folder, model, categories)
     if fold:
-        model, variables = fold_batch_norm(model, variables)  # pyright: ignore[reportArgumentType, reportAssignmentType]
+        model, variables = fold_batch_norm(model, variables)
     weights = flat_arrays(variables, sep=".")
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     batches: list[Any] = list(batch_sizes) if batch_sizes else [jax.export.symbolic_shape("batch")[0]]
@@ -105,7 +109,7 @@ def export(
         fixed = batch if isinstance(batch, int) else None
         name = f"detect-{bucket[0]}x{bucket[1]}{'' if fixed is None else f'-batch{fixed}'}.stablehlo"
         content = bytes(exported.serialize())
-        folder.mkdir(parents=True, exist_ok=True)  # not before there is something to write
+        folder.mkdir(parents=True, exist_ok=True)  # only now: a failed export leaves no empty folder
         with replacing(folder / name) as file:
             file.write(content)
         programs.append({"file": name, "bucket": list(bucket), "batch": fixed, "sha256": digest(content)})
@@ -120,7 +124,7 @@ def export(
         "inputs": ["weights", "images [B, raw, raw, 3] uint8", "size [B, 2] int32", "new_size [B, 2] int32"],
         "outputs": ["boxes [B, K, 4]", "scores [B, K]", "labels [B, K] int32", "valid [B, K] bool"],
         "resize": {
-            "min_size": config.min_size[-1],  # pyright: ignore[reportIndexIssue]
+            "min_size": config.min_size[-1],
             "max_size": config.max_size,
             "fixed_size": config.fixed_size,
             "size_divisible": config.size_divisible,
@@ -146,12 +150,17 @@ def _pipeline(model: Detector, bucket: Size, masked: bool) -> Callable[..., dict
             original_size=size,
             canvas=-(-new_size // step) * step if masked else None,
         )
-        found = detect(model, traverse_util.unflatten_dict(weights, sep="."), batch)
-        return {"boxes": found.boxes, "scores": found.scores, "labels": found.labels, "valid": found.valid}
+        detections = detect(model, traverse_util.unflatten_dict(weights, sep="."), batch)
+        return {
+            "boxes": detections.boxes,
+            "scores": detections.scores,
+            "labels": detections.labels,
+            "valid": detections.valid,
+        }
 
     return pipeline
 
 
 def digest(content: bytes) -> str:
-    """The hash of a file's content, as signature.json has it."""
+    """The hash of a file's content, as stored in signature.json."""
     return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""``load_exported``: the artifacts of ``export`` in use."""
+"""``load_exported``: loads and runs the artifacts of ``export``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import safetensors.numpy
 
 from flaxdet.images.buckets import Size
 from flaxdet.images.transform import check_images
-from flaxdet.inference.detect import Found
+from flaxdet.inference.detect import ImageDetections
 from flaxdet.inference.engine import run
 from flaxdet.inference.export import FORMAT, SIGNATURE, digest
 from flaxdet.inference.samples import Sample, place, raw_squares, size_arrays
@@ -24,12 +24,12 @@ from flaxdet.structures import Detections, TransformConfig
 
 
 class ExportError(ValueError):
-    """A folder holds no artifact that this flaxdet can run; the message names it and what was expected."""
+    """A folder holds no artifact that this flaxdet can run; the message says which file is wrong, and why."""
 
 
 @dataclass(frozen=True)
 class ExportedDetector:
-    """An artifact of ``export`` in use: what its README page does, with checks.
+    """A loaded artifact of ``export``: a function of images. Checks the images.
 
     Attributes:
         signature: the content of signature.json.
@@ -40,22 +40,25 @@ class ExportedDetector:
     weights: dict[str, Any]
     _run: Callable[[int], Callable[..., dict[str, jax.Array]]]
 
-    def __call__(self, images: Sequence[Any]) -> list[Found]:
+    def __call__(self, images: Sequence[Any]) -> list[ImageDetections]:
         """Detects objects in images of any sizes up to the artifact's raw size.
 
-        Images of a bucket run together where the artifact has programs of several ``batch_sizes``. On a CPU the larger
-        programs run while enough images are left to fill them; elsewhere the rest of the images runs in the smallest
-        program that holds it. A program of any batch size runs for each image alone, so that it is compiled once.
+        If the artifact has programs of fixed ``batch_sizes``, images of a bucket run together. On a CPU, the next batch
+        runs in the largest program that the remaining images fill. On other devices, the last images of a bucket run in
+        the smallest program that holds them. A program with a symbolic batch size runs on one image per call, so that
+        the program is compiled only once.
 
         Args:
             images: arrays [H, W, 3] uint8, RGB.
 
         Returns:
-            As ``flaxdet.predict``: for each image {"boxes": [N, 4] xyxy in its pixels, "scores": [N], "labels": [N]}.
+            As ``flaxdet.predict``: for each image {"boxes": [N, 4] xyxy in pixels of the image, "scores": [N],
+            "labels": [N]}.
 
         Raises:
             TypeError: for images that are not uint8.
-            ValueError: for something that is no image, is larger than the raw size, or fits no bucket, by its number.
+            ValueError: for an array that is no image, is larger than the raw size, or fits no bucket; the message has
+                the number of the image.
             MemoryError: if the device has too little memory for a batch of a bucket.
         """
         programs = _ArtifactPrograms(self)
@@ -68,11 +71,11 @@ class ExportedDetector:
                     f"image {i}: expected at most {raw} pixels a side, got {image.shape[0]}x{image.shape[1]}"
                 )
             samples.append(place(i, image, f"image {i}", programs.config, programs.buckets))
-        return list(run(samples, programs))  # pyright: ignore[reportReturnType]
+        return list(run(samples, programs))
 
 
 class _ArtifactPrograms:
-    """The programs of an artifact, by bucket and batch size; a program of any batch size counts as one of 1."""
+    """The programs of an artifact, by bucket and batch size; a symbolic batch size counts as 1."""
 
     def __init__(self, artifact: ExportedDetector):
         self._artifact, signature = artifact, artifact.signature
@@ -94,7 +97,7 @@ class _ArtifactPrograms:
         return tuple(self._numbers[bucket])
 
     def masked(self, bucket: Size) -> bool:
-        """As ``engine.Programs``: only the one bucket of a model with ``fixed_size`` has no masks."""
+        """As ``engine.Programs``. An artifact without masks has only one bucket, so the answer is irrelevant."""
         del bucket
         return True
 
@@ -110,13 +113,14 @@ def load_exported(folder: str | Path) -> ExportedDetector:
     """Reads an artifact of ``export``.
 
     Args:
-        folder: with signature.json.
+        folder: the folder that holds signature.json.
 
     Returns:
-        A function of images; each program is compiled when first needed.
+        A function of images. Each program is compiled on first use.
 
     Raises:
-        ExportError: if a file is missing or not the one that was exported, or the artifact's format is another's.
+        ExportError: if a file is missing or was changed, or the artifact has another format or no program for the
+            platform.
     """
     folder = Path(folder)
     try:

@@ -1,4 +1,4 @@
-"""BatchNorm folded for inference: once for given variables, where the model allows it."""
+"""Folds BatchNorm for inference, once for given variables, if the model allows folding."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ import jax
 from flaxdet.models.detector import Detector
 from flaxdet.models.folding import fold_batch_norm
 
-# The folded pair by the model and the identity of the leaves of its variables. The first leaf to die of those that
-# folding replaces takes the entry out, before another array can have the identity. The others the entry keeps alive.
-_kept: dict[Hashable, tuple[Detector, Any]] = {}
+# The folded model and variables, by the model and the ids of the leaves of the variables. An entry has references to
+# the leaves that folding does not replace, so these ids stay valid. When the first of the replaced leaves is deleted,
+# the entry is removed, before another array can get the same id.
+_cache: dict[Hashable, tuple[Detector, Any]] = {}
 
 
 def folded(model: Detector, variables: Any) -> tuple[Detector, Any]:
-    """``fold_batch_norm`` where it applies, computed once for variables in jax arrays and kept as long as they live.
+    """``fold_batch_norm``, if there is something to fold. Caches the result for variables in jax arrays.
 
-    Folding a ResNet-50 takes a quarter of a second, as long as a small image. Variables in numpy arrays, whose content
-    may change, are folded at every call.
+    Folding a ResNet-50 takes a quarter of a second, as long as detection in a small image. The cache keeps the result
+    as long as the variables live. Variables in numpy arrays, whose content may change, are folded at every call.
 
     Args:
         model: any detector.
         variables: {"params": ..., "batch_stats": ...} of the model.
 
     Returns:
-        The folded model and its variables, on the devices of the given ones. The very arguments for a model that is
-        folded already or has nothing to fold, and for variables divided over several devices.
+        The folded model and the folded variables, on the devices of ``variables``. The arguments themselves if the
+        model is folded already, has nothing to fold, or the variables are divided over several devices.
 
     Raises:
         ValueError: if variables don't fit the model.
@@ -37,15 +38,15 @@ def folded(model: Detector, variables: Any) -> tuple[Detector, Any]:
     if not all(isinstance(leaf, jax.Array) for leaf in leaves):
         return _fold(model, variables)
     key = model, structure, tuple(id(leaf) for leaf in leaves)
-    if key in _kept:
-        return _kept[key]
+    if key in _cache:
+        return _cache[key]
     result = _fold(model, variables)
     remaining = {id(leaf) for leaf in jax.tree.leaves(result[1])}
     replaced = [leaf for leaf in leaves if id(leaf) not in remaining]
     if replaced:
-        _kept[key] = result
+        _cache[key] = result
     for leaf in replaced:
-        weakref.finalize(leaf, _kept.pop, key, None).atexit = False
+        weakref.finalize(leaf, _cache.pop, key, None).atexit = False
     return result
 
 
@@ -55,11 +56,13 @@ def _fold(model: Detector, variables: Any) -> tuple[Detector, Any]:
     body = getattr(getattr(model, "backbone", None), "body", None)
     if getattr(body, "folded", False) or divided:
         return model, variables
-    made, fewer = fold_batch_norm(model, variables)
-    if made == model:  # a backbone and heads of the user's own
+    folded_model, folded_variables = fold_batch_norm(model, variables)
+    if folded_model == model:  # a custom backbone and custom heads, with nothing to fold
         return model, variables
-    if leaves:  # the variables lie on one device, or whole on each of several
-        given = {id(leaf) for leaf in leaves}
-        place = leaves[0].sharding
-        fewer = jax.tree.map(lambda leaf: leaf if id(leaf) in given else jax.device_put(leaf, place), fewer)
-    return made, fewer
+    if leaves:  # the variables are on one device, or replicated over several devices
+        original = {id(leaf) for leaf in leaves}
+        sharding = leaves[0].sharding
+        folded_variables = jax.tree.map(
+            lambda leaf: leaf if id(leaf) in original else jax.device_put(leaf, sharding), folded_variables
+        )
+    return folded_model, folded_variables

@@ -1,4 +1,4 @@
-"""``Predictor``: compiled once for each of a few buckets, fed images of any size."""
+"""``Predictor``: detects objects in images of any size with one compiled program per bucket."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from flaxdet.images.buckets import Size, model_buckets
 from flaxdet.images.decode import read_image
 from flaxdet.images.transform import check_image, check_images
-from flaxdet.inference.detect import Found
+from flaxdet.inference.detect import ImageDetections
 from flaxdet.inference.engine import Failed, run, stream
 from flaxdet.inference.folded import folded
 from flaxdet.inference.programs import CompiledPrograms
@@ -25,40 +25,41 @@ from flaxdet.xla.mesh import DATA_AXIS, replicated
 
 Source = np.ndarray | str | Path | Callable[[], np.ndarray]
 
-RAW_SIZES = (640, 1280, 2560)  # sides of the square arrays that images are sent to the device in
-# Batches that a stream reads on before it runs a bucket whose batch is not full; after twice as many it waits for the
-# result.
+RAW_SIZES = (640, 1280, 2560)  # sides of the square arrays in which images are sent to the device
+# A stream runs a batch that is not full after reading this many more batches of images. After twice as many, the stream
+# waits for the result.
 _PATIENCE = 8
 
 
 class Predictor:
     """Detects objects in images of any sizes with few compiled programs.
 
-    Each image is computed on its own canvas inside the smallest bucket that holds it, with everything beyond the canvas
-    masked. So the answers are those of ``predict`` on each image alone, up to rounding, whatever the bucket, the batch
-    and its neighbours; and a new size compiles nothing. Resize, normalisation, network, decoding and NMS run on the
-    device: a small program for each pair of raw size and bucket, and one of the model for each bucket. Programs are
-    compiled when first needed, or ahead of time by ``warmup``.
+    Each image has a separate canvas inside the smallest bucket that holds the canvas, and everything beyond the canvas
+    is masked. So the detections in an image are equal to the result of ``predict`` for the image alone, up to rounding,
+    and do not depend on the bucket or on other images in the batch. An image of a new size compiles nothing. Resize,
+    normalisation, network, decoding and NMS run on the device: a small resize program per raw size and bucket, and a
+    program of the model per bucket. A program is compiled on first use, or by ``warmup``.
 
-    Not thread-safe: use one in each thread.
+    Not thread-safe: use one predictor per thread.
 
     Args:
         model: from a builder or ``flaxdet.load``. A model with ``dtype=jnp.bfloat16`` computes in bfloat16.
-        variables: its ``{"params": ..., "batch_stats": ...}``.
+        variables: {"params": ..., "batch_stats": ...} of the model.
         buckets: (rows, columns) of the static shapes, in pixels after the resize, multiples of 32; default
-            ``default_buckets(model.transform)``, which hold every image. A model with ``fixed_size`` has one canvas,
-            which may be of any size where it is the one bucket.
-        batch_size: B, images a call of the model. A batch that is not full is filled up with copies. On a CPU, without
-            a mesh, every call is of one image, whatever B: as quick there, in the memory of one, and nothing is spent
-            on filling up.
-        raw_sizes: an image of 8-bit pixels is sent to the device in the smallest square array of these sides that
-            holds it, and resized there. Larger ones, and floats, take the same resize on the host.
+            ``default_buckets(model.transform)``, which hold every image. A model with ``fixed_size`` has one canvas; if
+            this canvas is the only bucket, any size is accepted.
+        batch_size: B, images per call of the model. A batch that is not full is filled up with copies. On a CPU without
+            a mesh, every call has one image, whatever B is: this is as fast as a batch, needs less memory, and computes
+            no copies.
+        raw_sizes: sides of square arrays, in pixels. An image of 8-bit pixels is sent to the device in the smallest
+            array that holds the image, and is resized on the device. Larger images, and images of floats, are resized
+            on the host, with the same result.
         fold: fold BatchNorm into the convolutions (``flaxdet.fold_batch_norm``).
-        mesh: of ``flaxdet.train.make_mesh``; the batch is divided over its devices.
+        mesh: the result of ``flaxdet.train.make_mesh``; the batch is divided over the devices of the mesh.
 
     Raises:
-        ValueError: where canvases may be smaller than their bucket, for a bucket or a ``size_divisible`` that is no
-            multiple of 32; for a batch that the mesh's devices don't divide, or sizes below 1.
+        ValueError: for a bucket or a ``size_divisible`` that is no multiple of 32, if canvases may be smaller than the
+            bucket; for a ``batch_size`` that is no multiple of the number of devices, or sizes below 1.
     """
 
     def __init__(
@@ -93,19 +94,19 @@ class Predictor:
 
     @property
     def compile_count(self) -> int:
-        """Programs compiled so far: at most one of the model a bucket, and one resize a bucket and raw size."""
+        """Number of compiled programs: at most one model per bucket, and one resize per bucket and raw size."""
         return len(self._programs.resizes) + len(self._programs.detects)
 
     @property
     def model_compile_count(self) -> int:
-        """Programs of the model among them."""
+        """Number of compiled programs of the model; resizes are not counted."""
         return len(self._programs.detects)
 
     def warmup(self, *, progress: bool = False) -> None:
-        """Compiles every program ahead of time, so that no image has to wait for it.
+        """Compiles every program, so that no image has to wait for compilation.
 
         Args:
-            progress: shows a bar.
+            progress: shows a progress bar.
         """
         from tqdm import tqdm
 
@@ -116,46 +117,47 @@ class Predictor:
         for compile_one in tqdm([*models, *resizes], desc="compiling", disable=not progress):
             compile_one()
 
-    def __call__(self, images: Sequence[Any]) -> list[Found]:
+    def __call__(self, images: Sequence[Any]) -> list[ImageDetections]:
         """Detects objects in a list of images.
 
         Args:
             images: arrays [H, W, 3] of any sizes, RGB, all uint8 or all floats in [0, 1]; may be empty.
 
         Returns:
-            For each image, in the order given, {"boxes": [N, 4] xyxy in pixels of the original image, "scores": [N] in
+            For each image, in the given order, {"boxes": [N, 4] xyxy in pixels of the original image, "scores": [N] in
             [0, 1], "labels": [N] int32}, best first.
 
         Raises:
-            TypeError: for images of another or of mixed dtypes.
-            ValueError: for something that is no image, or that no bucket holds, naming it by its number; nothing is
-                computed then.
+            TypeError: for images of other dtypes or of mixed dtypes.
+            ValueError: for an array that is no image, or an image that no bucket holds; the message has the number of
+                the image. Nothing is computed then.
             MemoryError: if the device has too little memory for a batch of a bucket.
         """
         arrays, config = check_images(images), self.model.transform
         samples = [place(i, array, f"image {i}", config, self.buckets) for i, array in enumerate(arrays)]
-        return list(run(samples, self._programs))  # pyright: ignore[reportReturnType]
+        return list(run(samples, self._programs))
 
-    def stream(self, images: Iterable[Source], *, workers: int = 2) -> Generator[Found | Exception]:
-        """Detects objects in a long or endless sequence of images, reading ahead while the device computes.
+    def stream(self, images: Iterable[Source], *, workers: int = 2) -> Generator[ImageDetections | Exception]:
+        """Detects objects in a long or endless sequence of images; threads read images while the device computes.
 
-        A result comes when a few more images have been read, 16 batches at most, since batches are filled and the
-        device is kept busy. Images that can't be read count too. For single images that come one by one, call the
-        predictor with a list of one.
+        A result is yielded after at most 16 more batches of images are read (images with errors count too), since
+        batches are filled up and the device is kept busy. To detect objects in single images without delay, call the
+        predictor with a list of one image.
 
         Args:
             images: arrays [H, W, 3], uint8 or floats in [0, 1]; paths of image files; or functions without arguments
-                that return an array. Few are held at a time.
-            workers: threads that read files and call functions.
+                that return an array. Few images are in memory at a time.
+            workers: number of threads that read files and call functions.
 
         Yields:
-            For each image, in order, what ``__call__`` returns for it. For one that can't be read, is no image, or that
-            no bucket holds, the exception in its place (``flaxdet.data.ImageError``, ``ValueError`` or ``TypeError``,
-            naming the file or the number of the image), and all others as usual.
+            For each image, in order, the dict that ``__call__`` returns. For a file that can't be read, an array that
+            is no image, and an image that no bucket holds, the exception (``flaxdet.data.ImageError``, ``ValueError``
+            or ``TypeError``, with the file or the number of the image); the stream then continues.
 
         Raises:
             ValueError: for fewer than one worker.
-            MemoryError: as ``__call__``; what a function raises beyond OSError, TypeError and ValueError.
+            MemoryError: as ``__call__``.
+            Exception: any error of a function in ``images`` that is no OSError, TypeError or ValueError.
         """
         if workers < 1:
             raise ValueError(f"workers should be at least 1, got {workers}")
@@ -170,7 +172,7 @@ class Predictor:
         )
 
     def _load(self, numbered: tuple[int, Source]) -> Sample | Failed:
-        """One image of a stream, in a thread of its own: numpy alone."""
+        """Reads one image of a stream. Runs in a thread, so computes in numpy only."""
         number, source = numbered
         name = str(source) if isinstance(source, (str, Path)) else f"image {number}"
         try:

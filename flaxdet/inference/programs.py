@@ -1,7 +1,8 @@
-"""The programs that inference runs: compiled for a predictor, or jitted and shared by the whole process."""
+"""The programs of inference: compiled for one predictor, or jitted and shared by the whole process."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -26,13 +27,13 @@ from flaxdet.xla.options import compiler_options
 
 
 class JittedPrograms:
-    """``jitted_detect`` on batches that ``transform`` builds: compiled once in the process for each shape.
+    """``jitted_detect`` on batches from ``transform``: compiled once per shape and process.
 
     Args:
         model: the detector.
         variables: {"params": ..., "batch_stats": ...}.
-        batch_size: B, images a call.
-        masked: buckets in which some canvas is smaller, so that the program takes canvases.
+        batch_size: B, images per call.
+        masked: buckets that are larger than some canvas, so that the program needs masks.
     """
 
     def __init__(
@@ -64,22 +65,22 @@ class JittedPrograms:
             bucket=bucket,
             dtype=self.model.box_dtype,
         )
-        if self.masked(bucket) and batch.canvas is None:  # without canvases it would compile once more
+        if self.masked(bucket) and batch.canvas is None:  # a batch without canvases would compile another program
             canvas = jnp.tile(jnp.asarray(bucket, jnp.int32)[None], (len(rows), 1))
-            batch = batch.replace(canvas=canvas)  # pyright: ignore[reportAttributeAccessIssue]
+            batch = dataclasses.replace(batch, canvas=canvas)
         return jitted_detect(self.model, self.variables, batch)
 
 
 class CompiledPrograms:
-    """Compiles the model and its resize for a batch, each for a bucket, when first asked for.
+    """Compiles the model and the resize for each bucket, on first use.
 
     Args:
         model: the detector.
         variables: {"params": ..., "batch_stats": ...}, on the devices.
-        batch_size: B, images a call.
-        masked: whether a canvas may be smaller than its bucket.
-        raw_sizes: sides of the square arrays that 8-bit images are sent in, the smallest first.
-        mesh: over whose devices a batch is divided.
+        batch_size: B, images per call.
+        masked: True if a canvas may be smaller than the bucket.
+        raw_sizes: sides of the square arrays in which 8-bit images are sent to the device, the smallest first.
+        mesh: a batch is divided over the devices of this mesh; None for one device.
     """
 
     def __init__(
@@ -108,18 +109,18 @@ class CompiledPrograms:
         return self._masked
 
     def prepare(self, sample: Sample) -> Sample:
-        """The sample, resized now if the device can't resize it: so that a thread does it."""
+        """Resizes the sample on the host if the device can't. Called in a thread, so that ``start`` needn't resize."""
         return sample if sample.resized or self._raw_size(sample) else self._resize_on_host(sample)
 
     def start(self, bucket: Size, rows: Sequence[Sample]) -> Detections:
         """As ``engine.Programs``."""
         size, new_size, canvas = size_arrays(rows)
-        sides = [self._raw_size(row) for row in rows]
-        if None in sides:
+        sides = [side for row in rows if (side := self._raw_size(row)) is not None]
+        if len(sides) < len(rows):
             resized = [row if row.resized else self._resize_on_host(row) for row in rows]
             pixels = self.put(resized_pixels(resized, bucket, np.dtype(self.model.box_dtype)))
         else:
-            side = max(sides)  # pyright: ignore[reportArgumentType]
+            side = max(sides)
             resize = self.resize(bucket, side)
             pixels = resize(self.put(raw_squares(rows, side)), self.put(size), self.put(new_size))
         batch = ImageBatch(
@@ -131,7 +132,7 @@ class CompiledPrograms:
         return self.detect(bucket)(batch)
 
     def _raw_size(self, sample: Sample) -> int | None:
-        """The side of the smallest square that holds the image as 8-bit pixels; None for what the host resizes."""
+        """The side of the smallest raw square that holds the image; None for an image that the host resizes."""
         if sample.resized or sample.image.dtype != np.uint8:
             return None
         return next((side for side in self.raw_sizes if side >= max(sample.size)), None)
@@ -142,24 +143,24 @@ class CompiledPrograms:
             sample.image,
             sample.new_size,
             bucket=sample.new_size,
-            mean=config.image_mean,  # pyright: ignore[reportArgumentType]
-            std=config.image_std,  # pyright: ignore[reportArgumentType]
+            mean=config.image_mean,
+            std=config.image_std,
             dtype=np.dtype(self.model.box_dtype),
         )
         return sample._replace(image=image, resized=True)
 
     def resize(self, bucket: Size, raw: int) -> Callable[..., Any]:
-        """The resize of a batch, compiled now if it is not there.
+        """The compiled resize of a batch. Compiles it on first use.
 
         Args:
             bucket: (rows, columns) of the result.
-            raw: side of the square arrays of 8-bit pixels that images lie in.
+            raw: side of the square arrays with the 8-bit pixels of images.
 
         Returns:
             (images [B, raw, raw, 3], sizes [B, 2], new sizes [B, 2]) -> pixels [B, rows, columns, 3].
 
         Raises:
-            MemoryError: if compiling takes more memory than there is.
+            MemoryError: if there is too little memory to compile.
         """
         if (bucket, raw) not in self.resizes:
             sizes = self._abstract((2,), jnp.int32)
@@ -168,7 +169,7 @@ class CompiledPrograms:
         return self.resizes[bucket, raw]
 
     def detect(self, bucket: Size) -> Callable[[ImageBatch], Detections]:
-        """The model on a batch, compiled now if it is not there.
+        """The compiled model for a bucket. Compiles it on first use.
 
         Args:
             bucket: (rows, columns) of the pixels.
@@ -177,7 +178,7 @@ class CompiledPrograms:
             Batch -> detections in the pixels of the original images.
 
         Raises:
-            MemoryError: if compiling takes more memory than there is.
+            MemoryError: if there is too little memory to compile.
         """
         if bucket not in self.detects:
             sizes: Any = self._abstract((2,), jnp.int32)
@@ -192,7 +193,7 @@ class CompiledPrograms:
         return functools.partial(self.detects[bucket], self.variables)
 
     def put(self, array: np.ndarray) -> jax.Array:
-        """A batch's array on the device, or divided over the mesh.
+        """Transfers an array of a batch to the device, or divides it over the devices of the mesh.
 
         Args:
             array: [B, ...].
@@ -215,7 +216,7 @@ def resize_to(model: Detector, bucket: Size) -> Callable[..., Any]:
     """The resize of a batch into a bucket.
 
     Args:
-        model: says how images are normalised.
+        model: the detector, of which mean, standard deviation and dtype are used.
         bucket: (rows, columns) of the result.
 
     Returns:
@@ -226,8 +227,8 @@ def resize_to(model: Detector, bucket: Size) -> Callable[..., Any]:
         functools.partial(
             resize_image,
             bucket=bucket,
-            mean=config.image_mean,  # pyright: ignore[reportArgumentType]
-            std=config.image_std,  # pyright: ignore[reportArgumentType]
+            mean=config.image_mean,
+            std=config.image_std,
             dtype=model.box_dtype,
         )
     )

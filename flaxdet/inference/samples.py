@@ -1,4 +1,4 @@
-"""One image on its way to the device, and the host arrays that a batch of images is sent in."""
+"""Samples (an image and its place in a bucket), and the host arrays of a batch of samples."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from flaxdet.structures import TransformConfig
 
 
 class Sample(NamedTuple):
-    """An image and where it goes. Sizes are (rows, columns) in pixels.
+    """An image and its sizes. Sizes are (rows, columns) in pixels.
 
     Attributes:
-        number: place of the result, counted from 0.
-        image: [H, W, 3] uint8 or floats in [0, 1]; once ``resized``, [h, w, 3] in the dtype of the pixels.
-        size: of the image as given.
-        new_size: after the resize.
-        canvas: the padded size that the image counts as having.
+        number: position of the result, from 0.
+        image: [H, W, 3] uint8 or floats in [0, 1]; if ``resized``, [h, w, 3] in the dtype of the model's pixels.
+        size: size of the original image.
+        new_size: size after the resize.
+        canvas: size after the padding; everything beyond the canvas is masked.
         bucket: the static shape that holds the canvas.
-        resized: whether ``image`` is normalised and resized already.
+        resized: True if ``image`` is normalised and resized already.
     """
 
     number: int
@@ -38,17 +38,17 @@ def place(number: int, image: np.ndarray, name: str, config: TransformConfig, bu
     """Finds the size, canvas and bucket of an image.
 
     Args:
-        number: place of the result.
+        number: position of the result.
         image: [H, W, 3], checked.
-        name: what to call the image in an error.
+        name: name of the image in errors.
         config: ``model.transform``.
-        buckets: the smallest first; None makes each canvas a bucket.
+        buckets: the smallest first; None: the bucket of an image is the canvas.
 
     Returns:
         The sample, not resized yet.
 
     Raises:
-        ValueError: if a side would have no pixel left after the resize, or no bucket holds the canvas.
+        ValueError: if the resize would leave no pixel of a side, or no bucket holds the canvas.
     """
     size = (image.shape[0], image.shape[1])
     new_size = resized_size(size, config, name=name)
@@ -75,7 +75,7 @@ def _corners(images: Sequence[np.ndarray], shape: Size, dtype: Any) -> np.ndarra
 
 
 def size_arrays(rows: Sequence[Sample]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[B, 2] int32 each: sizes as given, sizes after the resize, and canvases."""
+    """Original sizes, sizes after the resize, and canvases, each [B, 2] int32."""
     size, new_size, canvas = (
         np.array([getattr(row, field) for row in rows], np.int32) for field in ("size", "new_size", "canvas")
     )

@@ -11,7 +11,7 @@ A backbone declares what it likes, as attributes or properties:
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 Path = tuple[str, ...]  # of names in a tree of variables
 
@@ -82,7 +82,20 @@ def trainable_groups_of(module: Any) -> tuple[tuple[Path, ...], ...]:
     return tuple(getattr(module, "trainable_groups", ()))
 
 
-def is_foldable(module: Any) -> bool:
+class Foldable(Protocol):
+    """A module whose norms can be folded into its convolutions."""
+
+    @property
+    def conv_norm_pairs(self) -> tuple[ConvNorm, ...]:
+        """Every convolution with its norm."""
+        ...
+
+    def without_norms(self) -> Any:
+        """The same module with biases in the norms' place."""
+        ...
+
+
+def is_foldable(module: Any) -> TypeGuard[Foldable]:
     """Whether a module declares ``conv_norm_pairs`` and ``without_norms``.
 
     Args:

@@ -82,7 +82,7 @@ class FeaturePyramidNetwork(TypedModule):
                 yield TorchName(f"{blocks}_{i}/norm", f"{blocks}.{i}.1")
         yield from inside(names_of(self.extra_blocks), "extra_blocks", "extra_blocks")
 
-    def conv_norm_pairs(self, levels: int) -> tuple[ConvNorm, ...]:
+    def level_pairs(self, levels: int) -> tuple[ConvNorm, ...]:
         """Every convolution with its norm; none without ``use_norm``.
 
         Args:
@@ -222,8 +222,8 @@ class BackboneWithFPN(nn.Module):
     @property
     def conv_norm_pairs(self) -> tuple[ConvNorm, ...]:
         """The pairs that the body declares, and the pyramid's."""
-        body = self.body.conv_norm_pairs if is_foldable(self.body) else ()  # pyright: ignore[reportAttributeAccessIssue]
-        pyramid = self.fpn.conv_norm_pairs(len(self.returned_stages))
+        body = self.body.conv_norm_pairs if is_foldable(self.body) else ()
+        pyramid = self.fpn.level_pairs(len(self.returned_stages))
         return (*(pair.below("body") for pair in body), *(pair.below("fpn") for pair in pyramid))
 
     def without_norms(self) -> BackboneWithFPN:
@@ -232,7 +232,7 @@ class BackboneWithFPN(nn.Module):
         Returns:
             The same backbone without the norms of ``conv_norm_pairs``.
         """
-        body = self.body.without_norms() if is_foldable(self.body) else self.body  # pyright: ignore[reportAttributeAccessIssue]
+        body = self.body.without_norms() if is_foldable(self.body) else self.body
         return self.clone(body=body, fpn=self.fpn.without_norms(), parent=None)
 
     def torch_names(self) -> Iterator[TorchName]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
@@ -29,15 +27,8 @@ class Norm(TypedModule):
     It holds no fields of its own; a subclass has ``dtype`` and ``param_dtype`` and defines ``scale_and_shift``.
     """
 
-    if TYPE_CHECKING:
-        dtype: Dtype = jnp.float32
-
     def __call__(
-        self,
-        x: Float[Array, "... C"],
-        *,
-        train: bool = False,
-        mask: Bool[Array, "..."] | None = None,
+        self, x: Float[Array, "... C"], *, train: bool = False, mask: Bool[Array, "..."] | None = None
     ) -> Float[Array, "... C"]:
         """Normalises ``x``.
 
@@ -54,11 +45,7 @@ class Norm(TypedModule):
         return scaled_and_shifted(x, self.scale_and_shift(x, train=train, mask=mask), self.dtype)
 
     def scale_and_shift(
-        self,
-        x: Float[Array, "... C"],
-        *,
-        train: bool = False,
-        mask: Bool[Array, "..."] | None = None,
+        self, x: Float[Array, "... C"], *, train: bool = False, mask: Bool[Array, "..."] | None = None
     ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
         """The norm of ``x`` as x * scale + shift, not yet applied.
 
@@ -96,13 +83,7 @@ class BatchNorm(Norm):
     param_dtype: Dtype | None = None
 
     @nn.compact
-    def scale_and_shift(
-        self,
-        x: Float[Array, "... C"],
-        *,
-        train: bool = False,
-        mask: Bool[Array, "..."] | None = None,
-    ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    def scale_and_shift(self, x: Array, *, train: bool = False, mask: Array | None = None) -> ScaleShift:
         """The norm of ``x`` as x * scale + shift, not yet applied.
 
         Args:
@@ -172,19 +153,13 @@ class FrozenBatchNorm(Norm):
     param_dtype: Dtype | None = None
 
     @nn.compact
-    def scale_and_shift(
-        self,
-        x: Float[Array, "... C"],
-        *,
-        train: bool = False,
-        mask: Bool[Array, "..."] | None = None,
-    ) -> tuple[Float[Array, " C"], Float[Array, " C"]]:
+    def scale_and_shift(self, x: Array, *, train: bool = False, mask: Array | None = None) -> ScaleShift:
         """The norm as x * scale + shift, not yet applied.
 
         Args:
             x: [..., C].
             train: makes no difference; taken as ``BatchNorm`` takes it.
-            mask: makes no difference; taken as ``BatchNorm`` takes it.
+            mask: [...], makes no difference either.
 
         Returns:
             scale and shift, [C] each in float32 (float64 if ``dtype`` is).
@@ -221,13 +196,7 @@ class GroupNorm(Norm):
     param_dtype: Dtype | None = None
 
     @nn.compact
-    def scale_and_shift(
-        self,
-        x: Float[Array, "B h w C"],
-        *,
-        train: bool = False,
-        mask: Bool[Array, "B h w"] | None = None,
-    ) -> tuple[Float[Array, "B 1 1 C"], Float[Array, "B 1 1 C"]]:
+    def scale_and_shift(self, x: Array, *, train: bool = False, mask: Array | None = None) -> ScaleShift:
         """The norm of ``x`` as x * scale + shift, not yet applied.
 
         Args:

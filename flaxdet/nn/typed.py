@@ -39,7 +39,17 @@ def default_param_dtype(dtype: Dtype, param_dtype: Dtype | None) -> Dtype:
     return stored
 
 
-class TypedModule(nn.Module):
+class _Dtypes:
+    """What ``TypedModule`` reads of a module, which declares the two as fields at their places among its own.
+
+    Not in ``TypedModule`` itself, where they would be fields that come before those of every module.
+    """
+
+    dtype: Dtype
+    param_dtype: Dtype | None
+
+
+class TypedModule(_Dtypes, nn.Module):
     """Base of modules with ``dtype`` and ``param_dtype``; holds no fields of its own.
 
     It resolves both at once, so that modules built alike are equal however their dtypes were spelled: equal
@@ -47,9 +57,8 @@ class TypedModule(nn.Module):
     """
 
     def __post_init__(self) -> None:
-        dtype: Dtype = self.dtype  # pyright: ignore[reportAttributeAccessIssue]
-        stored = default_param_dtype(dtype, self.param_dtype)  # pyright: ignore[reportAttributeAccessIssue]
-        object.__setattr__(self, "dtype", jnp.dtype(dtype))
+        stored = default_param_dtype(self.dtype, self.param_dtype)
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         object.__setattr__(self, "param_dtype", stored)
         super().__post_init__()
 
@@ -71,7 +80,7 @@ class TypedModule(nn.Module):
         """
         shared = {name: updates[name] for name in SHARED_OPTIONS if name in updates}
         if shared:
-            dtype = updates.get("dtype", self.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+            dtype = updates.get("dtype", self.dtype)
             if "param_dtype" in shared:  # a part of another library may not know None
                 shared["param_dtype"] = default_param_dtype(dtype, shared["param_dtype"])
             updates = {**_parts_with(self, shared, {}), **updates}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 from numpy.typing import ArrayLike
+
+LevelNumbers = Sequence[Sequence[float]] | Sequence[float] | np.ndarray  # as AnchorGenerator's constructor takes them
+LevelExtents = Sequence[ArrayLike] | Array | np.ndarray  # for each level [2], rows and columns
 
 
 def _rows(name: str, values: Any) -> tuple[Any, ...]:
@@ -46,8 +49,12 @@ class AnchorGenerator:
         TypeError: for anything but numbers, or a sequence of numbers for each level.
     """
 
-    sizes: Sequence[Sequence[float]] | Sequence[float] = ((128, 256, 512),)
-    aspect_ratios: Sequence[Sequence[float]] | Sequence[float] = ((0.5, 1.0, 2.0),)
+    sizes: tuple[tuple[float, ...], ...] = ((128, 256, 512),)
+    aspect_ratios: tuple[tuple[float, ...], ...] = ((0.5, 1.0, 2.0),)
+
+    if TYPE_CHECKING:  # the constructor takes more than the fields hold: lists, and flat sequences
+
+        def __init__(self, sizes: LevelNumbers = ..., aspect_ratios: LevelNumbers = ...) -> None: ...
 
     def __post_init__(self):
         sizes, ratios = _rows("sizes", self.sizes), _rows("aspect_ratios", self.aspect_ratios)
@@ -56,12 +63,12 @@ class AnchorGenerator:
         if ratios and not isinstance(ratios[0], tuple):
             ratios = (ratios,) * len(sizes)
         for name, levels in (("sizes", sizes), ("aspect_ratios", ratios)):
-            if not levels or not all(level and min(level) > 0 for level in levels):  # pyright: ignore
+            if not levels or not all(level and min(level) > 0 for level in levels):
                 raise ValueError(f"{name} must hold numbers above 0 for every level, found {levels!r}")
         if len(sizes) != len(ratios):
             raise ValueError(f"sizes and aspect_ratios must name the same levels, found {len(sizes)} and {len(ratios)}")
-        object.__setattr__(self, "sizes", tuple(tuple(level) for level in sizes))  # pyright: ignore
-        object.__setattr__(self, "aspect_ratios", tuple(tuple(level) for level in ratios))  # pyright: ignore
+        object.__setattr__(self, "sizes", tuple(tuple(level) for level in sizes))
+        object.__setattr__(self, "aspect_ratios", tuple(tuple(level) for level in ratios))
 
     def num_anchors_per_location(self) -> list[int]:
         """Number of anchors at each location of each level."""
@@ -87,7 +94,7 @@ class AnchorGenerator:
     def __call__(
         self,
         canvas: ArrayLike,
-        extents: Sequence[ArrayLike] | ArrayLike,
+        extents: LevelExtents,
         shapes: Sequence[tuple[int, int]],
         dtype: Any = jnp.float32,
     ) -> tuple[Float[Array, "hwA 4"], ...]:
@@ -112,7 +119,7 @@ class AnchorGenerator:
         dtype = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
         canvas = jnp.asarray(canvas, jnp.int32)
         levels = []
-        for base, extent, (h, w) in zip(self.base_anchors(), extents, shapes, strict=True):  # pyright: ignore
+        for base, extent, (h, w) in zip(self.base_anchors(), extents, shapes, strict=True):
             # an empty padding slot of a batch has extent 0; any finite anchor will do there
             stride = canvas // jnp.maximum(jnp.asarray(extent, jnp.int32), 1)
             y = jnp.broadcast_to((jnp.arange(h, dtype=jnp.int32) * stride[0])[:, None], (h, w))
@@ -122,9 +129,7 @@ class AnchorGenerator:
             levels.append(anchors.reshape(-1, 4))
         return tuple(levels)
 
-    def valid(
-        self, extents: Sequence[ArrayLike] | ArrayLike, shapes: Sequence[tuple[int, int]]
-    ) -> tuple[Bool[Array, " hwA"], ...]:
+    def valid(self, extents: LevelExtents, shapes: Sequence[tuple[int, int]]) -> tuple[Bool[Array, " hwA"], ...]:
         """Which anchors belong to the image's own canvas.
 
         Args:
@@ -139,7 +144,7 @@ class AnchorGenerator:
         """
         self._check_levels(extents, shapes)
         levels = []
-        for count, extent, (h, w) in zip(self.num_anchors_per_location(), extents, shapes, strict=True):  # pyright: ignore
+        for count, extent, (h, w) in zip(self.num_anchors_per_location(), extents, shapes, strict=True):
             extent = jnp.asarray(extent, jnp.int32)
             rows = jnp.arange(h, dtype=jnp.int32) < extent[0]
             columns = jnp.arange(w, dtype=jnp.int32) < extent[1]
@@ -147,7 +152,7 @@ class AnchorGenerator:
             levels.append(jnp.broadcast_to(inside, (h, w, count)).reshape(-1))
         return tuple(levels)
 
-    def _check_levels(self, extents: Any, shapes: Sequence[tuple[int, int]]) -> None:
+    def _check_levels(self, extents: LevelExtents, shapes: Sequence[tuple[int, int]]) -> None:
         if not len(self.sizes) == len(extents) == len(shapes):
             raise ValueError(
                 f"the anchor generator has sizes for {len(self.sizes)} levels, "

@@ -31,7 +31,7 @@ Metrics = Mapping[str, Any]
 _IN_FLIGHT = 2  # steps whose losses are not fetched yet, so that the host prepares batches while the device works
 
 
-class Batches(Protocol):
+class ResumableBatches(Protocol):
     """An iterator of batch dicts whose position can be stored (``flaxdet.data.train_batches``)."""
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]: ...
@@ -68,7 +68,7 @@ class InterruptedTrainingError(KeyboardInterrupt):
 def fit(
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]],
     state: TrainState,
-    batches: Batches | Iterator[dict[str, np.ndarray]],
+    batches: ResumableBatches | Iterator[dict[str, np.ndarray]],
     *,
     steps: int,
     mesh: Mesh | None = None,
@@ -123,9 +123,11 @@ def fit(
     pending: collections.deque[tuple[int, Any, Metrics]] = collections.deque()
     window = _Window(schedule)
     target_labels: range | None = getattr(train_step, "target_labels", None)
-    has_dataset = hasattr(batches, "check_labels")  # the labels of the whole data set can be checked at once
-    if target_labels is not None and has_dataset:
-        batches.check_labels(target_labels)  # pyright: ignore[reportAttributeAccessIssue]
+    # the batches' own, which checks the labels of the whole data set at once
+    check_labels: Callable[[range], None] | None = getattr(batches, "check_labels", None)
+    if target_labels is not None and check_labels is not None:
+        check_labels(target_labels)
+    get_state: Callable[[], dict[str, Any]] | None = getattr(batches, "get_state", None)
     advice = "; labels outside the model's classes give NaN too" if target_labels is None else ""
 
     def settle(keep: int = 0) -> None:
@@ -141,7 +143,7 @@ def fit(
         settle()
         write(step, window.take())  # so that a run resumed from here writes the same lines
         if checkpoints is not None:
-            position = batches.get_state() if hasattr(batches, "get_state") else {}  # pyright: ignore
+            position = {} if get_state is None else get_state()
             checkpoints.save(state, position, metrics=metrics)
 
     def write(step: int, values: Mapping[str, float]) -> None:
@@ -155,10 +157,10 @@ def fit(
     ):
         for step in range(first + 1, steps + 1):
             try:
-                batch = next(batches)  # pyright: ignore[reportArgumentType]
+                batch = next(batches)
             except StopIteration:
                 raise ValueError(f"the batches ended after step {step - 1}, expected {steps}") from None
-            if target_labels is not None and not has_dataset:
+            if target_labels is not None and check_labels is None:
                 look_at_labels(batch, target_labels)
             images = batch.get("image_id")
             state, metrics = train_step(state, shard_batch(batch, mesh))

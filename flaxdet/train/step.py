@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -82,8 +83,10 @@ def make_train_step(
         if routes.platform() == "cpu":  # else XLA copies each parameter that a gradient might yet read
             gradients = wait_for_all(gradients)
         updates, opt_state = update(gradients, state.opt_state, trained, value=loss)
-        params = merge(optax.apply_updates(trained, updates), frozen)  # pyright: ignore[reportArgumentType]
-        new = state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        updated: Any = optax.apply_updates(trained, updates)  # optax's type: any tree
+        params = merge(updated, frozen)
+        new = dataclasses.replace(
+            state,
             step=state.step + 1,
             params=params,
             batch_stats=batch_stats,

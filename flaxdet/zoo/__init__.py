@@ -1,1 +1,1 @@
-"""The detectors, one file a builder, and their published weights."""
+"""The detectors, one file per builder, and the published weights."""

@@ -1,7 +1,8 @@
-"""A tiny FCOS for tests and demonstrations: a narrow ResNet-18 body, three levels, two convolutions a branch.
+"""A tiny FCOS for tests and demonstrations: a narrow ResNet-18 body, three levels, two convolutions per branch.
 
-It compiles in seconds. torchvision has no such builder, so that it is never guessed from keys. ``demo/`` holds weights
-of it that find blood cells, and two photos to find them in (``benchmarks/train_demo.py`` trains the weights).
+The model compiles in seconds. torchvision has no such builder, so the keys of a state_dict never identify this model.
+``demo/`` holds weights that find blood cells, and two photos of blood cells (``benchmarks/train_demo.py`` trains the
+weights).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from flaxdet.ops import AnchorGenerator
 from flaxdet.registry import Architecture, Training, register
 
 NAME = "tiny_fcos"
-WIDTH = 8  # of the ResNet's stem
-CHANNELS, CONVS = 64, 2  # of each level, and of each branch of the head
+WIDTH = 8  # channels of the ResNet's stem
+CHANNELS, CONVS = 64, 2  # channels of each pyramid level, convolutions of each branch of the head
 ANCHOR_SIZES = ((8,), (16,), (32,))
 SIZES = {"min_size": 256, "max_size": 352}
 
@@ -43,8 +44,8 @@ def _make(num_classes: int, body: Any, shared: dict[str, Any], **fields: Any) ->
 
 
 def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool = False, **options: Any) -> Any:
-    """torchvision's FCOS on a narrow ResNet-18: its own knows one width, so that narrower layers replace its own."""
-    del small  # it has one form
+    """torchvision's FCOS on a narrow ResNet-18. torchvision's ResNet-18 has width 64, so its layers are replaced."""
+    del small  # there is only one form
     from torch import nn
     from torchvision.models import detection, resnet
     from torchvision.models.detection import anchor_utils, backbone_utils, fcos
@@ -57,7 +58,7 @@ def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool = F
         stage = body._make_layer(resnet.BasicBlock, WIDTH * 2**i, 2, stride=1 if i == 0 else 2)
         setattr(body, f"layer{i + 1}", stage)
     for module in body.modules():
-        if isinstance(module, nn.Conv2d):  # as torchvision's constructor initialises its own
+        if isinstance(module, nn.Conv2d):  # the initialisation in the constructor of torchvision's ResNet
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     trained = ("layer4", "layer3", "layer2", "layer1", "conv1", "bn1")[: 6 if layers == 5 else layers]
     for name, parameter in body.named_parameters():
@@ -65,7 +66,7 @@ def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool = F
     returned = {f"layer{i}": str(i - 2) for i in (2, 3, 4)}
     channels = [WIDTH * 2**i for i in (1, 2, 3)]
     backbone = backbone_utils.BackboneWithFPN(body, returned, channels, CHANNELS)
-    backbone.fpn.extra_blocks = None  # the constructor's default is a level more
+    backbone.fpn.extra_blocks = None  # the constructor's default adds a level
     anchors = anchor_utils.AnchorGenerator(ANCHOR_SIZES, ((1.0,),) * len(ANCHOR_SIZES))
     head = fcos.FCOSHead(CHANNELS, 1, num_classes, num_convs=CONVS)
     return detection.FCOS(backbone, num_classes, head=head, anchor_generator=anchors, **{**SIZES, **options})
@@ -79,7 +80,7 @@ ARCHITECTURE = register(
         make=_make,
         weights=None,
         keys=None,
-        # of the demonstration's weights, by AdamW; see benchmarks/train_demo.py
+        # benchmarks/train_demo.py trains the demonstration's weights in this way, with AdamW
         training=Training(
             lr=2e-3,
             batch_size=4,

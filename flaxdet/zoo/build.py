@@ -1,4 +1,4 @@
-"""What every builder does with its arguments, by torchvision's rules."""
+"""The code that all builders share: a model and variables from a builder's arguments, by torchvision's rules."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ def build(
     key: jax.Array | None,
     **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
-    """Makes the model of a builder, and its variables.
+    """Makes the model and the variables that a builder returns.
 
-    As in torchvision: with weights of the whole model those of the backbone are not used; a detector that torchvision
-    builds on FrozenBatchNorm2d is frozen where anything is pretrained, and live otherwise.
+    As in torchvision, weights of the whole model replace weights of the backbone. In a detector that torchvision builds
+    on FrozenBatchNorm2d, BatchNorm is frozen if anything is pretrained, and live otherwise.
 
     Args:
-        architecture: of the builder.
-        weights: a member of the architecture's enum, its name, or None.
-        weights_backbone: a member of the body's enum, or None.
-        progress: shows a bar while downloading.
-        num_classes: including the background; default the weights', else 91.
-        trainable_backbone_layers: 0 to 5; default 3, or 5 with nothing pretrained.
-        key: of the random initialisation; default ``jax.random.key(0)``.
-        **options: as ``registry.make_model`` takes them.
+        architecture: the architecture of the builder.
+        weights: a member of the architecture's weight enum, the name of a member, or None.
+        weights_backbone: a member of the weight enum of the backbone's body, or None.
+        progress: shows a progress bar while downloading.
+        num_classes: number of classes, including the background; default: the number of the weights, else 91.
+        trainable_backbone_layers: 0 to 5; default 3, or 5 if nothing is pretrained.
+        key: random key of the initialisation; default ``jax.random.key(0)``.
+        **options: options of ``registry.make_model``.
 
     Returns:
         The model and its variables {"params": ..., "batch_stats": ...}.
 
     Raises:
-        TypeError, ValueError, flaxdet.files.download.DownloadError: as the builders say.
+        TypeError, ValueError, flaxdet.files.download.DownloadError: as each builder documents.
     """
     member = None if architecture.weights is None else architecture.weights.verify(weights)
     if member is not None:
@@ -80,7 +80,7 @@ def build(
 
 
 def _validate_trainable_layers(is_trained: bool, layers: int | None, default: int = 3) -> int:
-    """torchvision's rule of the same name."""
+    """The number of trainable backbone layers. Reproduces torchvision's ``_validate_trainable_layers``."""
     if not is_trained:
         if layers is not None:
             warnings.warn(

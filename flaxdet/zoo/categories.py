@@ -1,4 +1,4 @@
-"""The names of the classes that the published weights know, in the order of their labels."""
+"""The class names of the published weights, in the order of the labels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.replace("\n", " ").split(", "))
 
 
-# Label 0 is the background. "N/A" are numbers that COCO has left unused.
+# Label 0 is the background. "N/A" is the name of labels whose category ids COCO does not use.
 COCO_CATEGORIES = _names("""
 __background__, person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
 fire hydrant, N/A, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear,

@@ -1,4 +1,4 @@
-"""fasterrcnn_resnet50_fpn_v2, after torchvision.models.detection.faster_rcnn: builder, weights, what it is made of.
+"""fasterrcnn_resnet50_fpn_v2, after torchvision.models.detection.faster_rcnn: builder, weights, parts.
 
 The parts of version 2: Li et al., "Benchmarking Detection Transfer Learning with Vision Transformers" (arXiv
 2111.11429).
@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flaxdet.models.faster_rcnn import FasterRCNN, default_anchor_generator
+from flaxdet.models.faster_rcnn import FasterRCNN
+from flaxdet.models.rcnn import default_anchor_generator
 from flaxdet.models.roi_heads import FastRCNNConvFCHead
 from flaxdet.models.rpn import RPNHead
 from flaxdet.nn.extra_levels import LastLevelMaxPool
@@ -36,7 +37,7 @@ class FasterRCNN_ResNet50_FPN_V2_Weights(WeightsEnum):  # noqa: N801  (torchvisi
             "_metrics": {"COCO-val2017": {"box_map": 46.7}},
             "_ops": 280.371,
             "_file_size": 167.104,
-            "_docs": "Trained on COCO for long, with large-scale jitter, which the accuracy owes much to.",
+            "_docs": "Trained on COCO by a long schedule with large-scale jitter, which raises the accuracy.",
         },
     )
     DEFAULT = COCO_V1
@@ -106,7 +107,7 @@ ARCHITECTURE = register(
                 "a Faster R-CNN with other parts than torchvision's builders on a ResNet-50-FPN",
             ),
         ),
-        # torchvision's: 32 devices of 2 images, large-scale jitter into a fixed crop, BatchNorm over the global batch
+        # torchvision: 32 devices with 2 images each, large-scale jitter, fixed crops, BatchNorm over the global batch
         training=Training(
             lr=0.1,
             batch_size=64,
@@ -144,19 +145,21 @@ def fasterrcnn_resnet50_fpn_v2(
     BatchNorm is live in the backbone, the pyramid and the box head.
 
     Args:
-        weights: of the whole model; a member or its name ("COCO_V1", "DEFAULT"). Downloaded on first use.
-        progress: shows a bar while downloading.
-        num_classes: including the background; default 91. With ``weights`` only their own number.
-        weights_backbone: ImageNet weights of the ResNet-50; not used where ``weights`` are given.
-        trainable_backbone_layers: 0 (none) to 5 (all), counted from the last stage; default 3. With nothing
-            pretrained always 5.
-        key: of the random initialisation; default ``jax.random.key(0)``.
-        dtype: computes; boxes, scores and NMS are float32 at least.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
-        freeze_bn: keeps BatchNorm, in the backbone, the pyramid and the box head, as in evaluation while training (an
-            addition to torchvision).
-        remat: for the gradient, computes each residual block of the ResNet again: less memory, more time (see
+        weights: weights of the whole model: a member of the weight enum or the name of a member ("COCO_V1",
+            "DEFAULT"). Downloaded on first use.
+        progress: shows a progress bar while downloading.
+        num_classes: number of classes, including the background; default 91. With ``weights``, only the number of
+            classes of the weights is accepted.
+        weights_backbone: ImageNet weights of the ResNet-50; unused if ``weights`` are given.
+        trainable_backbone_layers: number of backbone layers that train, counted from the last stage: 0 (none) to 5
+            (all); default 3. Always 5 if nothing is pretrained.
+        key: random key of the initialisation; default ``jax.random.key(0)``.
+        dtype: dtype of the computation; boxes, scores and NMS are in float32 at least.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
+        freeze_bn: in training, BatchNorm of the backbone, the pyramid and the box head normalises with the running
+            statistics and does not update them (an addition to torchvision).
+        remat: rematerialises each residual block of the ResNet in the backward pass: less memory, more time (see
             ``flaxdet.nn.ResNet``).
         **kwargs: fields of ``flaxdet.FasterRCNN``, under torchvision's names.
 
@@ -164,11 +167,11 @@ def fasterrcnn_resnet50_fpn_v2(
         The model and its variables {"params": ..., "batch_stats": ...}.
 
     Raises:
-        TypeError: for an unknown keyword, or one of the parts that this builder makes itself
-            (rpn_anchor_generator, rpn_head, box_head).
-        ValueError: for a number of classes that doesn't fit the weights, layers outside 0..5, an unknown
-            name of weights, or float64 without jax's 64-bit mode.
-        flaxdet.zoo.weights.DownloadError: if weights can't be downloaded.
+        TypeError: for an unknown keyword, or for a part that this builder makes (rpn_anchor_generator, rpn_head,
+            box_head).
+        ValueError: for a ``num_classes`` that doesn't match the weights, ``trainable_backbone_layers`` outside 0..5,
+            an unknown name of weights, or float64 without jax's 64-bit mode.
+        flaxdet.files.download.DownloadError: if weights can't be downloaded.
     """
     return build(
         ARCHITECTURE,

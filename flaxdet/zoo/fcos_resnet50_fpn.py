@@ -1,4 +1,4 @@
-"""fcos_resnet50_fpn, after torchvision.models.detection.fcos: the builder, its weights, what it is made of."""
+"""fcos_resnet50_fpn, after torchvision.models.detection.fcos: builder, weights, parts."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ ARCHITECTURE = register(
                 "an FCOS with another backbone than ResNet-50-FPN",
             ),
         ),
-        # torchvision's references: 8 devices of 2 images, flips, mixed precision (``dtype=jnp.bfloat16``)
+        # torchvision's references: 8 devices with 2 images each, flips, mixed precision (``dtype=jnp.bfloat16``)
         training=Training(
             lr=0.01,
             batch_size=16,
@@ -113,21 +113,24 @@ def fcos_resnet50_fpn(
 ) -> tuple[FCOS, dict[str, Any]]:
     """FCOS with a ResNet-50-FPN backbone (torchvision.models.detection.fcos_resnet50_fpn).
 
-    As in torchvision, BatchNorm is frozen where anything is pretrained, and live otherwise.
+    As in torchvision, the backbone's BatchNorm is frozen if anything is pretrained, and live otherwise.
 
     Args:
-        weights: of the whole model; a member or its name ("COCO_V1", "DEFAULT"). Downloaded on first use.
-        progress: shows a bar while downloading.
-        num_classes: including the background; default 91. With ``weights`` only their own number.
-        weights_backbone: ImageNet weights of the ResNet-50; not used where ``weights`` are given.
-        trainable_backbone_layers: 0 (none) to 5 (all), counted from the last stage; default 3. With nothing
-            pretrained always 5.
-        key: of the random initialisation; default ``jax.random.key(0)``.
-        dtype: computes; boxes, scores and NMS are float32 at least.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
-        freeze_bn: keeps live BatchNorm as in evaluation while training (an addition to torchvision).
-        remat: for the gradient, computes each residual block of the ResNet again: less memory, more time (see
+        weights: weights of the whole model: a member of the weight enum or the name of a member ("COCO_V1",
+            "DEFAULT"). Downloaded on first use.
+        progress: shows a progress bar while downloading.
+        num_classes: number of classes, including the background; default 91. With ``weights``, only the number of
+            classes of the weights is accepted.
+        weights_backbone: ImageNet weights of the ResNet-50; unused if ``weights`` are given.
+        trainable_backbone_layers: number of backbone layers that train, counted from the last stage: 0 (none) to 5
+            (all); default 3. Always 5 if nothing is pretrained.
+        key: random key of the initialisation; default ``jax.random.key(0)``.
+        dtype: dtype of the computation; boxes, scores and NMS are in float32 at least.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
+        freeze_bn: in training, live BatchNorm normalises with the running statistics and does not update them (an
+            addition to torchvision).
+        remat: rematerialises each residual block of the ResNet in the backward pass: less memory, more time (see
             ``flaxdet.nn.ResNet``).
         **kwargs: fields of ``flaxdet.FCOS``, under torchvision's names.
 
@@ -136,9 +139,9 @@ def fcos_resnet50_fpn(
 
     Raises:
         TypeError: for an unknown keyword.
-        ValueError: for a number of classes that doesn't fit the weights, layers outside 0..5, an unknown
-            name of weights, or float64 without jax's 64-bit mode.
-        flaxdet.zoo.weights.DownloadError: if weights can't be downloaded.
+        ValueError: for a ``num_classes`` that doesn't match the weights, ``trainable_backbone_layers`` outside 0..5,
+            an unknown name of weights, or float64 without jax's 64-bit mode.
+        flaxdet.files.download.DownloadError: if weights can't be downloaded.
     """
     return build(
         ARCHITECTURE,

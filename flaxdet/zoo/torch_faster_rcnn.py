@@ -1,4 +1,4 @@
-"""torchvision's Faster R-CNN in a comparison: records stages, makes predictions lively. Needs the extra ``torch``."""
+"""torchvision's Faster R-CNN in a comparison: records stages, calibrates predictions. Needs the extra ``torch``."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 _RPN_DELTAS = (0.0, 0.2)  # boxes move and grow by about a fifth of an anchor
 _ROI_DELTAS = (0.0, 0.4)  # divided by the coder's weights 10, 10, 5, 5
 _OBJECTNESS = (0.0, 1.5)
-_ROI_CLASSES = (0.0, 0.55)  # low, so that a softmax does not saturate, where scores would tie at 1
-_ROI_CANDIDATES = 0.3  # above the score threshold before NMS, for each proposal
-_ROI_CANDIDATES_WITHOUT_NORM = 3.0  # a box head without norms spreads the scores of photos less than calibrated ones
+_ROI_CLASSES = (0.0, 0.55)  # a small spread: the softmax must not saturate, or scores would tie at 1
+_ROI_CANDIDATES = 0.3  # candidates above the score threshold before NMS, per proposal
+# A box head without norms spreads the scores of proposals on photos less than the scores of the calibration's boxes.
+_ROI_CANDIDATES_WITHOUT_NORM = 3.0
 
 
 def kind() -> type[torch.nn.Module]:
-    """torchvision's class."""
+    """The class of torchvision's detector."""
     torchvision()
     from torchvision.models.detection import FasterRCNN
 
@@ -30,11 +31,11 @@ def kind() -> type[torch.nn.Module]:
 
 
 def hooks(model: Any, recorded: dict[str, np.ndarray]) -> list[tuple[torch.nn.Module, Callable[..., None]]]:
-    """Modules with forward hooks that write what follows the backbone into ``recorded``, under the names sown by ours.
+    """Modules and forward hooks; the hooks record the stages after the backbone, under the names that our model sows.
 
     Args:
-        model: torchvision's.
-        recorded: arrays by stage.
+        model: torchvision's detector.
+        recorded: array of each stage; the hooks write into it.
     """
     import torch
 
@@ -70,8 +71,8 @@ def calibrate(model: Any, features: dict[str, torch.Tensor]) -> None:
     """Scales the prediction layers, see ``flaxdet.convert.lively.make_lively``.
 
     Args:
-        model: torchvision's; changed in place.
-        features: {name: [1, C, h, w]} of the backbone, for the calibration picture, finest first.
+        model: torchvision's detector; changed in place.
+        features: {name: [1, C, h, w]}, the backbone's output for the calibration picture, the finest level first.
     """
     import torch
 
@@ -82,7 +83,7 @@ def calibrate(model: Any, features: dict[str, torch.Tensor]) -> None:
     set_channels(model.rpn.head.cls_logits, hidden, _OBJECTNESS)
     set_channels(model.rpn.head.bbox_pred, hidden, _RPN_DELTAS)
 
-    # Boxes of all sizes over the picture stand for proposals: no cut-off takes part in the calibration.
+    # Random boxes of all sizes stand in for proposals, so that no selection influences the calibration.
     size = torch.exp(torch.empty(400, 2, dtype=levels[0].dtype).uniform_(math.log(16), math.log(220)))
     corner = torch.rand_like(size) * (torch.tensor([320.0, 256.0]) - size).clamp(min=0)
     boxes = torch.cat([corner, corner + size], dim=1)
@@ -93,12 +94,12 @@ def calibrate(model: Any, features: dict[str, torch.Tensor]) -> None:
     logits = set_channels(predictor.cls_score, hidden, _ROI_CLASSES)
     norms = any(isinstance(module, torch.nn.BatchNorm2d) for module in model.roi_heads.box_head.modules())
     candidates = _ROI_CANDIDATES if norms else _ROI_CANDIDATES_WITHOUT_NORM
-    # The background's bias decides how many pass: bisection, as a softmax has no closed form.
+    # The bias of the background sets the number of candidates: bisection, since a softmax allows no closed form.
     low, high, shift = -20.0, 40.0, 0.0
     for _ in range(40):
         shift = (low + high) / 2
-        moved = torch.cat([logits[:, :1] + shift, logits[:, 1:]], dim=1).softmax(1)[:, 1:]
+        scores = torch.cat([logits[:, :1] + shift, logits[:, 1:]], dim=1).softmax(1)[:, 1:]
         low, high = (
-            (shift, high) if (moved > model.roi_heads.score_thresh).sum() > candidates * len(logits) else (low, shift)
+            (shift, high) if (scores > model.roi_heads.score_thresh).sum() > candidates * len(logits) else (low, shift)
         )
     predictor.cls_score.bias[0] += shift

@@ -1,4 +1,4 @@
-"""torchvision's FCOS in a comparison: records stages, makes predictions lively. Needs the extra ``torch``."""
+"""torchvision's FCOS in a comparison: records stages, calibrates predictions. Needs the extra ``torch``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     import torch
 
 _CENTERNESS = (0.0, 1.0)
-_DISTANCES = (2.6, 0.7)  # in anchor sizes: boxes of about five strides, which overlap their neighbours'
-_CLASS_SPREAD = 1.0  # of the class logits
-_CANDIDATES = 300  # above the score threshold before NMS, on the calibration picture
+_DISTANCES = (2.6, 0.7)  # in anchor sizes: boxes of about five strides, so that neighbouring boxes overlap
+_CLASS_SPREAD = 1.0  # standard deviation of the class logits
+_CANDIDATES = 300  # candidates above the score threshold before NMS, on the calibration picture
 
 
 def kind() -> type[torch.nn.Module]:
-    """torchvision's class."""
+    """The class of torchvision's detector."""
     torchvision()
     from torchvision.models.detection import FCOS
 
@@ -27,11 +27,11 @@ def kind() -> type[torch.nn.Module]:
 
 
 def hooks(model: Any, recorded: dict[str, np.ndarray]) -> list[tuple[torch.nn.Module, Callable[..., None]]]:
-    """Modules with forward hooks that write what follows the backbone into ``recorded``, under the names sown by ours.
+    """Modules and forward hooks; the hooks record the stages after the backbone, under the names that our model sows.
 
     Args:
-        model: torchvision's.
-        recorded: arrays by stage.
+        model: torchvision's detector.
+        recorded: array of each stage; the hooks write into it.
     """
 
     def head(_: Any, __: Any, output: dict[str, torch.Tensor]) -> None:
@@ -44,8 +44,8 @@ def calibrate(model: Any, features: dict[str, torch.Tensor]) -> None:
     """Scales the prediction layers, see ``flaxdet.convert.lively.make_lively``.
 
     Args:
-        model: torchvision's; changed in place.
-        features: {name: [1, C, h, w]} of the backbone, for the calibration picture, finest first.
+        model: torchvision's detector; changed in place.
+        features: {name: [1, C, h, w]}, the backbone's output for the calibration picture, the finest level first.
     """
     import torch
 

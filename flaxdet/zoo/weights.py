@@ -1,7 +1,7 @@
-"""Published weights, where they are, what they know, and how good they are; and those of the backbone.
+"""Published weights: address, preparation of images, metadata. And the ImageNet weights of the backbone.
 
-Those of a detector lie beside its builder. Members and metadata are torchvision's. The files come from torchvision's
-server on first use (`flaxdet` ships none) and are read without torch.
+The weights of a detector are in the file of the detector's builder. Members and metadata are torchvision's. The files
+are downloaded from torchvision's server on first use (`flaxdet` contains none of them) and read without torch.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class ObjectDetection:
-    """What a detector expects before its own resize: an image as floats in [0, 1].
+    """Prepares an image for a detector: floats in [0, 1], before the detector's resize.
 
-    Reproduces torchvision.transforms._presets.ObjectDetection, for images [H, W, 3]. ``flaxdet.predict`` does
-    this by itself.
+    Reproduces torchvision.transforms._presets.ObjectDetection, for images [H, W, 3]. ``flaxdet.predict`` includes this
+    step.
     """
 
     def __call__(self, image: Any) -> Any:
         """Converts one image.
 
         Args:
-            image: a PIL image (any mode; converted to RGB), or an array [..., H, W, 3] of numpy or JAX:
-                integers over their type's whole range, or floats, which are left in the range they have.
+            image: a PIL image (any mode; converted to RGB), or a numpy or JAX array [..., H, W, 3]: integers from 0
+                to the largest value of the dtype, or floats, whose values are not changed.
 
         Returns:
-            float32 of the same shape, in [0, 1]; an array of numpy for PIL images.
+            float32 of the same shape, in [0, 1] for integers; a numpy array for a PIL image.
 
         Raises:
             TypeError: if the array's dtype is neither integer nor floating.
         """
         if hasattr(image, "convert"):
             image = np.asarray(image.convert("RGB"))
-        # by jnp, which knows bfloat16 and the other dtypes that numpy lacks
+        # jnp.issubdtype: numpy's does not know bfloat16
         if jnp.issubdtype(image.dtype, jnp.integer):
             return image.astype(np.float32) / np.float32(jnp.iinfo(image.dtype).max)
         if jnp.issubdtype(image.dtype, jnp.floating):
@@ -61,11 +61,11 @@ class ObjectDetection:
 
 @dataclasses.dataclass(frozen=True)
 class ImageClassification:
-    """How images were prepared for the ImageNet figures of a backbone: a record, not a function.
+    """The preparation of images for the ImageNet accuracy of a backbone: a record, not a function.
 
-    The fields are those of torchvision's preset: resize the shorter side to ``resize_size``, crop the middle
-    ``crop_size``, scale to [0, 1], subtract ``mean`` and divide by ``std``. Detectors prepare images in their
-    own way (``flaxdet.TransformConfig``), so nothing in flaxdet applies this.
+    Has the fields of torchvision's preset: resize the shorter side to ``resize_size``, crop the middle ``crop_size``,
+    scale to [0, 1], subtract ``mean`` and divide by ``std``. Detectors prepare images differently
+    (``flaxdet.TransformConfig``), so nothing in flaxdet applies this preset.
     """
 
     crop_size: int
@@ -81,10 +81,10 @@ class Weights:
     """One published file.
 
     Attributes:
-        url: where torchvision publishes it.
-        preset: what was done to the images that the weights were trained for.
+        url: address of the file on torchvision's server.
+        preset: preparation of the images that the weights were trained on.
         meta: torchvision's metadata.
-        options: of ``registry.make_model``, which the file can't tell and the weights need.
+        options: options of ``registry.make_model`` that the weights need and the file does not hold.
     """
 
     url: str
@@ -98,10 +98,10 @@ class WeightsEnum(enum.Enum):
 
     @classmethod
     def verify(cls, obj: Self | str | None) -> Self | None:
-        """Finds the member that is meant.
+        """Finds the member for a name.
 
         Args:
-            obj: a member, its name with or without the enum's ("COCO_V1",
+            obj: a member, the name of a member, with or without the name of the enum ("COCO_V1",
                 "FCOS_ResNet50_FPN_Weights.COCO_V1", "DEFAULT"), or None.
 
         Returns:
@@ -109,7 +109,7 @@ class WeightsEnum(enum.Enum):
 
         Raises:
             ValueError: if there is no member of this name.
-            TypeError: if `obj` is of another type, another architecture's weights among them.
+            TypeError: if `obj` is of another type, for example a member of another architecture's enum.
         """
         if obj is None or isinstance(obj, cls):
             return obj
@@ -123,24 +123,24 @@ class WeightsEnum(enum.Enum):
 
     @property
     def url(self) -> str:
-        """Where torchvision publishes the file."""
+        """Address of the file on torchvision's server."""
         return self.value.url
 
     @property
     def meta(self) -> dict[str, Any]:
-        """torchvision's metadata: categories, num_params, min_size, recipe, figures under ``_metrics``."""
+        """torchvision's metadata: categories, num_params, min_size, recipe, accuracy under ``_metrics``."""
         return self.value.meta
 
     @property
     def options(self) -> dict[str, Any]:
-        """Options of the model that the weights need and that their file can't tell."""
+        """Options of ``registry.make_model`` that the weights need and the file does not hold."""
         return self.value.options
 
     def transforms(self, **overrides: Any) -> Any:
-        """What was done to the images that the weights were trained for.
+        """The preparation of the images that the weights were trained on.
 
         Args:
-            **overrides: fields to change.
+            **overrides: fields of the preset to change.
 
         Returns:
             An `ObjectDetection` or `ImageClassification`.
@@ -148,30 +148,30 @@ class WeightsEnum(enum.Enum):
         return dataclasses.replace(self.value.preset, **overrides)
 
     def get_path(self, progress: bool = True) -> Path:
-        """The local file, downloaded on first use.
+        """The path of the file in the cache; downloads the file on first use.
 
         Args:
             progress: show a progress bar on stderr while downloading.
 
         Returns:
-            Its path in the cache.
+            The path.
 
         Raises:
-            DownloadError: if it can't be downloaded; the message says where to put the file instead.
+            DownloadError: if the file can't be downloaded; the message says where to put the file by hand.
         """
         return fetch(self.url, progress=progress)
 
     def get_state_dict(self, progress: bool = True) -> dict[str, Any]:
-        """torchvision's state_dict, downloaded on first use; torch is not needed.
+        """torchvision's state_dict; downloads the file on first use. Needs no torch.
 
         Args:
             progress: show a progress bar on stderr while downloading.
 
         Returns:
-            numpy arrays by torchvision's key.
+            numpy array of each key of torchvision.
 
         Raises:
-            DownloadError: if it can't be downloaded.
+            DownloadError: if the file can't be downloaded.
         """
         from flaxdet.files import checkpoint
 
@@ -185,7 +185,7 @@ REFERENCES = "https://github.com/pytorch/vision/tree/main/references"
 
 
 class ResNet50_Weights(WeightsEnum):  # noqa: N801  (torchvision's name)
-    """ImageNet weights for the backbone of either detector."""
+    """ImageNet weights of the ResNet-50 in the detectors' backbones."""
 
     IMAGENET1K_V1 = Weights(
         url="https://download.pytorch.org/models/resnet50-0676ba61.pth",
@@ -198,7 +198,7 @@ class ResNet50_Weights(WeightsEnum):  # noqa: N801  (torchvision's name)
             "_metrics": {"ImageNet-1K": {"acc@1": 76.130, "acc@5": 92.862}},
             "_ops": 4.089,
             "_file_size": 97.781,
-            "_docs": "Trained by a plain recipe, and about as accurate as the paper says.",
+            "_docs": "Trained by a plain recipe; about as accurate as in the paper.",
         },
     )
     IMAGENET1K_V2 = Weights(
@@ -212,7 +212,7 @@ class ResNet50_Weights(WeightsEnum):  # noqa: N801  (torchvision's name)
             "_metrics": {"ImageNet-1K": {"acc@1": 80.858, "acc@5": 95.434}},
             "_ops": 4.089,
             "_file_size": 97.79,
-            "_docs": "Trained by torchvision's newer recipe, and more accurate than the paper's.",
+            "_docs": "Trained by torchvision's newer recipe; more accurate than in the paper.",
         },
     )
     DEFAULT = IMAGENET1K_V2

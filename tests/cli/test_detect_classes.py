@@ -74,7 +74,7 @@ def test_unknown_classes(run, quick, weights, photo, out, name, message):
 def test_labels_of():
     assert labels_of((), NAMES, 4) is None
     assert labels_of(("0", "3"), None, 4) == {0, 3}
-    with pytest.raises(ValueError, match=r"'RBC': these weights carry no names; give the label's number, or --categ"):
+    with pytest.raises(ValueError, match=r"'RBC': these weights have no class names; give the label's number, or --"):
         labels_of(("RBC",), None, 4)
     coco = flaxdet.FCOS_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
     assert labels_of(("Person", "traffic light"), coco, 91) == {1, 10}

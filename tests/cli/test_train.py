@@ -109,7 +109,7 @@ def test_resume(trained, run, capfd):
     before = (trained.out / "log.jsonl").read_bytes()
     capfd.readouterr()
     assert trained("--resume") == 0  # is at its end: nothing changes
-    assert f"going on after step {2 * STEPS}" in capfd.readouterr().err
+    assert f"continuing after step {2 * STEPS}" in capfd.readouterr().err
     assert (trained.out / "log.jsonl").read_bytes() == before
 
 

@@ -47,38 +47,38 @@ def test_predict_and_evaluation_fold(resnet, tmp_path):
 
 def test_kept_as_long_as_the_variables_live(resnet):
     model, variables = resnet[0], jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), resnet[1])
-    before = len(module._kept)
+    before = len(module._cache)
     first = folded(model, variables)
     assert first[0] != model
     assert folded(model.clone(), {**variables})[1] is first[1]  # an equal model, the same arrays
     params = {**variables["params"], "backbone": jax.tree.map(lambda x: x + 1, variables["params"]["backbone"])}
     other = folded(model, {**variables, "params": params})[1]
     assert other is not first[1]
-    assert len(module._kept) == before + 2
+    assert len(module._cache) == before + 2
     del variables, params, first, other
     gc.collect()
-    assert len(module._kept) == before
+    assert len(module._cache) == before
 
 
 def test_arrays_that_may_change_are_not_kept(resnet):
     model, variables = resnet[0], jax.tree.map(np.array, resnet[1])
-    before = len(module._kept)
+    before = len(module._cache)
     _, first = folded(model, variables)
     variables["batch_stats"]["backbone"]["body"]["bn1"]["var"] *= 4
     _, second = folded(model, variables)
     body, other = (tree["params"]["backbone"]["body"]["conv1"]["kernel"] for tree in (first, second))
     np.testing.assert_allclose(body, 2 * other, rtol=1e-4)
-    assert len(module._kept) == before
+    assert len(module._cache) == before
 
 
 def test_what_has_nothing_to_fold_runs_as_it_is(resnet):
     tiny = tiny_model(FCOS_NAME)
     for model, variables in ((tiny, tiny_variables(tiny)), flaxdet.fold_batch_norm(*resnet)):
-        before = len(module._kept)
+        before = len(module._cache)
         found = folded(model, variables)
         assert found[0] is model
         assert found[1] is variables
-        assert len(module._kept) == before
+        assert len(module._cache) == before
 
 
 def test_on_the_devices_of_the_variables():

@@ -20,4 +20,4 @@ def by_columns(x: Array, kernel: Array, **kwargs: Any) -> Array:
     width = x.shape[2]
     conv = functools.partial(lax.conv_general_dilated, window_strides=(1, 1), padding=((1, 1), (0, 0)), **kwargs)
     columns = (jnp.pad(conv(x, kernel[:, j : j + 1]), ((0, 0), (0, 0), (2 - j, j), (0, 0))) for j in range(3))
-    return sum(column[:, :, 1 : 1 + width] for column in columns)  # pyright: ignore[reportReturnType]
+    return functools.reduce(jnp.add, (column[:, :, 1 : 1 + width] for column in columns))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -21,4 +22,5 @@ def by_taps(x: Array, kernel: Array, precision: Any) -> Array:
     shares = lax.dot_general(x.reshape(-1, channels), taps, (((1,), (0,)), ((), ())), precision)
     shares = shares.reshape(*x.shape[:3], 3, 3, -1)
     shares = jnp.pad(shares, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0), (0, 0)))
-    return sum(shares[:, i : i + height, j : j + width, i, j] for i in range(3) for j in range(3))  # pyright: ignore[reportReturnType]
+    sums = (shares[:, i : i + height, j : j + width, i, j] for i in range(3) for j in range(3))
+    return functools.reduce(jnp.add, sums)
