@@ -129,7 +129,7 @@ def photo():
 
 @pytest.fixture(scope="module", params=["fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"])
 def lively(request):
-    return make_lively(reference.build(request.param, min_size=160, max_size=256), seed=0)
+    return make_lively(reference.build(request.param, small=True, min_size=160, max_size=256), seed=0)
 
 
 @torch.no_grad()
@@ -182,7 +182,7 @@ def test_lively_is_not_sensitive_to_rounding(lively, monkeypatch):
 
 def test_lively_moves_every_tensor(lively):
     name = "fcos_resnet50_fpn" if type(lively).__name__ == "FCOS" else "fasterrcnn_resnet50_fpn_v2"
-    fresh = reference.build(name)
+    fresh = reference.build(name, small=True)
     initial = fresh.state_dict()
     for name, value in lively.state_dict().items():
         if name.endswith("num_batches_tracked"):
@@ -196,7 +196,7 @@ def test_lively_repeats_and_leaves_the_generator_alone():
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     models = []
-    for model in (reference.build("fcos_resnet50_fpn", frozen=True, num_classes=3) for _ in range(2)):
+    for model in (reference.build("fcos_resnet50_fpn", frozen=True, small=True, num_classes=3) for _ in range(2)):
         torch.random.set_rng_state(before)
         models.append(make_lively(model, seed=3).state_dict())
         assert torch.equal(torch.random.get_rng_state(), before)

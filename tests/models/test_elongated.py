@@ -32,8 +32,15 @@ def undeclared(backbone: BackboneWithFPN) -> BackboneWithFPN:
     return Undeclared(backbone.body, backbone.fpn, backbone.returned_stages)
 
 
-@pytest.mark.parametrize("heights", [FEW, pytest.param(MANY, marks=pytest.mark.ci)])
-@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize(
+    ("declared", "heights"),
+    [
+        (True, FEW),
+        (False, FEW[1:2]),
+        pytest.param(True, MANY, marks=pytest.mark.ci),
+        pytest.param(False, FEW + MANY, marks=pytest.mark.ci),
+    ],
+)
 def test_detections_of_strips(declared, heights, x64):
     pytest.importorskip("torch")
     from flaxdet.convert import verify
@@ -55,7 +62,7 @@ def test_detections_of_strips(declared, heights, x64):
         assert match.box_error <= BOXES_F64
         assert match.score_error <= SCORES_F64
         counts.append(match.count)
-    assert sum(counts) > 15
+    assert sum(counts) > (15 if len(heights) > 1 else 0)
     assert sum(count > 0 for count in counts) >= len(heights) - 1
 
 

@@ -18,8 +18,19 @@ else:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``name`` is each registered builder's; the tests of a file and a model run in one worker and share programs."""
-    if "name" in metafunc.fixturenames:
-        file = metafunc.module.__name__.rpartition(".")[2]
-        groups = {name: pytest.mark.xdist_group(f"{file} {name}") for name in registry.names(private=True)}
-        metafunc.parametrize("name", [pytest.param(name, marks=group) for name, group in groups.items()])
+    """``name`` is each registered builder's; the tests of a file and a model run in one worker and share programs.
+
+    Tests marked ``costly`` run outside of CI for one detector of each class alone.
+    """
+    if "name" not in metafunc.fixturenames:
+        return
+    from tests.parity import sides
+
+    file, costly = metafunc.module.__name__.rpartition(".")[2], metafunc.definition.get_closest_marker("costly")
+    cases = []
+    for name in sides.NAMES:
+        marks = [pytest.mark.xdist_group(f"{file} {name}")]
+        if costly and name != sides.representative(registry.get(name).kind):
+            marks.append(pytest.mark.ci)
+        cases.append(pytest.param(name, marks=marks))
+    metafunc.parametrize("name", cases)

@@ -25,6 +25,12 @@ def of_kind(kind: type) -> list[str]:
     return [name for name in NAMES if registry.get(name).kind is kind]
 
 
+def representative(kind: type) -> str:
+    """The one detector of a class that costly tests run outside of CI too."""
+    names = of_kind(kind)
+    return next((name for name in names if name in (FCOS_NAME, V2_NAME)), names[0])
+
+
 def known(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that the detector has: one without proposals has none of theirs."""
     return {option: value for option, value in options.items() if option in registry.get(name).fields}

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 
 from flaxdet.convert import reference, to_torchvision
@@ -57,6 +58,7 @@ def relative_errors(narrow: list[dict[str, np.ndarray]], wide: list[dict[str, np
     }
 
 
+@pytest.mark.costly
 def test_errors_are_those_of_autocast(name, monkeypatch):
     options: dict[str, Any] = SMALL | sides.known(name, EXHAUSTIVE)
     model, variables, theirs = sides.both(name, 18, 11, **options)

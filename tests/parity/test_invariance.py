@@ -22,7 +22,7 @@ from tests.tolerances import (
     SHARE_BF16,
 )
 
-SMALL = {"min_size": 96, "max_size": 160}
+SMALL = {"min_size": 64, "max_size": 112}
 FEW = {"rpn_post_nms_top_n_test": 60}
 SHAPES = {
     "landscape": (100, 150),
@@ -44,7 +44,7 @@ def in_company():
         if name not in made:
             model, variables, theirs = sides.both(name, 18, dtype="float64", **SMALL, **sides.known(name, FEW))
             images = [sides.crop("china", *shape) for shape in SHAPES.values()]
-            batch = transform(images, model.transform, bucket=(160, 192), dtype=np.float64)
+            batch = transform(images, model.transform, bucket=(96, 128), dtype=np.float64)
             assert batch.canvas is not None
             detections, sown = jax.device_get(stages._apply(model, variables, batch))
             made[name] = model, variables, theirs, unpad(detections), sown
@@ -63,6 +63,7 @@ def test_in_a_bucket_among_others(name, shape, in_company, x64):
     assert match.count >= 3  # v2 finds just 3 in 1x1, which is one colour throughout
 
 
+@pytest.mark.costly
 def test_every_stage(name, in_company, x64):
     """Every stage, cropped to the canvas, equals the stage of the image alone: the first to differ is at fault."""
     model, variables, _, found, sown = in_company(name)
@@ -92,19 +93,21 @@ def test_every_stage(name, in_company, x64):
     np.testing.assert_array_equal(own["labels"], expected["labels"])
 
 
+@pytest.mark.costly
 def test_float32_in_a_bucket(name):
     """float32, of uint8 pixels and of the same as floats in [0, 1]."""
     model, variables, theirs = sides.both(name, 18, **SMALL, **sides.known(name, FEW))
     image = sides.crop("china", *IMAGE)
     (expected,), _ = stages.run_reference(theirs, [image], keep_stages=False)
     for given in (image, image.astype(np.float32) / 255):
-        batch = transform([given], model.transform, bucket=(192, 224))
+        batch = transform([given], model.transform, bucket=(128, 160))
         (found,) = unpad(jitted_detect(model, variables, batch))
         assert verify.match_detections(found, expected, *verify.TOLERANCES["float32"]).same
         assert found["boxes"].dtype == found["scores"].dtype == np.float32
         assert found["labels"].dtype == np.int32
 
 
+@pytest.mark.costly
 def test_bfloat16(name):
     """bfloat16 computes, but boxes and scores are float32, and the answer stays near torchvision's in float32."""
     _, variables, theirs = sides.both(name, 18, **SMALL, **sides.known(name, FEW))

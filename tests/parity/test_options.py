@@ -71,8 +71,16 @@ def detector(name: str, **options: Any) -> Any:
     return sides.both(name, 18, dtype="float64", **(SMALL | sides.known(name, FEW) | options))
 
 
-@pytest.mark.parametrize("options", [{}, UNUSUAL], ids=["defaults", "unusual"])
-def test_the_whole_detector(name, options, x64):
+def test_the_whole_detector(name, x64):
+    compare_whole(name, {})
+
+
+@pytest.mark.costly
+def test_the_whole_detector_of_unusual_options(name, x64):
+    compare_whole(name, UNUSUAL)
+
+
+def compare_whole(name: str, options: dict[str, Any]) -> None:
     model, variables, theirs = detector(name, **options)
     found = verify.compare(model, variables, theirs, [sides.photo(PHOTO)])
     (match,) = found.matches

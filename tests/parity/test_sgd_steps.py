@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import torch
 
 from flaxdet.convert import reference, stages, to_torchvision, verify
@@ -38,8 +39,8 @@ BATCHES = (
     },
     {"images": [("flower", 96, 150), ("china", 100, 96)], "boxes": [[[20, 8, 100, 90]], []]},
 )
-SMALL = {"min_size": 64, "max_size": 96}
-CANVAS = (96, 96)  # of both batches
+SMALL = {"min_size": 48, "max_size": 64}
+CANVAS = (64, 64)  # of both batches
 FEW_PROPOSALS = EXHAUSTIVE | {
     "rpn_pre_nms_top_n_train": 40,
     "rpn_post_nms_top_n_train": 16,
@@ -86,6 +87,7 @@ def torch_steps(model: Any, frozen: bool, batches: list[tuple[Any, Any]], monkey
     return {key: value.numpy() for key, value in model.state_dict().items() if "num_batches" not in key}
 
 
+@pytest.mark.costly
 def test_ten_steps_and_back(name, x64, monkeypatch):
     frozen = sides.has_proposals(name)
     layers = 5 if frozen else 3

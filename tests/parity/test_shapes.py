@@ -29,6 +29,7 @@ def test_elongated_at_full_size(name, x64):
     assert match.count > 1  # the tiny detector has two
 
 
+@pytest.mark.costly
 def test_torchvisions_batch(name, x64):
     """canvas="batch" reproduces what torchvision answers for this very list of images."""
     model, variables, theirs = sides.both(
