@@ -200,10 +200,8 @@ def comparison_of(model: Any) -> ModuleType:
     Raises:
         TypeError: if the model is of no registered kind.
     """
-    architectures = {each.comparison: each for each in registry.architectures(private=True)}
-    comparisons = [architecture.load_comparison() for architecture in architectures.values()]
-    for comparison in comparisons:
-        if isinstance(model, comparison.kind()):
-            return comparison
-    known = " or ".join(comparison.kind().__name__ for comparison in comparisons)
-    raise TypeError(f"expected torchvision's {known}, found {type(model).__name__}")
+    architectures = {each.kind.__name__: each for each in registry.architectures(private=True)}
+    for name, architecture in architectures.items():
+        if isinstance(model, getattr(torchvision().models.detection, name)):
+            return architecture.load_comparison()
+    raise TypeError(f"expected torchvision's {' or '.join(architectures)}, found {type(model).__name__}")

@@ -80,7 +80,7 @@ class Training:
     weight_decay: float
     fine_tuning_lr: float
     alias: str | None = None
-    data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    data: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({"flip": 0.5}))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Architecture:
     Attributes:
         name: name of the builder, in torchvision and in flaxdet.
         title: short description of the detector, for people.
-        kind: class of the model.
+        kind: class of the model, of the same name as torchvision's class.
         make: ``(num_classes, body, shared, **fields) -> model``; ``body`` is the backbone's body, ``shared`` are the
             options of every part, ``fields`` are fields of ``kind``.
         weights: the ``WeightsEnum`` of the published weights; None if there are none.

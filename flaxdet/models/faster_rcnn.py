@@ -243,15 +243,7 @@ class FasterRCNN(RCNN):
         Returns:
             {"loss_classifier", "loss_box_reg"}, and the labels for which the class layer has an output.
         """
-        sampled, labels, boxes = sample_proposals(
-            proposals,
-            targets,
-            keys,
-            fg_iou_thresh=self.box_fg_iou_thresh,
-            bg_iou_thresh=self.box_bg_iou_thresh,
-            batch_size_per_image=self.box_batch_size_per_image,
-            positive_fraction=self.box_positive_fraction,
-        )
+        sampled, labels, boxes = sample_proposals(proposals, targets, keys, self._sampling("box"))
         class_logits, box_regression = self.box(features, sampled, batch, train=train)
         losses = roi_losses(class_logits, box_regression, sampled, labels, boxes, self.box_coder)
         return losses, label_range(class_logits.shape[-1], background=True)

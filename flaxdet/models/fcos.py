@@ -10,7 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from flaxdet.models.dense import DenseDetector, DenseOutputs
 from flaxdet.models.fcos_head import GROUPS, FCOSHead, check_groups
@@ -112,20 +112,15 @@ class FCOS(DenseDetector):
         return jnp.sqrt(nn.sigmoid(outputs["cls_logits"]) * nn.sigmoid(outputs["bbox_ctrness"]))
 
     def match(
-        self,
-        anchors: Float[Array, "N 4"],
-        admitted: Bool[Array, " N"],
-        boxes: Float[Array, "G 4"],
-        valid: Bool[Array, " G"],
-        counts: tuple[int, ...],
+        self, anchors: Array, admitted: Array, boxes: Array, valid: Array, counts: tuple[int, ...]
     ) -> Int[Array, " N"]:
         """Center sampling (``ops.fcos_match``) by ``center_sampling_radius``.
 
         Args:
-            anchors: of one image, xyxy in pixels, all levels.
-            admitted: True for anchors inside the canvas.
-            boxes: ground truth of the image, xyxy in the pixels of the resized image.
-            valid: True for slots with a box.
+            anchors: [N, 4] xyxy in pixels, of all levels of one image.
+            admitted: [N], True for anchors inside the canvas.
+            boxes: [G, 4] xyxy in the pixels of the resized image, the ground truth.
+            valid: [G], True for slots with a box.
             counts: number of anchors of each level.
 
         Returns:
@@ -135,20 +130,15 @@ class FCOS(DenseDetector):
         return fcos_match(anchors, boxes, counts, center_sampling_radius=radius, valid_gt=valid, valid=admitted)
 
     def matched_losses(
-        self,
-        outputs: DenseOutputs,
-        anchors: Float[Array, "B N 4"],
-        admitted: Bool[Array, "B N"],
-        matched: Int[Array, "B N"],
-        targets: Targets,
+        self, outputs: DenseOutputs, anchors: Array, admitted: Array, matched: Array, targets: Targets
     ) -> dict[str, Float[Array, ""]]:
         """The losses of FCOS's three outputs; see ``losses.fcos_losses``.
 
         Args:
             outputs: of the head.
-            anchors: of all levels, xyxy in pixels of each canvas.
-            admitted: True for anchors inside the canvas.
-            matched: of ``match``.
+            anchors: [B, N, 4] xyxy in pixels of each canvas, of all levels.
+            admitted: [B, N], True for anchors inside the canvas.
+            matched: [B, N], of ``match``.
             targets: ground truth in the pixels of the resized images.
 
         Returns:

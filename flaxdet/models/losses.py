@@ -7,6 +7,8 @@ before they could reach a sum or a gradient.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
@@ -28,6 +30,38 @@ from flaxdet.xla.mesh import per_image
 
 SMOOTH_L1_BETA = 1 / 9
 IGNORED = -1  # label of an anchor or proposal that takes no part in a loss
+
+
+class Sampling(NamedTuple):
+    """How anchors or proposals are labelled and sampled in training.
+
+    Attributes:
+        fg_iou_thresh: IoU from which a box is positive.
+        bg_iou_thresh: IoU below which a box is negative; a box between the two thresholds is ignored.
+        batch_size_per_image: number of boxes sampled.
+        positive_fraction: largest fraction of positives among the sampled boxes.
+    """
+
+    fg_iou_thresh: float
+    bg_iou_thresh: float
+    batch_size_per_image: int
+    positive_fraction: float
+
+    def match(self, boxes: Array, valid: Array, gt: Array, gt_valid: Array, **options: Any) -> Int[Array, " N"]:
+        """``ops.match`` by the two thresholds.
+
+        Args:
+            boxes: [N, 4] xyxy in pixels of one image, the anchors or proposals.
+            valid: [N], False for boxes that are not matched.
+            gt: [G, 4] xyxy in pixels of the same image, the ground truth.
+            gt_valid: [G], False for padding.
+            **options: of ``ops.match``.
+
+        Returns:
+            [N], as ``ops.match``.
+        """
+        thresholds = {"high_threshold": self.fg_iou_thresh, "low_threshold": self.bg_iou_thresh}
+        return match(box_iou(gt, boxes), **thresholds, valid_gt=gt_valid, valid=valid, **options)
 
 
 def fcos_losses(
@@ -86,11 +120,7 @@ def rpn_losses(
     admitted: Bool[Array, "B N"],
     targets: Targets,
     keys: Array,
-    *,
-    fg_iou_thresh: float,
-    bg_iou_thresh: float,
-    batch_size_per_image: int,
-    positive_fraction: float,
+    sampling: Sampling,
 ) -> dict[str, Float[Array, ""]]:
     """The region proposal network's two losses (torchvision's RegionProposalNetwork.compute_loss).
 
@@ -101,26 +131,16 @@ def rpn_losses(
         admitted: True for anchors inside the canvas; other anchors are neither matched nor sampled.
         targets: ground truth in the pixels of the resized images.
         keys: [B] random keys of the sampling.
-        fg_iou_thresh: IoU from which an anchor is positive (the best anchors of each ground truth always are).
-        bg_iou_thresh: IoU below which an anchor is negative; between the two thresholds it is ignored.
-        batch_size_per_image: number of anchors sampled.
-        positive_fraction: largest fraction of positives among the sampled anchors.
+        sampling: of the anchors. The best anchors of each ground truth are positive whatever their IoU.
 
     Returns:
         {"loss_objectness", "loss_rpn_box_reg"}, over the sampled anchors of the batch.
     """
 
     def assign(anchors: Array, admitted: Array, boxes: Array, valid: Array, key: Array) -> tuple[Array, ...]:
-        matched = match(
-            box_iou(boxes, anchors),
-            high_threshold=fg_iou_thresh,
-            low_threshold=bg_iou_thresh,
-            allow_low_quality_matches=True,
-            valid_gt=valid,
-            valid=admitted,
-        )
+        matched = sampling.match(anchors, admitted, boxes, valid, allow_low_quality_matches=True)
         labels = jnp.where(matched >= 0, 1, jnp.where(matched == BELOW_LOW_THRESHOLD, 0, IGNORED))
-        return matched, *balanced_sample(key, labels, batch_size_per_image, positive_fraction)
+        return matched, *balanced_sample(key, labels, sampling.batch_size_per_image, sampling.positive_fraction)
 
     matched, positive, negative = per_image(assign)(anchors, admitted, targets.boxes, targets.valid, keys)
     sampled = positive | negative
@@ -139,11 +159,7 @@ def sample_proposals(
     proposals: Proposals,
     targets: Targets,
     keys: Array,
-    *,
-    fg_iou_thresh: float,
-    bg_iou_thresh: float,
-    batch_size_per_image: int,
-    positive_fraction: float,
+    sampling: Sampling,
 ) -> tuple[Proposals, Int[Array, "B S"], Float[Array, "B S 4"]]:
     """Samples the proposals that the box head trains on (torchvision's RoIHeads.select_training_samples).
 
@@ -151,32 +167,23 @@ def sample_proposals(
         proposals: proposals of the RPN, to which the ground truth is added.
         targets: ground truth in the pixels of the resized images.
         keys: [B] random keys of the sampling.
-        fg_iou_thresh: IoU from which a proposal is positive.
-        bg_iou_thresh: IoU below which a proposal is background; between the two thresholds it is ignored.
-        batch_size_per_image: number of proposals sampled.
-        positive_fraction: largest fraction of positives among the sampled proposals.
+        sampling: of the proposals, of which the negative are background.
 
     Returns:
-        The sampled proposals in S = min(batch_size_per_image, R + G) slots; the label of each (0 for background); and
-        the matched ground-truth box of each (for background, the proposal itself).
+        The sampled proposals in S = min(sampling.batch_size_per_image, R + G) slots; the label of each (0 for
+        background); and the matched ground-truth box of each (for background, the proposal itself).
     """
     boxes = jnp.concatenate((proposals.boxes, targets.boxes.astype(proposals.boxes.dtype)), axis=1)
     valid = jnp.concatenate((proposals.valid, targets.valid), axis=1)
-    slots = min(batch_size_per_image, boxes.shape[1])
+    slots = min(sampling.batch_size_per_image, boxes.shape[1])
 
     def choose(
         boxes: Array, valid: Array, gt: Array, gt_labels: Array, gt_valid: Array, key: Array
     ) -> tuple[Array, ...]:
-        matched = match(
-            box_iou(gt, boxes),
-            high_threshold=fg_iou_thresh,
-            low_threshold=bg_iou_thresh,
-            valid_gt=gt_valid,
-            valid=valid,
-        )
+        matched = sampling.match(boxes, valid, gt, gt_valid)
         index = jnp.maximum(matched, 0)
         labels = jnp.where(matched >= 0, gt_labels[index], jnp.where(matched == BELOW_LOW_THRESHOLD, 0, IGNORED))
-        positive, negative = balanced_sample(key, labels, batch_size_per_image, positive_fraction)
+        positive, negative = balanced_sample(key, labels, sampling.batch_size_per_image, sampling.positive_fraction)
         sampled = positive | negative
         (slot,) = jnp.nonzero(sampled, size=slots, fill_value=0)
         used = jnp.arange(slots, dtype=jnp.int32) < jnp.sum(sampled, dtype=jnp.int32)

@@ -18,7 +18,7 @@ from flaxdet.models.backbones import check_backbone
 from flaxdet.models.detector import Detector, call_part
 from flaxdet.models.labels import check_targets, refuse_labels
 from flaxdet.models.levels import Shapes, batch_anchors, feature_extents, level_shapes
-from flaxdet.models.losses import rpn_losses
+from flaxdet.models.losses import Sampling, rpn_losses
 from flaxdet.models.rpn import RPNHead, filter_proposals
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array
@@ -89,6 +89,9 @@ class RCNN(Detector):
         low, high = (getattr(self, name) for name in names)
         if low > high:
             raise ValueError(f"{type(self).__name__}: {names[0]} should not exceed {names[1]}, got {low} and {high}")
+
+    def _sampling(self, stage: str) -> Sampling:
+        return Sampling(*(getattr(self, f"{stage}_{option}") for option in Sampling._fields))
 
     def _check_type(self, field: str, kind: type) -> None:
         value = getattr(self, field)
@@ -247,10 +250,7 @@ class RCNN(Detector):
             jnp.concatenate(admitted, axis=1),
             targets,
             keys[0],
-            fg_iou_thresh=self.rpn_fg_iou_thresh,
-            bg_iou_thresh=self.rpn_bg_iou_thresh,
-            batch_size_per_image=self.rpn_batch_size_per_image,
-            positive_fraction=self.rpn_positive_fraction,
+            self._sampling("rpn"),
         )
         losses, allowed = self.roi_losses(features, proposals, batch, targets, keys[1], train=train)
         return refuse_labels(losses | proposal_losses, targets, allowed)

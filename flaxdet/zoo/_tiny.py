@@ -88,7 +88,6 @@ ARCHITECTURE = register(
             milestones=(),
             weight_decay=1e-4,
             fine_tuning_lr=0.0025,
-            data={"flip": 0.5},
         ),
         in_torch=_in_torch,
         comparison="flaxdet.zoo.torch_fcos",

@@ -13,6 +13,7 @@ from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork
 from flaxdet.registry import Architecture, Keys, Training, register
 from flaxdet.zoo.build import build
 from flaxdet.zoo.categories import COCO_CATEGORIES
+from flaxdet.zoo.keys import DEEPER_BODY, FASTER_RCNN, OTHER_BRANCHES, OTHER_FASTER_RCNN, RESNET50
 from flaxdet.zoo.weights import REFERENCES, ObjectDetection, ResNet50_Weights, Weights, WeightsEnum
 
 
@@ -60,31 +61,21 @@ ARCHITECTURE = register(
         make=_make,
         weights=FasterRCNN_ResNet50_FPN_Weights,
         keys=Keys(
-            present=frozenset(
+            present=RESNET50
+            | FASTER_RCNN
+            | frozenset(
                 {
-                    "backbone.body.layer4.2.conv3.weight",
-                    "backbone.body.layer3.5.conv3.weight",
                     "backbone.fpn.layer_blocks.3.0.weight",
                     "rpn.head.conv.0.0.weight",
                     "roi_heads.box_head.fc6.weight",
                     "roi_heads.box_head.fc7.weight",
-                    "roi_heads.box_predictor.cls_score.weight",
                 }
             ),
-            absent=frozenset(
-                {
-                    "backbone.body.layer3.6.conv3.weight",
-                    "backbone.fpn.layer_blocks.3.1.weight",
-                    "rpn.head.conv.1.0.weight",
-                    "roi_heads.mask_predictor.mask_fcn_logits.weight",
-                    "roi_heads.keypoint_predictor.kps_score_lowres.weight",
-                }
-            ),
+            absent=DEEPER_BODY
+            | OTHER_BRANCHES
+            | frozenset({"backbone.fpn.layer_blocks.3.1.weight", "rpn.head.conv.1.0.weight"}),
             class_key="roi_heads.box_predictor.cls_score.weight",
-            relative=(
-                frozenset({"rpn.head.cls_logits.weight", "roi_heads.box_predictor.cls_score.weight"}),
-                "a Faster R-CNN with other parts than torchvision's builders on a ResNet-50-FPN",
-            ),
+            relative=OTHER_FASTER_RCNN,
         ),
         # torchvision's references: 8 devices with 2 images each
         training=Training(
@@ -94,7 +85,6 @@ ARCHITECTURE = register(
             milestones=(16, 22),
             weight_decay=1e-4,
             fine_tuning_lr=0.02,
-            data={"flip": 0.5},
         ),
         in_torch=_in_torch,
         comparison="flaxdet.zoo.torch_faster_rcnn",

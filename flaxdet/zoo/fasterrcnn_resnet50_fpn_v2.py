@@ -20,6 +20,7 @@ from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork
 from flaxdet.registry import Architecture, Keys, Training, register
 from flaxdet.zoo.build import build
 from flaxdet.zoo.categories import COCO_CATEGORIES
+from flaxdet.zoo.keys import DEEPER_BODY, FASTER_RCNN, OTHER_BRANCHES, OTHER_FASTER_RCNN, RESNET50
 from flaxdet.zoo.weights import ObjectDetection, ResNet50_Weights, Weights, WeightsEnum
 
 
@@ -83,29 +84,19 @@ ARCHITECTURE = register(
         make=_make,
         weights=FasterRCNN_ResNet50_FPN_V2_Weights,
         keys=Keys(
-            present=frozenset(
+            present=RESNET50
+            | FASTER_RCNN
+            | frozenset(
                 {
-                    "backbone.body.layer4.2.conv3.weight",
-                    "backbone.body.layer3.5.conv3.weight",
                     "backbone.fpn.layer_blocks.3.1.weight",
                     "rpn.head.conv.1.0.weight",
                     "roi_heads.box_head.3.1.weight",
                     "roi_heads.box_head.5.weight",
-                    "roi_heads.box_predictor.cls_score.weight",
                 }
             ),
-            absent=frozenset(
-                {
-                    "backbone.body.layer3.6.conv3.weight",
-                    "roi_heads.mask_predictor.mask_fcn_logits.weight",
-                    "roi_heads.keypoint_predictor.kps_score_lowres.weight",
-                }
-            ),
+            absent=DEEPER_BODY | OTHER_BRANCHES,
             class_key="roi_heads.box_predictor.cls_score.weight",
-            relative=(
-                frozenset({"rpn.head.cls_logits.weight", "roi_heads.box_predictor.cls_score.weight"}),
-                "a Faster R-CNN with other parts than torchvision's builders on a ResNet-50-FPN",
-            ),
+            relative=OTHER_FASTER_RCNN,
         ),
         # torchvision: 32 devices with 2 images each, large-scale jitter, fixed crops, BatchNorm over the global batch
         training=Training(

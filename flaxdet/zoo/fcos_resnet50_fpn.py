@@ -13,6 +13,7 @@ from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork
 from flaxdet.registry import Architecture, Keys, Training, register
 from flaxdet.zoo.build import build
 from flaxdet.zoo.categories import COCO_CATEGORIES
+from flaxdet.zoo.keys import DEEPER_BODY, RESNET50
 from flaxdet.zoo.weights import REFERENCES, ObjectDetection, ResNet50_Weights, Weights, WeightsEnum
 
 
@@ -60,17 +61,16 @@ ARCHITECTURE = register(
         make=_make,
         weights=FCOS_ResNet50_FPN_Weights,
         keys=Keys(
-            present=frozenset(
+            present=RESNET50
+            | frozenset(
                 {
-                    "backbone.body.layer4.2.conv3.weight",
-                    "backbone.body.layer3.5.conv3.weight",
                     "backbone.fpn.layer_blocks.2.0.weight",
                     "backbone.fpn.extra_blocks.p7.weight",
                     "head.classification_head.cls_logits.weight",
                     "head.regression_head.bbox_ctrness.weight",
                 }
             ),
-            absent=frozenset({"backbone.body.layer3.6.conv3.weight", "backbone.fpn.layer_blocks.3.0.weight"}),
+            absent=DEEPER_BODY | frozenset({"backbone.fpn.layer_blocks.3.0.weight"}),
             class_key="head.classification_head.cls_logits.weight",
             relative=(
                 frozenset({"head.regression_head.bbox_ctrness.weight"}),
@@ -86,7 +86,6 @@ ARCHITECTURE = register(
             weight_decay=1e-4,
             fine_tuning_lr=0.01,
             alias="fcos_recipe",
-            data={"flip": 0.5},
         ),
         in_torch=_in_torch,
         comparison="flaxdet.zoo.torch_fcos",

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flaxdet.convert.reference import torchvision
-
 if TYPE_CHECKING:
     import torch
 
@@ -20,14 +18,6 @@ _ROI_CLASSES = (0.0, 0.55)  # a small spread: the softmax must not saturate, or 
 _ROI_CANDIDATES = 0.3  # candidates above the score threshold before NMS, per proposal
 # A box head without norms spreads the scores of proposals on photos less than the scores of the calibration's boxes.
 _ROI_CANDIDATES_WITHOUT_NORM = 3.0
-
-
-def kind() -> type[torch.nn.Module]:
-    """The class of torchvision's detector."""
-    torchvision()
-    from torchvision.models.detection import FasterRCNN
-
-    return FasterRCNN
 
 
 def hooks(model: Any, recorded: dict[str, np.ndarray]) -> list[tuple[torch.nn.Module, Callable[..., None]]]:

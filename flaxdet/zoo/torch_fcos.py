@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flaxdet.convert.reference import torchvision
-
 if TYPE_CHECKING:
     import torch
 
@@ -16,14 +14,6 @@ _CENTERNESS = (0.0, 1.0)
 _DISTANCES = (2.6, 0.7)  # in anchor sizes: boxes of about five strides, so that neighbouring boxes overlap
 _CLASS_SPREAD = 1.0  # standard deviation of the class logits
 _CANDIDATES = 300  # candidates above the score threshold before NMS, on the calibration picture
-
-
-def kind() -> type[torch.nn.Module]:
-    """The class of torchvision's detector."""
-    torchvision()
-    from torchvision.models.detection import FCOS
-
-    return FCOS
 
 
 def hooks(model: Any, recorded: dict[str, np.ndarray]) -> list[tuple[torch.nn.Module, Callable[..., None]]]:
