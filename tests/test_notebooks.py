@@ -25,7 +25,6 @@ NEEDS = {
     "detection": (),
     "fine_tuning": ("pycocotools", "torch", "torchvision"),
 }
-WHOLE = {"detection": pytest.mark.ci, "fine_tuning": pytest.mark.ci}  # whole ResNet-50s, a minute of each core
 SECONDS = 480  # for one; alone on two cores it takes about one
 MOST_BYTES = 700_000
 NOISE = {
@@ -93,7 +92,8 @@ def test_is_what_comes_of_its_source(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=WHOLE.get(name, ())) for name in NAMES])
+@pytest.mark.ci  # whole ResNet-50s, a minute or two of each core
+@pytest.mark.parametrize("name", NAMES)
 def test_runs(name, tmp_path):
     needed = ("ipykernel", "nbclient", "matplotlib", *NEEDS[name])
     if missing := [package for package in needed if importlib.util.find_spec(package) is None]:

@@ -1,4 +1,4 @@
-"""Checks of a detector's backbone, which may be a user's module, and of options that model and parts share."""
+"""Checks of a detector's backbone, which may be a custom module, and of options that model and parts share."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def named_maps(model: Any, found: Any, pixels: Array) -> Features:
 
 
 def warn_of_other_options(model: Any) -> None:
-    """Warns of parts that were made with another ``dtype``, ``param_dtype`` or ``precision`` than the model's.
+    """Warns of parts that were made with another ``dtype``, ``param_dtype`` or ``precision`` than the model.
 
     A model's option applies outside the parts, and to parts that the model makes. A part passed by the user keeps its
     options. If the model's option is not the default, the user has probably forgotten to give it to the part: that is
@@ -97,7 +97,7 @@ def warn_of_other_options(model: Any) -> None:
 
 
 def departs(part: nn.Module, option: str, asked: Any) -> bool:
-    """Whether a part's ``option`` differs from ``asked``; without the field, or with a dtype of None, it doesn't."""
+    """Whether a part's ``option`` differs from ``asked``; False without the field, or with a dtype of None."""
     if option not in {field.name for field in dataclasses.fields(part)}:
         return False
     value = getattr(part, option)

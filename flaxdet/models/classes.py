@@ -1,4 +1,4 @@
-"""Other classes for trained weights: new class layers, and rows carried over by name."""
+"""Other classes for trained weights: new class layers, with rows copied by the names of the classes."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ def replace_classes(
     copy: Mapping[int, int] | None = None,
     key: jax.Array | None = None,
 ) -> tuple[Any, Variables]:
-    """Keeps the body of trained weights and makes new class layers.
+    """Makes new class layers for trained weights, and keeps all other variables.
 
-    These layers are FCOS's ``classification_head/cls_logits``, and Faster R-CNN's ``box_predictor/cls_score`` and
-    ``bbox_pred``, which holds four numbers a class. They are initialised as in torchvision's detectors. All else, the
-    model's options included, stays as it is, bit for bit.
+    The class layers are ``head/classification_head/cls_logits`` in FCOS, and ``box_predictor/cls_score`` and
+    ``box_predictor/bbox_pred`` (four numbers per class) in Faster R-CNN. The new layers are initialised as in
+    torchvision's detectors. All other variables, and the options of the model, are unchanged, bit for bit.
 
     Args:
-        model: a detector with torchvision's own head or predictor.
+        model: a detector with torchvision's head or predictor.
         variables: {"params": ..., "batch_stats": ...} of the model; they are not changed.
-        num_classes: of the new layers, the background included; at least 2.
-        copy: {new label: old label}, the rows to carry over; ``match_classes`` makes it from names.
-        key: of the initialisation; default ``jax.random.key(0)``.
+        num_classes: number of classes of the new layers, including the background; at least 2.
+        copy: {new label: old label}, the rows of the class layers to copy; ``match_classes`` makes it from names.
+        key: random key of the initialisation; default ``jax.random.key(0)``.
 
     Returns:
-        The model for ``num_classes`` classes, and its variables, which share all other arrays with those given.
+        The model for ``num_classes`` classes, and the variables of that model. All arrays but the class layers are the
+        arrays of ``variables``.
 
     Raises:
         TypeError: if the model is no detector, or has a head or predictor of another kind.
@@ -49,10 +50,10 @@ def replace_classes(
         raise ValueError(f"num_classes counts the background, so it should be at least 2, got {num_classes}")
     part, layers = _class_layers(model)
     head: Any = getattr(model, part).clone(num_classes=num_classes)
-    # None where the model's predictor was given instead of a number
-    named = None if model.num_classes is None else num_classes
-    replaced = model.clone(num_classes=named, **{part: head})
-    old_classes: Any = classes_of(model)  # a head or predictor of torchvision's knows it
+    # None if the model was made with a predictor instead of a number of classes
+    option = None if model.num_classes is None else num_classes
+    replaced = model.clone(num_classes=option, **{part: head})
+    old_classes: Any = classes_of(model)  # torchvision's head and predictor have the attribute
     new_labels, old_labels = _labels(copy or {}, num_classes, old_classes)
     params = variables["params"]
     old_leaves = {
@@ -60,12 +61,13 @@ def replace_classes(
         for layer, width in layers.items()
         for leaf in ("kernel", "bias")
     }
-    # A dense layer takes any number of inputs, and the variables know it.
+    # The model does not fix the number of inputs of a dense layer; the variables do.
     inputs = next(iter(old_leaves.values())).shape[-2]
 
     def initial(key: jax.Array) -> list[Any]:
         fresh = {part: head.init(key, head.class_inputs(inputs))["params"]}
-        return [_at(fresh, path) for path in old_leaves]  # alone: jit drops what the other layers would draw
+        # only the class layers: jit drops the random draws of other layers
+        return [_at(fresh, path) for path in old_leaves]
 
     fresh = jax.jit(initial)(jax.random.key(0) if key is None else key)
     for (path, old), new in zip(old_leaves.items(), fresh, strict=True):
@@ -75,19 +77,19 @@ def replace_classes(
 
 
 def match_classes(old: Sequence[str], new: Sequence[str], names: Sequence[str] | None = None) -> dict[int, int]:
-    """Which rows ``replace_classes`` can carry over, by the names of the labels.
+    """Maps new labels to the old labels of the same name, for ``copy`` of ``replace_classes``.
 
     Args:
         old: names of the labels of the trained weights, label 0 ("__background__") first.
-        new: names of the labels to come.
-        names: those to carry over; default all that are in both, the background among them. A name that labels
-            share ("N/A" in torchvision's list for COCO) tells none of them, so by default it is left out.
+        new: names of the new labels, label 0 ("__background__") first.
+        names: the names to match; default all names that occur once in ``old`` and once in ``new``, including the
+            background. So a name of several labels ("N/A" in torchvision's list for COCO) is left out by default.
 
     Returns:
         {new label: old label}.
 
     Raises:
-        ValueError: for a name asked for that ``old`` or ``new`` lacks, or has twice.
+        ValueError: for a name in ``names`` that ``old`` or ``new`` lacks, or has twice.
     """
     if names is None:
         names = [name for name in new if list(old).count(name) == 1 == list(new).count(name)]
@@ -95,18 +97,18 @@ def match_classes(old: Sequence[str], new: Sequence[str], names: Sequence[str] |
 
 
 def _label(labels: Sequence[str], name: str, kind: str) -> int:
-    found = [label for label, other in enumerate(labels) if other == name]
-    if len(found) > 1:
-        raise ValueError(f"{name!r} should name one of the {kind}, and names labels {found}")
-    if not found:
+    matches = [label for label, other in enumerate(labels) if other == name]
+    if len(matches) > 1:
+        raise ValueError(f"{name!r} should name one of the {kind}, and names labels {matches}")
+    if not matches:
         near = difflib.get_close_matches(name.lower(), [other.lower() for other in labels], n=1, cutoff=0.5)
         hint = next((f"; did you mean {other!r}?" for other in labels if [other.lower()] == near), "")
         raise ValueError(f"{name!r} is none of the {len(labels)} {kind}{hint}")
-    return found[0]
+    return matches[0]
 
 
 def _class_layers(model: Any) -> tuple[str, dict[Path, int]]:
-    """The field of the model that holds the class layers, and their paths in it, with the numbers that a class has."""
+    """The field of the model that holds the class layers, and {path of a layer in it: number of outputs per class}."""
     if not isinstance(model, Detector):
         raise TypeError(f"expected a detector, got {type(model).__name__}")
     part = getattr(model, model.class_part)
@@ -141,7 +143,7 @@ def _labels(copy: Mapping[int, int], new_classes: int, old_classes: int) -> tupl
 
 
 def _with_rows(layer: Any, old: Any, new_labels: np.ndarray, old_labels: np.ndarray, width: int) -> Any:
-    """``layer`` [..., classes * width] with these classes from ``old``."""
+    """``layer`` [..., classes * width], in which ``new_labels`` have the rows of ``old_labels`` in ``old``."""
     if not len(new_labels):
         return layer
 

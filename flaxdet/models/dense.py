@@ -1,4 +1,4 @@
-"""Detectors of one stage: a head with an output at every anchor, in parts that FCOS fills in (and RetinaNet could)."""
+"""One-stage detectors: a head with an output at every anchor. FCOS is one, and RetinaNet would be another."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ DenseOutputs = dict[str, Float[Array, "B N _"]]
 
 
 class DenseDetector(Detector):
-    """Base of the detectors of one stage: backbone, head, then losses or detections.
+    """Base of the one-stage detectors: backbone, head, then losses or detections.
 
-    A subclass gives the parts that differ: ``box_coder``, ``scores``, ``match`` and ``matched_losses``. Among the
-    head's outputs are "cls_logits" [B, N, k], where channel c belongs to label c, and "bbox_regression" [B, N, 4].
+    A subclass defines ``box_coder``, ``scores``, ``match`` and ``matched_losses``. The outputs of the head include
+    "cls_logits" [B, N, k], where channel c belongs to label c, and "bbox_regression" [B, N, 4].
 
     Attributes:
-        anchor_generator: the anchors.
-        head: module ``(features, extents) -> outputs``, each [B, N, C], the N anchors by level, row, column.
-        score_thresh: keeps scores above it.
-        nms_thresh: IoU above which NMS suppresses.
-        detections_per_img: K, detection slots of an image.
+        anchor_generator: generator of the anchors.
+        head: module ``(features, extents) -> {name: [B, N, C]}``, with the N anchors by level, row and column.
+        score_thresh: detections have scores above this threshold.
+        nms_thresh: IoU above which NMS, within each class, suppresses a box.
+        detections_per_img: K, detection slots per image.
         topk_candidates: candidates kept per level before NMS.
     """
 
@@ -85,13 +85,13 @@ class DenseDetector(Detector):
         """Scores of the classes.
 
         Args:
-            outputs: of the head, at n anchors of one image.
+            outputs: outputs of the head at n anchors of one image.
 
         Returns:
             [n, k], in 0..1.
 
         Raises:
-            NotImplementedError: by this base.
+            NotImplementedError: in this base class.
         """
         raise NotImplementedError(f"{type(self).__name__} should define scores")
 
@@ -116,7 +116,7 @@ class DenseDetector(Detector):
             [N] index of each anchor's box; negative for an anchor without one.
 
         Raises:
-            NotImplementedError: by this base.
+            NotImplementedError: in this base class.
         """
         raise NotImplementedError(f"{type(self).__name__} should define match")
 
@@ -128,20 +128,20 @@ class DenseDetector(Detector):
         matched: Int[Array, "B N"],
         targets: Targets,
     ) -> dict[str, Float[Array, ""]]:
-        """The losses, once each anchor has its box.
+        """The losses of the outputs of the head, given the box that each anchor is matched to.
 
         Args:
-            outputs: of the head.
+            outputs: outputs of the head.
             anchors: of all levels, xyxy in pixels of each canvas.
             admitted: True for anchors inside the canvas.
-            matched: of ``match``.
+            matched: for each image the result of ``match``.
             targets: ground truth in the pixels of the resized images.
 
         Returns:
             The losses by name, over the whole batch.
 
         Raises:
-            NotImplementedError: by this base.
+            NotImplementedError: in this base class.
         """
         raise NotImplementedError(f"{type(self).__name__} should define matched_losses")
 
@@ -153,9 +153,9 @@ class DenseDetector(Detector):
         Args:
             batch: images from ``flaxdet.transform``.
             targets: ground truth in the pixels of the resized images.
-            train: BatchNorm's mode (``mutable=["batch_stats"]`` then keeps its statistics). Targets with
-                ``train=False`` give validation losses.
-            with_detections: with targets, return the detections too.
+            train: whether BatchNorm is in training mode (``mutable=["batch_stats"]`` then returns the new statistics).
+                Targets with ``train=False`` give validation losses.
+            with_detections: with targets, also returns the detections.
 
         Returns:
             Without targets: ``Detections`` in the pixels of the resized images. With targets: torchvision's losses by
@@ -163,7 +163,7 @@ class DenseDetector(Detector):
             if the label of a valid box is not one of ``target_labels``.
 
         Raises:
-            ValueError: for such a label outside of jit.
+            ValueError: for such a label, outside of jit.
         """
         features = self.features(batch, train=train)
         outputs = call_part(self.head, features, role="head", extents=feature_extents(features, batch))
@@ -180,17 +180,17 @@ class DenseDetector(Detector):
         """The losses of the head's outputs (torchvision's FCOS.compute_loss).
 
         Args:
-            outputs: of the head.
-            batch: the images that they belong to.
+            outputs: outputs of the head.
+            batch: the images of the outputs.
             targets: ground truth in the pixels of the resized images.
             shapes: (h, w) of each level's map.
 
         Returns:
-            The losses by name (``loss_names``); all NaN, as are their gradients, if the label of a valid box is not one
-            of ``target_labels`` and under jit.
+            The losses by name (``loss_names``). Under jit, all losses and their gradients are NaN if the label of a
+            valid box is not one of ``target_labels``.
 
         Raises:
-            ValueError: for such a label outside of jit.
+            ValueError: for such a label, outside of jit.
         """
         check_targets(targets.labels, targets.valid, self.target_labels)
         by_level, admitted = batch_anchors(self._anchors(), batch, shapes, self.box_dtype)
@@ -203,11 +203,11 @@ class DenseDetector(Detector):
         return refuse_labels(losses, targets, label_range(outputs["cls_logits"].shape[-1], background=False))
 
     def postprocess(self, outputs: DenseOutputs, batch: ImageBatch, shapes: Shapes) -> Detections:
-        """Scores, decodes and suppresses (torchvision's FCOS.postprocess_detections).
+        """Computes scores, decodes boxes and runs NMS (torchvision's FCOS.postprocess_detections).
 
         Args:
-            outputs: of the head.
-            batch: the images that they belong to (sizes and canvases are read).
+            outputs: outputs of the head.
+            batch: the images of the outputs, whose sizes and canvases are read.
             shapes: (h, w) of each level's map.
 
         Returns:

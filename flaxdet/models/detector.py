@@ -1,4 +1,4 @@
-"""What the detectors share: their common fields, the call of a replaceable backbone, named stages."""
+"""The base of the detectors: common fields, the call of a replaceable backbone, named stages."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ from flaxdet.structures import Detections, ImageBatch, TransformConfig
 
 
 def freeze_lists(value: Any) -> Any:
-    """Lists and numpy arrays as tuples, all the way down: module fields must be hashable to be static under jit."""
+    """Converts nested lists and numpy arrays to tuples: fields of a module must be hashable to be static under jit."""
     if isinstance(value, np.ndarray):
         value = value.tolist()
     return tuple(freeze_lists(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def call_part(part: Any, *args: Any, role: str, **options: Any) -> Any:
-    """Calls a replaceable part with those options that its signature takes.
+    """Calls a replaceable part with the options that the signature of the part takes.
 
-    A part of the user's own may ignore the train mode or the canvas; but where a canvas is smaller than
-    its bucket, a part that doesn't take it would see the padding, and the answer would be silently wrong.
+    A custom part may ignore the train mode or the canvas. But if a canvas is smaller than the bucket, a part that takes
+    no ``canvas`` or ``extents`` would read the padding, and the result would be silently wrong.
 
     Raises:
         ValueError: if the part takes no ``canvas`` or ``extents`` and one is needed.
     """
     parameters = inspect.signature(type(part).__call__).parameters
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    kept = {name: value for name, value in options.items() if takes_all or name in parameters}
+    accepted = {name: value for name, value in options.items() if takes_all or name in parameters}
     for name in ("canvas", "extents"):
-        if options.get(name) is not None and name not in kept:
+        if options.get(name) is not None and name not in accepted:
             raise ValueError(
                 f"{role} {type(part).__name__} takes no `{name}` argument, so it can only run where the "
                 "canvas is the whole bucket: build the batch with canvas=None"
             )
-    return part(*args, **kept)
+    return part(*args, **accepted)
 
 
-# What the constructors, `clone` and attributes of a detector call torchvision's keywords of the transform.
+# Names of torchvision's keywords of the transform, in the constructor, `clone` and the attributes of a detector.
 GEOMETRY = tuple(field.name for field in dataclasses.fields(TransformConfig))
 
 
 class Detector(TypedModule):
-    """Base of the detectors: the fields that each has, the call of a replaceable backbone, named stages.
+    """Base of the detectors: common fields, the call of a replaceable backbone, named stages.
 
     The constructor, ``clone`` and the attributes have torchvision's keywords min_size, max_size, image_mean, image_std,
     size_divisible and fixed_size, which are kept in the one field ``transform``.
@@ -62,12 +62,13 @@ class Detector(TypedModule):
     Attributes:
         backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, finest first, with an attribute
             ``out_channels``, C.
-        num_classes: k, including the background.
+        num_classes: k, number of classes, including the background.
         transform: how images are resized, normalised and padded.
-        trainable_backbone_layers: 0..5, read by the optimiser's mask.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
+        trainable_backbone_layers: number of backbone layers that train, 0 to 5, counted from the last stage; the
+            optimiser's mask reads it.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
     """
 
     backbone: Any
@@ -86,7 +87,7 @@ class Detector(TypedModule):
         size_divisible: int = 32
         fixed_size: Sequence[int] | None = None
 
-    # names under which arrays are sown beside the backbone's
+    # names of the arrays that are sown besides the maps of the backbone
     _own_stages: ClassVar[frozenset[str]] = frozenset()
     # the field that holds the part with an output for each class
     class_part: ClassVar[str] = ""
@@ -103,11 +104,11 @@ class Detector(TypedModule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.parent, Scope):  # Flax's own copies, one a call, say nothing
+        if not isinstance(self.parent, Scope):  # no warning from the copy that Flax makes at each call
             warn_of_other_options(self)
 
     def _default_parts(self) -> dict[str, Callable[[], Any]]:
-        """By field, what makes the part that stands there unless one is given; none in a detector without defaults."""
+        """{field: function that makes the default part of the field}; empty in a detector without default parts."""
         return {}
 
     def _fill_in_parts(self) -> None:
@@ -118,24 +119,23 @@ class Detector(TypedModule):
     def clone(self, *, parent: Any = None, _deep_clone: Any = False, _reset_names: bool = False, **updates: Any) -> Any:
         """A copy with other options, as Flax's ``clone``: ``model.clone(score_thresh=0.5, dtype=jnp.bfloat16)``.
 
-        A new ``dtype``, ``param_dtype`` or ``precision`` also reaches the backbone and every other part, and the parts
-        of the parts, where they have a field of that name. Parts that are as the constructor makes them are made again
-        for the new options: ``num_classes`` makes a new head or predictor. Other parts stay, and so do parts that are
-        given in the same call.
+        A new ``dtype``, ``param_dtype`` or ``precision`` also replaces the field of that name in every part, and in the
+        parts of the parts. A part that equals the constructor's default part is made again for the new options: a new
+        ``num_classes`` makes a new head or predictor. Other parts, and parts that are given in the same call, stay.
 
         Args:
-            parent: of the copy; default none.
+            parent: parent module of the copy; default none.
             _deep_clone: for Flax: copies the parts too.
             _reset_names: for Flax: clears the names of the parts.
-            **updates: fields to replace. ``param_dtype=None`` is float64 if ``dtype`` is, else float32; without a new
-                ``param_dtype`` the old one stays.
+            **updates: fields to replace. ``param_dtype=None`` means float64 if ``dtype`` is float64, else float32.
+                Without a new ``param_dtype``, the copy has the old ``param_dtype``.
 
         Returns:
-            A detector of the same class, whose variables need not fit the old one's.
+            A detector of the same class. The variables of the old detector need not fit the new detector.
 
         Raises:
-            ValueError: for another ``num_classes`` where the head (FCOS) or the box_predictor (Faster R-CNN) was given
-                to the constructor, and for all that the constructor refuses.
+            ValueError: if ``num_classes`` changes and the head (FCOS) or the box_predictor (Faster R-CNN) was given to
+                the constructor, and for the same reasons as in the constructor.
             TypeError: for a field that the detector doesn't have.
         """
         if updates.keys() - {"name"}:
@@ -151,7 +151,7 @@ class Detector(TypedModule):
         return super().clone(parent=parent, _deep_clone=_deep_clone, _reset_names=_reset_names, **updates)
 
     def torch_names(self) -> Iterator[TorchName]:
-        """Names of the modules in torchvision's detector, in the order of its state_dict; none of parts it lacks."""
+        """Names of the modules in torchvision's detector, in the order of the state_dict, without custom parts."""
         for field, name in self.torch_parts.items():
             yield from inside(names_of(getattr(self, field)), field, name)
 
@@ -170,34 +170,34 @@ class Detector(TypedModule):
 
         Args:
             batch: the images.
-            train: BatchNorm's mode.
+            train: whether BatchNorm is in training mode.
 
         Returns:
             {name: [B, h, w, C]}, finest first; a single map has the name "0". Values beyond each canvas are undefined.
 
         Raises:
             TypeError: if the backbone returns neither a map nor a mapping of names to maps.
-            ValueError: if the backbone can't honour canvases smaller than the bucket, or returns maps of other shapes
-                than it should.
+            ValueError: if a canvas is smaller than the bucket and the backbone takes no ``canvas``, or if the backbone
+                returns maps with wrong names, in the wrong order or of wrong shapes.
         """
         backbone, pixels = self.backbone, batch.pixels.astype(self.dtype)
         stages: Features = {}
         if isinstance(backbone, BackboneWithFPN):
-            stages, found = backbone.stages_and_levels(pixels, canvas=batch.canvas, train=train)
+            stages, returned = backbone.stages_and_levels(pixels, canvas=batch.canvas, train=train)
         else:
-            found = call_part(backbone, pixels, role="backbone", canvas=batch.canvas, train=train)
-        features = named_maps(self, found, pixels)
+            returned = call_part(backbone, pixels, role="backbone", canvas=batch.canvas, train=train)
+        features = named_maps(self, returned, pixels)
         warn_of_other_maps(self, features)
-        # a stage and a level of one name are two arrays: the level is the one that the heads read
+        # if a stage and a level have the same name, the level gets it, since the heads read the level
         self.sow_all({f"body_{name}" if name in features else name: x for name, x in stages.items()})
         self.sow_all(features)
         return features
 
     def sow_all(self, arrays: dict[str, Any]) -> None:
-        """Leaves arrays in the collection ``intermediates``, for whoever asks for it.
+        """Sows arrays in the collection ``intermediates``, which a caller can make mutable.
 
         Args:
-            arrays: by name.
+            arrays: the arrays by name.
         """
         for name, value in arrays.items():
             self.sow("intermediates", name, value)
@@ -218,8 +218,8 @@ def _with_geometry(init: Callable[..., None]) -> Callable[..., None]:
 
 def _geometry(name: str) -> property:
     def value(self: Detector) -> Any:
-        found = getattr(self.transform, name)
-        return found[0] if name == "min_size" and len(found) == 1 else found
+        option = getattr(self.transform, name)
+        return option[0] if name == "min_size" and len(option) == 1 else option
 
     value.__doc__ = f"``transform.{name}``, torchvision's keyword of the constructor."
     return property(value)
@@ -230,12 +230,12 @@ for _name in GEOMETRY:  # not in the class, where Flax would take them for metho
 
 
 def _unnamed(part: Any) -> Any:
-    """A part as it was before its model was bound, which names it."""
+    """A copy of a part without the name that Flax gives the part when the model is bound."""
     return nn.Module.clone(part, name=None) if isinstance(part, nn.Module) else part
 
 
 def example_batch(size: int = 64) -> ImageBatch:
-    """One black image of the given side, for ``model.init``: no variable's shape depends on the images."""
+    """One black image of ``size`` x ``size`` pixels, for ``model.init``; the shapes of variables depend on no image."""
     sides = jnp.full((1, 2), size, jnp.int32)
     return ImageBatch(jnp.zeros((1, size, size, 3), jnp.float32), sides, sides, None)
 
@@ -246,7 +246,7 @@ def gather_detections(
     labels: Int[Array, " N"],
     keep: Int[Array, " K"],
 ) -> Detections:
-    """The kept candidates of one image as a row of ``Detections``; ``keep`` has -1 beyond the last."""
+    """The candidates of one image at the indices ``keep``, as a row of ``Detections``; -1 gives an empty slot."""
     valid = keep >= 0
     index = jnp.maximum(keep, 0)
     return Detections(

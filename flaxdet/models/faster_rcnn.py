@@ -33,45 +33,51 @@ class FasterRCNN(RCNN):
     """Faster R-CNN on any backbone that returns named feature maps (torchvision's names and defaults).
 
     ``model.apply(variables, batch)`` is ``postprocess(box(propose(features)))``; each of these methods can be
-    called alone by ``method=`` (``box`` also with proposals of the user's own), and each array is sown in
+    called alone by ``method=`` (``box`` also with custom proposals), and each array is sown in
     ``intermediates`` under its name: c2..c5, p2..p5, pool, objectness, pred_bbox_deltas, proposals,
-    roi_features, class_logits, box_regression, class_scores. A body's stage of the name of a pyramid's level is
+    roi_features, class_logits, box_regression, class_scores. A stage of the body that has the name of a level is
     sown as body_NAME.
 
     Attributes:
         backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, finest first, with an attribute
             ``out_channels``, C. It may return any mapping, or one map, which is called "0". It may leave out ``train``,
             and ``canvas`` if no canvas is smaller than its bucket.
-        num_classes: k, including the background; ``None`` where ``box_predictor`` is given.
+        num_classes: k, number of classes, including the background; ``None`` if ``box_predictor`` is given.
         transform: how images are resized, normalised and padded.
         min_size, max_size, image_mean, image_std, size_divisible, fixed_size: torchvision's keywords, kept in
             ``transform``; see ``TransformConfig``.
-        rpn_anchor_generator: the anchors.
+        rpn_anchor_generator: generator of the anchors.
         rpn_head: module ``(features, extents) -> (objectness, deltas)`` as ``RPNHead``.
-        rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: candidates kept a level before NMS.
-        rpn_post_nms_top_n_train, rpn_post_nms_top_n_test: R, proposals kept an image.
-        rpn_nms_thresh: IoU above which the RPN's NMS suppresses.
-        rpn_fg_iou_thresh, rpn_bg_iou_thresh: IoU from which an anchor is positive, below which negative.
-        rpn_batch_size_per_image, rpn_positive_fraction: the RPN's sampling in training.
-        rpn_score_thresh: keeps proposals of at least this objectness (sigmoid).
-        box_roi_pool: ``MultiScaleRoIAlign``.
+        rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: candidates kept per level before NMS.
+        rpn_post_nms_top_n_train, rpn_post_nms_top_n_test: R, proposals kept per image.
+        rpn_nms_thresh: IoU above which the RPN's NMS suppresses a box.
+        rpn_fg_iou_thresh: IoU from which an anchor is positive.
+        rpn_bg_iou_thresh: IoU below which an anchor is negative.
+        rpn_batch_size_per_image: number of anchors sampled per image in training.
+        rpn_positive_fraction: largest fraction of positives among the sampled anchors.
+        rpn_score_thresh: lowest objectness score (sigmoid) of a proposal.
+        box_roi_pool: the ``MultiScaleRoIAlign`` that pools the proposals.
         box_head: module [R, h, w, C] -> [R, D], e.g. ``FastRCNNConvFCHead`` or ``TwoMLPHead``.
         box_predictor: module [R, D] -> (logits [R, k], offsets [R, k * 4]).
-        box_score_thresh: keeps detections above it.
-        box_nms_thresh: IoU above which the final NMS suppresses.
-        box_detections_per_img: K, detection slots of an image.
-        box_fg_iou_thresh, box_bg_iou_thresh: IoU from which a proposal is positive, below which negative.
-        box_batch_size_per_image, box_positive_fraction: the box head's sampling in training.
-        bbox_reg_weights: of the offsets (dx, dy, dw, dh); default (10, 10, 5, 5).
-        trainable_backbone_layers: 0..5, read by the optimiser's mask.
-        dtype: computes. Boxes, scores and NMS are float32 at least. This and the next two hold for the parts made here;
-            a part that is given keeps its own, and a warning names it where that differs from what is asked for here.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
+        box_score_thresh: detections have scores above this threshold.
+        box_nms_thresh: IoU above which the final NMS, within each class, suppresses a box.
+        box_detections_per_img: K, detection slots per image.
+        box_fg_iou_thresh: IoU from which a proposal is positive.
+        box_bg_iou_thresh: IoU below which a proposal is background.
+        box_batch_size_per_image: number of proposals sampled per image in training.
+        box_positive_fraction: largest fraction of positives among the sampled proposals.
+        bbox_reg_weights: weights of the offsets (dx, dy, dw, dh); default (10, 10, 5, 5).
+        trainable_backbone_layers: number of backbone layers that train, 0 to 5, counted from the last stage; the
+            optimiser's mask reads it.
+        dtype: dtype of the computation; boxes, scores and NMS are in float32 at least. ``dtype``, ``param_dtype`` and
+            ``precision`` apply to the parts that the constructor makes. A part that is passed keeps the options of the
+            part; a warning names the part if these differ from the options of the model.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
 
     Raises:
         ValueError: for a backbone without out_channels; for both or neither of num_classes and box_predictor; for an
-            rpn_head of another number of anchors; for an option out of range.
+            rpn_head with another number of anchors per location than the generator; for an option out of range.
         TypeError: for a backbone, anchor generator, RoI pooling or option of another kind.
     """
 
@@ -113,7 +119,7 @@ class FasterRCNN(RCNN):
     def __post_init__(self) -> None:
         object.__setattr__(self, "bbox_reg_weights", freeze_lists(self.bbox_reg_weights))
         self._check_box_options()
-        # Flax clones this module with both given, the predictor being the one made here: they agree
+        # Flax clones this module with num_classes and the predictor that was made here, which agree
         agree = getattr(self.box_predictor, "num_classes", None) == self.num_classes
         if self.num_classes is not None and self.box_predictor is not None and not agree:
             raise ValueError("num_classes should be None when box_predictor is specified")
@@ -144,20 +150,20 @@ class FasterRCNN(RCNN):
             "box_head": lambda: TwoMLPHead(inputs, REPRESENTATION_SIZE, **options),
         }
         classes = self.num_classes
-        if classes is not None:  # else the predictor is the user's
+        if classes is not None:  # otherwise the user gives the predictor
             parts["box_predictor"] = lambda: FastRCNNPredictor(REPRESENTATION_SIZE, classes, **options)
         return parts
 
     @property
     def box_coder(self) -> BoxCoder:
-        """Of the box head's offsets."""
+        """The coder of the box head's offsets."""
         return BoxCoder((10.0, 10.0, 5.0, 5.0) if self.bbox_reg_weights is None else self.bbox_reg_weights)
 
     @property
     def target_labels(self) -> range:
         """The labels that a ground-truth box may have, 1..k-1: label 0 is the background.
 
-        Without an upper bound where a ``box_predictor`` of one's own has no attribute ``num_classes``.
+        There is no upper bound if a custom ``box_predictor`` has no attribute ``num_classes``.
         """
         num_classes = getattr(self.box_predictor, "num_classes", None) if self.num_classes is None else self.num_classes
         return label_range(num_classes, background=True)
@@ -166,10 +172,10 @@ class FasterRCNN(RCNN):
         """Runs the box branch and keeps the best boxes: ``box``, then ``postprocess``.
 
         Args:
-            features: of the backbone.
-            proposals: boxes in the pixels of the resized images, of ``propose`` or of the user.
+            features: feature maps of the backbone.
+            proposals: boxes in the pixels of the resized images, from ``propose`` or custom.
             batch: the images.
-            train: BatchNorm's mode.
+            train: whether BatchNorm is in training mode.
 
         Returns:
             Detections in the pixels of the resized images.
@@ -183,10 +189,10 @@ class FasterRCNN(RCNN):
         """Pools the proposals and classifies them.
 
         Args:
-            features: of the backbone.
-            proposals: boxes in the pixels of the resized images, of ``propose`` or of the user.
+            features: feature maps of the backbone.
+            proposals: boxes in the pixels of the resized images, from ``propose`` or custom.
             batch: the images.
-            train: BatchNorm's mode.
+            train: whether BatchNorm is in training mode.
 
         Returns:
             Class logits [B, R, k] and box offsets [B, R, k * 4].
@@ -204,13 +210,13 @@ class FasterRCNN(RCNN):
         proposals: Proposals,
         batch: ImageBatch,
     ) -> Detections:
-        """Scores, decodes and suppresses.
+        """Computes scores, decodes boxes and runs NMS.
 
         Args:
-            class_logits: of each proposal.
+            class_logits: logits of each proposal and class.
             box_regression: offsets of each proposal and class.
             proposals: the boxes that the offsets refer to, in the pixels of the resized images.
-            batch: the images (sizes are read).
+            batch: the images, whose sizes are read.
 
         Returns:
             Detections in the pixels of the resized images.
@@ -233,12 +239,12 @@ class FasterRCNN(RCNN):
         """The losses of the box branch, on sampled proposals.
 
         Args:
-            features: of the backbone.
-            proposals: of the RPN.
+            features: feature maps of the backbone.
+            proposals: proposals of the RPN.
             batch: the images.
             targets: ground truth in the pixels of the resized images.
             keys: [B] random keys of the sampling.
-            train: BatchNorm's mode.
+            train: whether BatchNorm is in training mode.
 
         Returns:
             {"loss_classifier", "loss_box_reg"}, and the labels for which the class layer has an output.

@@ -24,7 +24,7 @@ from flaxdet.structures import Targets
 
 
 def default_anchor_generator() -> AnchorGenerator:
-    """One square anchor a location: sizes 8 to 128, one a level."""
+    """One square anchor per location; sizes 8 to 128 pixels, one per level."""
     sizes = ((8,), (16,), (32,), (64,), (128,))
     return AnchorGenerator(sizes, ((1.0,),) * len(sizes))
 
@@ -34,32 +34,34 @@ class FCOS(DenseDetector):
 
     ``model.apply(variables, batch)`` is ``postprocess(head(features))``; each of these methods can be called
     alone by ``method=``, and each array is sown in ``intermediates`` under its name: c2..c5, p3..p7,
-    cls_logits, bbox_regression, bbox_ctrness. A body's stage of the name of a pyramid's level is sown as body_NAME.
+    cls_logits, bbox_regression, bbox_ctrness. A stage of the body that has the name of a level is sown as body_NAME.
 
     Attributes:
         backbone: Linen module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, finest first, with an attribute
             ``out_channels``, C. It may return any mapping, or one map, which is called "0". It may leave out ``train``,
             and ``canvas`` if no canvas is smaller than its bucket.
-        num_classes: including the background; a channel of the head is a label.
+        num_classes: k, number of classes, including the background; channel c of the head belongs to label c.
         transform: how images are resized, normalised and padded.
         min_size, max_size, image_mean, image_std, size_divisible, fixed_size: torchvision's keywords, kept in
             ``transform``; see ``TransformConfig``.
-        anchor_generator: one anchor a location, whose size is the unit of distances.
+        anchor_generator: generator of one anchor per location. The size of the anchor is the unit of the distances.
         head: module ``(features, extents) -> outputs`` as ``FCOSHead``.
-        center_sampling_radius: in anchor sizes, for the training assignment.
-        score_thresh: keeps scores above it.
-        nms_thresh: IoU above which NMS suppresses.
-        detections_per_img: K, detection slots of an image.
+        center_sampling_radius: radius of center sampling in training, in anchor sizes.
+        score_thresh: detections have scores above this threshold.
+        nms_thresh: IoU above which NMS, within each class, suppresses a box.
+        detections_per_img: K, detection slots per image.
         topk_candidates: candidates kept per level before NMS.
-        trainable_backbone_layers: 0..5, read by the optimiser's mask.
-        dtype: computes. Boxes, scores and NMS are float32 at least. This and the next two hold for the parts made here;
-            a part that is given keeps its own, and a warning names it where that differs from what is asked for here.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
+        trainable_backbone_layers: number of backbone layers that train, 0 to 5, counted from the last stage; the
+            optimiser's mask reads it.
+        dtype: dtype of the computation; boxes, scores and NMS are in float32 at least. ``dtype``, ``param_dtype`` and
+            ``precision`` apply to the parts that the constructor makes. A part that is passed keeps the options of the
+            part; a warning names the part if these differ from the options of the model.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
 
     Raises:
-        ValueError: for a backbone without out_channels, or whose out_channels the default head can't take; more than
-            one anchor a location; a head of another number of classes; an option out of range.
+        ValueError: for a backbone without out_channels, or with out_channels that the default head can't take; for
+            more than one anchor per location; for a head of another number of classes; for an option out of range.
         TypeError: for a backbone, anchor generator or option of another kind.
     """
 
@@ -88,7 +90,7 @@ class FCOS(DenseDetector):
         channels, classes = self.backbone.out_channels, self.num_classes
         options = {name: getattr(self, name) for name in SHARED_OPTIONS}
         parts: dict[str, Callable[[], Any]] = {"anchor_generator": default_anchor_generator}
-        if channels % GROUPS == 0:  # the head of another backbone is its user's
+        if channels % GROUPS == 0:  # for other channels the user gives the head
             parts["head"] = lambda: FCOSHead(channels, 1, classes or 0, **options, parent=None)
         elif self.head is None:
             owner = f"backbone {type(self.backbone).__name__}: out_channels of a backbone for FCOS's default head"
@@ -97,14 +99,14 @@ class FCOS(DenseDetector):
 
     @property
     def box_coder(self) -> BoxLinearCoder:
-        """Of the distances to the sides of a box, in units of the anchor's size."""
+        """The coder of the distances to the sides of a box, in units of the anchor's size."""
         return BoxLinearCoder(normalize_by_size=True)
 
     def scores(self, outputs: DenseOutputs) -> Float[Array, "n k"]:
         """sqrt(class score * centerness), both sigmoids.
 
         Args:
-            outputs: of the head, at n locations of one image.
+            outputs: outputs of the head at n locations of one image.
 
         Returns:
             [n, k], in 0..1.
@@ -114,7 +116,7 @@ class FCOS(DenseDetector):
     def match(
         self, anchors: Array, admitted: Array, boxes: Array, valid: Array, counts: tuple[int, ...]
     ) -> Int[Array, " N"]:
-        """Center sampling (``ops.fcos_match``) by ``center_sampling_radius``.
+        """Center sampling (``ops.fcos_match``) with ``center_sampling_radius``.
 
         Args:
             anchors: [N, 4] xyxy in pixels, of all levels of one image.
@@ -135,10 +137,10 @@ class FCOS(DenseDetector):
         """The losses of FCOS's three outputs; see ``losses.fcos_losses``.
 
         Args:
-            outputs: of the head.
+            outputs: outputs of the head.
             anchors: [B, N, 4] xyxy in pixels of each canvas, of all levels.
             admitted: [B, N], True for anchors inside the canvas.
-            matched: [B, N], of ``match``.
+            matched: [B, N], for each image the result of ``match``.
             targets: ground truth in the pixels of the resized images.
 
         Returns:

@@ -21,11 +21,11 @@ from flaxdet.nn.names import TorchName
 from flaxdet.nn.norm import GroupNorm
 from flaxdet.nn.options import check_counts, check_numbers
 
-GROUPS = 32  # of neighbouring channels, in each GroupNorm
+GROUPS = 32  # number of groups of neighbouring channels in each GroupNorm
 
 
 def check_groups(owner: str, channels: int) -> None:
-    """Raises ValueError, naming the option that holds the channels, unless the groups divide them."""
+    """Raises ValueError unless the groups divide the channels; the message names the option ``owner``."""
     if channels % GROUPS:
         raise ValueError(
             f"{owner} should be a multiple of {GROUPS}, the groups of FCOSHead's GroupNorm, got {channels}"
@@ -65,13 +65,13 @@ class FCOSHead(TypedModule):
 
     Attributes:
         in_channels: channels of the features, and of the branches' convolutions; a multiple of 32.
-        num_anchors: per location; 1 in FCOS.
-        num_classes: including the background.
+        num_anchors: A, anchors per location; 1 in FCOS.
+        num_classes: k, number of classes, including the background.
         num_convs: convolutions in each branch.
-        prior_probability: of a positive, which the initial classification bias gives.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
+        prior_probability: probability of a positive according to the initial bias of the classification.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
 
     Raises:
         ValueError: for an option out of range, or in_channels that GroupNorm's 32 groups don't divide.
@@ -91,7 +91,7 @@ class FCOSHead(TypedModule):
         check_counts(self, 1, "in_channels", "num_anchors", "num_classes")
         check_counts(self, 0, "num_convs")
         check_numbers(self, "prior_probability")
-        if not 0 < self.prior_probability < 1:  # the bias is finite
+        if not 0 < self.prior_probability < 1:  # so that the bias is finite
             raise ValueError(f"FCOSHead: prior_probability should lie between 0 and 1, got {self.prior_probability}")
         if self.num_convs:
             check_groups("FCOSHead: in_channels", self.in_channels)
@@ -99,11 +99,11 @@ class FCOSHead(TypedModule):
 
     @property
     def class_layers(self) -> dict[tuple[str, ...], int]:
-        """Paths of the layers with outputs for each class, and the number of outputs for one."""
+        """{path of a layer with outputs for each class: number of outputs per class}."""
         return {("classification_head", "cls_logits"): self.num_anchors}
 
     def class_inputs(self, channels: int) -> Features:
-        """An input from which the shapes of the head's parameters follow.
+        """An input for initialisation, which gives the head's parameters their shapes.
 
         Args:
             channels: C of the features.
@@ -117,7 +117,7 @@ class FCOSHead(TypedModule):
         """Names of the modules in torchvision's FCOSHead, in the order of its state_dict."""
         outputs = {"classification_head": ("cls_logits",), "regression_head": ("bbox_reg", "bbox_ctrness")}
         for branch, predictions in outputs.items():
-            for i in range(self.num_convs):  # torch counts conv, norm, ReLU
+            for i in range(self.num_convs):  # torch numbers conv, norm and ReLU
                 yield TorchName(f"{branch}/conv_{i}", f"{branch}.conv.{3 * i}")
                 yield TorchName(f"{branch}/norm_{i}", f"{branch}.conv.{3 * i + 1}")
             for prediction in predictions:
@@ -129,11 +129,11 @@ class FCOSHead(TypedModule):
 
         Args:
             features: {name: [B, h, w, C]}, finest first.
-            extents: {name: [B, 2] int32} rows and columns of each map that belong to the canvas.
+            extents: {name: [B, 2] int32} (rows, columns) of each map inside the canvas; ``None`` for the whole maps.
 
         Returns:
-            {"cls_logits": [B, hwA, k], "bbox_regression": [B, hwA, 4], "bbox_ctrness": [B, hwA, 1]}, levels
-            one after the other, cells by rows; the distances (l, t, r, b) >= 0 in anchor sizes.
+            {"cls_logits": [B, hwA, k], "bbox_regression": [B, hwA, 4], "bbox_ctrness": [B, hwA, 1]}, by
+            level, row, column and anchor. "bbox_regression" has the distances (l, t, r, b) >= 0 in anchor sizes.
         """
         tower = functools.partial(
             _Tower,

@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolutions before it, for inference."""
+"""Folds BatchNorm into the convolutions before it, for inference."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ Variables = dict[str, Any]
 
 
 def fold_batch_norm(model: Any, variables: Mapping[str, Any]) -> tuple[Any, Variables]:
-    """Multiplies each BatchNorm, live or frozen, into the kernel before it, and makes the rest of it a bias.
+    """Folds each BatchNorm, live or frozen, into the kernel and the bias of the convolution before it.
 
-    For inference: the answers are the same but for rounding (the factors are computed in float64), and each convolution
-    is left with a bias and a ReLU, which accelerators fuse. Folded variables can't be trained as before, saved, or
-    handed to torchvision: keep those that were given.
+    For inference: the results are the same up to rounding (the factors are computed in float64). Each convolution is
+    followed only by a bias and a ReLU, which accelerators fuse. Folded variables can't be trained as before, saved, or
+    converted for torchvision: keep the original variables.
 
-    Folded are the parts that declare ``conv_norm_pairs`` and ``without_norms`` (``flaxdet.nn.backbone``), as
-    torchvision's parts do: ``ResNet``, ``FeaturePyramidNetwork`` and ``FastRCNNConvFCHead``. Other backbones and heads
-    stay as they are.
+    A part is folded if it declares ``conv_norm_pairs`` and ``without_norms`` (``flaxdet.nn.backbone``), as ``ResNet``,
+    ``FeaturePyramidNetwork``, ``BackboneWithFPN`` and ``FastRCNNConvFCHead`` do. Other backbones and heads are not
+    changed.
 
     Args:
         model: from a builder or ``flaxdet.load``.
         variables: {"params": ..., "batch_stats": ...} of the model; they are not changed.
 
     Returns:
-        A model without these BatchNorms, and its variables, in the dtype that the given ones have; {"params": ...},
-        and "batch_stats" only where a part of another kind has some.
+        A model without these BatchNorms, and the folded variables in the dtype of ``variables``: {"params": ...}, and
+        "batch_stats" only if a part that is not folded has statistics.
 
     Raises:
         TypeError: if the model is no detector.
@@ -45,7 +45,7 @@ def fold_batch_norm(model: Any, variables: Mapping[str, Any]) -> tuple[Any, Vari
     params, stats = _copy(variables.get("params", {})), _copy(variables.get("batch_stats", {}))
     replaced: dict[str, Any] = {}
     for name, part in parts_of(model):
-        if "." in name or not is_foldable(part):  # a part of a part is its owner's to declare
+        if "." in name or not is_foldable(part):  # the part that contains this part declares its pairs
             continue
         replaced[name] = part.without_norms()
         for pair in part.conv_norm_pairs:
@@ -57,11 +57,11 @@ def fold_batch_norm(model: Any, variables: Mapping[str, Any]) -> tuple[Any, Vari
 
 
 def _fold(params: dict[str, Any], stats: dict[str, Any], pair: ConvNorm) -> None:
-    """kernel * f and bias * f + shift - mean * f, with f = scale / sqrt(var + eps); the norm is taken out."""
+    """Folds a pair to kernel * f and (bias - mean) * f + shift, with f = scale / sqrt(var + eps); removes the norm."""
     *path, name = pair.conv
     try:
         vectors = {**_taken(params, pair.norm), **_taken(stats, pair.norm)}
-        scale, bias, mean, var = (np.asarray(vectors[name], np.float64) for name in ("scale", "bias", "mean", "var"))
+        scale, shift, mean, var = (np.asarray(vectors[name], np.float64) for name in ("scale", "bias", "mean", "var"))
         owner = functools.reduce(operator.getitem, path, params)
         layer = owner[name]
         kernel = layer["kernel"]
@@ -69,15 +69,15 @@ def _fold(params: dict[str, Any], stats: dict[str, Any], pair: ConvNorm) -> None
         conv, norm = ("/".join(each) for each in (pair.conv, pair.norm))
         raise ValueError(f"variables don't fit the model: no {error} of {conv} and {norm}") from None
     factor = scale / np.sqrt(var + pair.eps)
-    own_bias = np.asarray(layer.get("bias", 0), np.float64)
+    bias = np.asarray(layer.get("bias", 0), np.float64)
     owner[name] = {  # not by jnp.asarray, which compiles a program for each shape
         "kernel": jax.device_put((np.asarray(kernel, np.float64) * factor).astype(kernel.dtype)),
-        "bias": jax.device_put(((own_bias - mean) * factor + bias).astype(kernel.dtype)),
+        "bias": jax.device_put(((bias - mean) * factor + shift).astype(kernel.dtype)),
     }
 
 
 def _taken(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
-    """Takes what lies at a path out of a tree; nothing where there is no such path."""
+    """Removes the subtree at a path from a tree and returns it; an empty dict if there is no such path."""
     *path_of_owner, name = path
     for step in path_of_owner:
         tree = tree.get(step, {})
@@ -85,7 +85,7 @@ def _taken(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _copy(tree: Any) -> Any:
-    """The same leaves in dicts of its own."""
+    """A copy of the dicts of a tree, with the same leaves."""
     return jax.tree.map(lambda leaf: leaf, dict(tree))
 
 

@@ -20,12 +20,12 @@ def initial_variables(model: Detector, key: jax.Array) -> Variables:
 
     Args:
         model: the detector.
-        key: of the randomness.
+        key: random key of the initialisation.
 
     Returns:
         {"params": ..., "batch_stats": ...} in the model's ``param_dtype``.
     """
-    if isinstance(jax.random.key_data(key), Tracer):  # under eval_shape or jit, where only those compile
+    if isinstance(jax.random.key_data(key), Tracer):  # under eval_shape or jit, an inner jit is not needed
         return _init(model, key)
     return _jitted_init(platform_of(key))(model, key)
 

@@ -22,7 +22,7 @@ def level_shapes(features: Features) -> Shapes:
 
 
 def feature_extents(features: Features, batch: ImageBatch) -> Extents:
-    """The part of each map inside each image's canvas, {name: [B, 2] int32}; ``None`` for all of it."""
+    """(rows, columns) of each map inside each canvas, {name: [B, 2] int32}; ``None`` for the whole maps."""
     canvas = batch.canvas
     if canvas is None:
         return None
@@ -36,13 +36,13 @@ def batch_anchors(
     """The anchors of each level, for each image.
 
     Args:
-        generator: of the anchors.
+        generator: generator of the anchors.
         batch: the images, whose canvases are read.
         shapes: (h, w) of each level's map.
-        dtype: of the anchors.
+        dtype: dtype of the anchors.
 
     Returns:
-        For each level the anchors, xyxy in pixels of each image's canvas, and True where an anchor lies inside it.
+        For each level the anchors, xyxy in pixels of each canvas, and a mask, True for the anchors inside the canvas.
     """
     count, bucket = batch.pixels.shape[0], batch.pixels.shape[1:3]
     canvas = batch.canvas

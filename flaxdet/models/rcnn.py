@@ -1,7 +1,7 @@
-"""Detectors of two stages: a region proposal network, and branches on the regions, each pool, head, predictor.
+"""Two-stage detectors: a region proposal network, and branches on the regions (pool, head and predictor each).
 
-Faster R-CNN has the branch "box".
-Mask R-CNN's "mask" and Keypoint R-CNN's "keypoint" would be built from the same parts.
+Faster R-CNN has the branch "box". The branches "mask" of Mask R-CNN and "keypoint" of Keypoint R-CNN would be built
+from the same parts.
 """
 
 from __future__ import annotations
@@ -29,25 +29,27 @@ from flaxdet.structures import Detections, ImageBatch, Proposals, Targets
 
 
 def default_anchor_generator() -> AnchorGenerator:
-    """Sizes 32 to 512, one a level, in the shapes 1:2, 1:1 and 2:1 (height to width .5, 1, 2)."""
+    """Sizes 32 to 512 pixels, one per level, with the aspect ratios (height / width) 0.5, 1 and 2."""
     sizes = ((32,), (64,), (128,), (256,), (512,))
     return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
 
 
 class RCNN(Detector):
-    """Base of the detectors of two stages: backbone, RPN, then branches on the proposals.
+    """Base of the two-stage detectors: backbone, RPN, then branches on the proposals.
 
-    A subclass says by ``detect`` and ``roi_losses`` which branches there are, each run by ``roi_branch``.
+    A subclass defines ``detect`` and ``roi_losses``, which call ``roi_branch`` for each branch.
 
     Attributes:
-        rpn_anchor_generator: the anchors.
+        rpn_anchor_generator: generator of the anchors.
         rpn_head: module ``(features, extents) -> (objectness, deltas)`` as ``RPNHead``.
-        rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: candidates kept a level before NMS.
-        rpn_post_nms_top_n_train, rpn_post_nms_top_n_test: R, proposals kept an image.
-        rpn_nms_thresh: IoU above which the RPN's NMS suppresses.
-        rpn_fg_iou_thresh, rpn_bg_iou_thresh: IoU from which an anchor is positive, below which negative.
-        rpn_batch_size_per_image, rpn_positive_fraction: the RPN's sampling in training.
-        rpn_score_thresh: keeps proposals of at least this objectness (sigmoid).
+        rpn_pre_nms_top_n_train, rpn_pre_nms_top_n_test: candidates kept per level before NMS.
+        rpn_post_nms_top_n_train, rpn_post_nms_top_n_test: R, proposals kept per image.
+        rpn_nms_thresh: IoU above which the RPN's NMS suppresses a box.
+        rpn_fg_iou_thresh: IoU from which an anchor is positive.
+        rpn_bg_iou_thresh: IoU below which an anchor is negative.
+        rpn_batch_size_per_image: number of anchors sampled per image in training.
+        rpn_positive_fraction: largest fraction of positives among the sampled anchors.
+        rpn_score_thresh: lowest objectness score (sigmoid) of a proposal.
     """
 
     rpn_anchor_generator: AnchorGenerator | None = None
@@ -76,8 +78,8 @@ class RCNN(Detector):
         anchors = self._anchors().num_anchors_per_location()
         if isinstance(self.rpn_head, RPNHead) and set(anchors) != {self.rpn_head.num_anchors}:
             raise ValueError(
-                "rpn_anchor_generator should have as many anchors a location on every level as the rpn_head predicts, "
-                f"num_anchors={self.rpn_head.num_anchors}, and has {anchors}"
+                "rpn_anchor_generator should have as many anchors per location on every level as the rpn_head predicts,"
+                f" num_anchors={self.rpn_head.num_anchors}, and has {anchors}"
             )
         super().__post_init__()
 
@@ -119,9 +121,10 @@ class RCNN(Detector):
         Args:
             batch: images from ``flaxdet.transform``.
             targets: ground truth in the pixels of the resized images; needs ``rngs={"sampling": key}``.
-            train: BatchNorm's mode (``mutable=["batch_stats"]`` then keeps its statistics) and the RPN's numbers of
-                candidates. Targets with ``train=False`` give validation losses.
-            with_detections: with targets, return the detections too, those of test-time proposals.
+            train: whether BatchNorm is in training mode (``mutable=["batch_stats"]`` then returns the new statistics),
+                and whether the RPN takes the training numbers of candidates and proposals. Targets with ``train=False``
+                give validation losses.
+            with_detections: with targets, also returns the detections, from the proposals of inference.
 
         Returns:
             Without targets: ``Detections`` in the pixels of the resized images. With targets: torchvision's losses by
@@ -129,7 +132,7 @@ class RCNN(Detector):
             if the label of a valid box is not one of ``target_labels``.
 
         Raises:
-            ValueError: for such a label outside of jit.
+            ValueError: for such a label, outside of jit.
         """
         features = self.features(batch, train=train)
         shapes = level_shapes(features)
@@ -151,8 +154,8 @@ class RCNN(Detector):
         """Runs the RPN's head.
 
         Args:
-            features: of the backbone.
-            batch: the images that they belong to.
+            features: feature maps of the backbone.
+            batch: the images of the feature maps.
 
         Returns:
             Per level the objectness logits [B, hwA] and the offsets [B, hwA, 4].
@@ -174,8 +177,8 @@ class RCNN(Detector):
         """Runs the region proposal network.
 
         Args:
-            features: of the backbone.
-            batch: the images that they belong to.
+            features: feature maps of the backbone.
+            batch: the images of the feature maps.
             train: takes the training numbers of candidates and proposals.
 
         Returns:
@@ -192,7 +195,7 @@ class RCNN(Detector):
         Args:
             objectness: logits [B, hwA] of each level.
             deltas: offsets [B, hwA, 4] of each level.
-            batch: the images that they belong to.
+            batch: the images of the outputs.
             shapes: (h, w) of each level's map.
             train: takes the training numbers of candidates and proposals.
 
@@ -225,21 +228,21 @@ class RCNN(Detector):
         """The losses of the RPN and of the branches.
 
         Args:
-            features: of the backbone.
+            features: feature maps of the backbone.
             objectness: logits [B, hwA] of each level, of the RPN's head.
             deltas: offsets [B, hwA, 4] of each level, of the RPN's head.
-            proposals: the branches train on samples of these and of the ground truth.
+            proposals: proposals of the RPN. The branches train on samples of the proposals and of the ground truth.
             batch: the images.
             targets: ground truth in the pixels of the resized images.
-            keys: [2, B] random keys, of the RPN's and of the branches' sampling.
-            train: BatchNorm's mode in the branches.
+            keys: [2, B] random keys of the sampling in the RPN and in the branches.
+            train: whether BatchNorm is in training mode in the branches.
 
         Returns:
-            The losses by name (``loss_names``); all NaN, as are their gradients, if the label of a valid box is not one
-            of ``target_labels`` and under jit.
+            The losses by name (``loss_names``). Under jit, all losses and their gradients are NaN if the label of a
+            valid box is not one of ``target_labels``.
 
         Raises:
-            ValueError: for such a label outside of jit.
+            ValueError: for such a label, outside of jit.
         """
         check_targets(targets.labels, targets.valid, self.target_labels)
         anchors, admitted = batch_anchors(self._anchors(), batch, level_shapes(features), self.box_dtype)
@@ -261,11 +264,11 @@ class RCNN(Detector):
         """Runs the parts NAME_roi_pool, NAME_head and NAME_predictor on regions.
 
         Args:
-            name: of the branch: "box".
-            features: of the backbone.
-            proposals: R regions of each image.
+            name: name of the branch, such as "box".
+            features: feature maps of the backbone.
+            proposals: R regions per image.
             batch: the images.
-            train: BatchNorm's mode.
+            train: whether BatchNorm is in training mode.
 
         Returns:
             The pooled maps [B, R, h, w, C], then the arrays of the predictor, [B * R, ...] each.
@@ -286,16 +289,16 @@ class RCNN(Detector):
         """Runs the branches and keeps the best boxes.
 
         Args:
-            features: of the backbone.
+            features: feature maps of the backbone.
             proposals: boxes in the pixels of the resized images.
             batch: the images.
-            train: BatchNorm's mode.
+            train: whether BatchNorm is in training mode.
 
         Returns:
             Detections in the pixels of the resized images.
 
         Raises:
-            NotImplementedError: by this base.
+            NotImplementedError: in this base class.
         """
         raise NotImplementedError(f"{type(self).__name__} should define detect")
 
@@ -305,17 +308,17 @@ class RCNN(Detector):
         """The losses of the branches.
 
         Args:
-            features: of the backbone.
-            proposals: of the RPN.
+            features: feature maps of the backbone.
+            proposals: proposals of the RPN.
             batch: the images.
             targets: ground truth in the pixels of the resized images.
             keys: [B] random keys of the sampling.
-            train: BatchNorm's mode.
+            train: whether BatchNorm is in training mode.
 
         Returns:
             The losses by name, and the labels for which the class layer has an output.
 
         Raises:
-            NotImplementedError: by this base.
+            NotImplementedError: in this base class.
         """
         raise NotImplementedError(f"{type(self).__name__} should define roi_losses")

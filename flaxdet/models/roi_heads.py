@@ -30,10 +30,10 @@ class TwoMLPHead(TypedModule):
 
     Attributes:
         in_channels: C * h * w of the pooled maps.
-        representation_size: width of both layers.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
+        representation_size: width of each layer.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
 
     Raises:
         ValueError: for an option out of range.
@@ -57,7 +57,7 @@ class TwoMLPHead(TypedModule):
 
     @nn.compact
     def __call__(self, x: Float[Array, "R h w C"]) -> Float[Array, "R D"]:
-        """Computes one vector a pooled map.
+        """Computes one vector per pooled map.
 
         Args:
             x: [R, h, w, C], the pooled maps of all images.
@@ -79,14 +79,14 @@ class FastRCNNConvFCHead(TypedModule):
     """3x3 convolutions with ReLU, then dense layers with ReLU (torchvision's FastRCNNConvFCHead).
 
     Attributes:
-        input_size: (C, h, w) of a pooled map, as torchvision gives it.
+        input_size: (C, h, w) of a pooled map, in torchvision's order.
         conv_layers: width of each convolution.
         fc_layers: width of each dense layer.
         use_norm: live BatchNorm after each convolution, which then has no bias.
         freeze_bn: as in ``ResNet``.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
 
     Raises:
         ValueError: for an option out of range.
@@ -114,7 +114,7 @@ class FastRCNNConvFCHead(TypedModule):
         for i in range(convs):
             yield TorchName(f"conv_{i}", f"{i}.0")
             yield TorchName(f"norm_{i}", f"{i}.1")
-        for i in range(len(self.fc_layers)):  # torch counts the convolutions, Flatten, Linear, ReLU
+        for i in range(len(self.fc_layers)):  # torch numbers the convolutions, Flatten, Linear and ReLU
             yield TorchName(f"fc_{i}", str(convs + 1 + 2 * i), flattened=i == 0)
 
     @property
@@ -123,7 +123,7 @@ class FastRCNNConvFCHead(TypedModule):
         return tuple(ConvNorm((f"conv_{i}",), (f"norm_{i}",)) for i in range(len(self.conv_layers)) if self.use_norm)
 
     def without_norms(self) -> FastRCNNConvFCHead:
-        """The head that a folded one is.
+        """The head for folded variables: a bias in each convolution, no norms.
 
         Returns:
             The same head with ``use_norm=False``.
@@ -134,12 +134,12 @@ class FastRCNNConvFCHead(TypedModule):
     def __call__(
         self, x: Float[Array, "R h w C"], *, train: bool = False, mask: Bool[Array, " R"] | None = None
     ) -> Float[Array, "R D"]:
-        """Computes one vector a pooled map.
+        """Computes one vector per pooled map.
 
         Args:
             x: [R, h, w, C], the pooled maps of all images.
-            train: BatchNorm's mode.
-            mask: [R], True where a slot holds a box; BatchNorm's statistics see no others.
+            train: whether BatchNorm is in training mode.
+            mask: [R], True for the slots that hold a box; other slots do not count for BatchNorm's statistics.
 
         Returns:
             [R, fc_layers[-1]].
@@ -169,14 +169,14 @@ class FastRCNNConvFCHead(TypedModule):
 
 
 class FastRCNNPredictor(TypedModule):
-    """Class logits and one box a class (torchvision's FastRCNNPredictor).
+    """Class logits, and one box per class (torchvision's FastRCNNPredictor).
 
     Attributes:
         in_channels: width of the box head's vectors.
-        num_classes: k, including the background.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
+        num_classes: k, number of classes, including the background.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
 
     Raises:
         ValueError: for an option out of range.
@@ -196,11 +196,11 @@ class FastRCNNPredictor(TypedModule):
 
     @property
     def class_layers(self) -> dict[tuple[str, ...], int]:
-        """Paths of the layers with outputs for each class, and the number of outputs for one."""
+        """{path of a layer with outputs for each class: number of outputs per class}."""
         return {("cls_score",): 1, ("bbox_pred",): 4}
 
     def class_inputs(self, channels: int) -> Float[Array, "1 D"]:
-        """An input from which the shapes of the predictor's parameters follow.
+        """An input for initialisation, which gives the predictor's parameters their shapes.
 
         Args:
             channels: D, width of the box head's vectors.
@@ -246,17 +246,17 @@ def postprocess_detections(
     nms_thresh: float,
     detections_per_img: int,
 ) -> Detections:
-    """Scores, decodes and suppresses (torchvision's RoIHeads.postprocess_detections).
+    """Computes scores, decodes boxes and runs NMS (torchvision's RoIHeads.postprocess_detections).
 
     Args:
-        class_logits: of each proposal; class 0, the background, is dropped after the softmax.
-        box_regression: offsets from the proposal, of each class.
+        class_logits: logits of each proposal; class 0, the background, is dropped after the softmax.
+        box_regression: offsets from each proposal, for each class.
         proposals: the boxes that the offsets refer to.
         size: [B, 2] (rows, columns) of the resized images, to which boxes are clipped.
-        coder: of the offsets.
-        score_thresh: keeps scores above it.
-        nms_thresh: IoU above which NMS, a class at a time, suppresses.
-        detections_per_img: K.
+        coder: the coder of the offsets.
+        score_thresh: detections have scores above this threshold.
+        nms_thresh: IoU above which NMS, within each class, suppresses a box.
+        detections_per_img: K, detection slots per image.
 
     Returns:
         Detections in the pixels of the resized images.
@@ -268,10 +268,10 @@ def postprocess_detections(
         decoded = coder.decode(deltas.reshape(slots, classes, 4), boxes)[:, 1:]
         decoded = clip_boxes_to_image(decoded, size).reshape(-1, 4)
         labels = jnp.broadcast_to(jnp.arange(1, classes, dtype=jnp.int32)[None], scores.shape).reshape(-1)
-        kept = (scores > jnp.asarray(score_thresh, scores.dtype)) & valid[:, None]
-        kept = kept.reshape(-1) & remove_small_boxes(decoded, MIN_SIZE)
+        valid_scores = (scores > jnp.asarray(score_thresh, scores.dtype)) & valid[:, None]
+        candidates = valid_scores.reshape(-1) & remove_small_boxes(decoded, MIN_SIZE)
         scores = scores.reshape(-1)
-        keep = batched_nms(decoded, scores, labels, nms_thresh, max_output=detections_per_img, valid=kept)
+        keep = batched_nms(decoded, scores, labels, nms_thresh, max_output=detections_per_img, valid=candidates)
         return gather_detections(decoded, scores, labels, keep)
 
     return per_image(image)(class_logits, box_regression, proposals.boxes, proposals.valid, size)

@@ -108,7 +108,8 @@ class MultiScaleRoIAlign:
             return align(maps, boxes, scales=scales, extents=extents)
 
         pooled = per_image(pool)(tuple(levels.values()), boxes, None if extents is None else tuple(extents.values()))
-        # XLA:CPU would compute all samples again, cell by cell, where the gradient reads this transposed
+        # Without the barrier, XLA:CPU computes all samples again, cell by cell, where the gradient reads the result
+        # transposed.
         return materialise(pooled)
 
 

@@ -35,8 +35,8 @@ class RPNHead(TypedModule):
         num_anchors: A, anchors per location.
         conv_depth: 3x3 convolutions before the two predictions.
         dtype: dtype of the computation.
-        param_dtype: dtype of the parameters; default float64 if ``dtype`` is, else float32.
-        precision: precision of every convolution and product.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
 
     Raises:
         ValueError: for an option out of range.

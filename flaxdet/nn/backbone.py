@@ -1,11 +1,11 @@
-"""What a backbone may declare of itself, as timm's feature_info does, for freezing, folding and strides.
+"""Optional declarations of a backbone, for freezing, folding and strides, after timm's feature_info.
 
-A backbone declares what it likes, as attributes or properties:
+A backbone may have any of these attributes or properties:
 
 - ``stages``: a ``Stage`` for each map, finest first;
-- ``trainable_groups``: groups of path prefixes of its parameters, from the last stage to the stem;
-- ``conv_norm_pairs``: a ``ConvNorm`` for each norm that can be folded, and with them ``without_norms()``, which returns
-  the same module with biases in the norms' place.
+- ``trainable_groups``: groups of path prefixes of the parameters, from the last stage to the stem;
+- ``conv_norm_pairs``: a ``ConvNorm`` for each norm that can be folded. The backbone then needs the method
+  ``without_norms()`` too, which returns the same module with biases in place of the norms.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Protocol, TypeGuard
 
-Path = tuple[str, ...]  # of names in a tree of variables
+Path = tuple[str, ...]  # names from the root of a tree of variables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Stage:
     """A map that a backbone returns.
 
     Attributes:
-        name: of the map.
-        channels: of the map.
-        stride: pixels from cell to cell.
+        name: name of the map.
+        channels: number of channels of the map.
+        stride: pixels between neighbouring cells of the map.
     """
 
     name: str
@@ -38,7 +38,7 @@ class ConvNorm:
     Attributes:
         conv: path of the convolution in the module's parameters.
         norm: path of the norm in the module's parameters or statistics.
-        eps: of the norm.
+        eps: eps of the norm, which is added to the variance.
     """
 
     conv: tuple[str, ...]
@@ -46,10 +46,10 @@ class ConvNorm:
     eps: float = 1e-5
 
     def below(self, *names: str) -> ConvNorm:
-        """The same pair, as a module that holds this one declares it.
+        """The same pair, as declared by a module that contains this module.
 
         Args:
-            *names: path of this module in the other's variables.
+            *names: path of this module in the variables of the containing module.
 
         Returns:
             The pair with longer paths.
@@ -64,7 +64,7 @@ def stages_of(module: Any) -> tuple[Stage, ...]:
         module: any module.
 
     Returns:
-        Its ``stages``; none where it has no such attribute, or one of another kind.
+        The module's ``stages``; empty if the module has no such attribute, or one that is no tuple of ``Stage``.
     """
     stages = getattr(module, "stages", ())
     return tuple(stages) if isinstance(stages, tuple) and all(isinstance(stage, Stage) for stage in stages) else ()
@@ -77,7 +77,7 @@ def trainable_groups_of(module: Any) -> tuple[tuple[Path, ...], ...]:
         module: any module.
 
     Returns:
-        Its ``trainable_groups``; none where it declares none.
+        The module's ``trainable_groups``; empty if the module has no such attribute.
     """
     return tuple(getattr(module, "trainable_groups", ()))
 
@@ -91,7 +91,7 @@ class Foldable(Protocol):
         ...
 
     def without_norms(self) -> Any:
-        """The same module with biases in the norms' place."""
+        """The same module with biases in place of the norms."""
         ...
 
 

@@ -1,6 +1,7 @@
-"""Masks of the canvas, an image's own padded size, which lies in the top left corner of a bucket, the static array.
+"""Masks of canvases in a bucket.
 
-What lies beyond the canvas must not be seen, so every spatial convolution reads zeros there: ``mask_beyond``.
+The canvas is the padded size of one image. It lies in the top left corner of the bucket, the static array. Values
+beyond the canvas must not change a result, so every spatial convolution reads zeros there: ``mask_beyond``.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ def level_extent(
 ) -> Int[Array, "B 2"] | None:
     """Rows and columns of a feature map that belong to each image's canvas.
 
-    Every stride-2 layer halves upwards, so a level of stride s has ceil(canvas / s) of them.
+    Every layer of stride 2 halves the size and rounds up, so a level of stride s has ceil(canvas / s) rows and columns.
 
     Args:
-        canvas: [B, 2] int32 (rows, columns), or ``None`` where every canvas is the whole bucket.
+        canvas: [B, 2] int32 (rows, columns), or ``None`` if every canvas is the whole bucket.
         bucket: (H, W) of the pixels.
         shape: (h, w) of the feature map.
 
     Returns:
-        [B, 2] int32, or ``None`` with ``canvas``.
+        [B, 2] int32 (rows, columns), or ``None`` if ``canvas`` is ``None``.
 
     Raises:
-        ValueError: if the map's stride is no power of two that halving upwards gives.
+        ValueError: if no stride that is a power of two gives the size of the map.
     """
     if canvas is None:
         return None
@@ -59,19 +60,19 @@ def level_extent(
                 "of a canvas is unknown; use canvas=None (canvas equal to the bucket) with this backbone"
             )
         strides.append(stride)
-    stride = max(strides)  # a side that has shrunk to one cell doesn't tell its stride
+    stride = max(strides)  # a side of one cell fits several strides
     return -(-canvas // stride)
 
 
 def inside(extent: Int[Array, "B 2"], shape: tuple[int, ...]) -> Bool[Array, "B h w"]:
-    """True where a cell of a map of the given shape lies inside its image's extent."""
+    """True for the cells inside the extent of each image, in maps of the given (h, w)."""
     rows = jnp.arange(shape[0], dtype=jnp.int32)[None, :, None] < extent[:, 0, None, None]
     columns = jnp.arange(shape[1], dtype=jnp.int32)[None, None, :] < extent[:, 1, None, None]
     return rows & columns
 
 
 def mask_beyond(x: Float[Array, "B h w C"], extent: Int[Array, "B 2"] | None) -> Float[Array, "B h w C"]:
-    """Zero beyond the extent, as the padding that a convolution at the canvas's border would read."""
+    """Sets cells beyond the extent to zero, the padding that a convolution reads at the border of a canvas."""
     if extent is None:
         return x
     return jnp.where(inside(extent, x.shape[1:3])[..., None], x, jnp.zeros((), x.dtype))

@@ -1,8 +1,9 @@
-"""A chain of layers as a paper says it: convolution, norm, ReLU, each named once and in that order.
+"""A chain of layers as papers write it: convolution, norm, ReLU, each named once and in that order.
 
-What the paper leaves out is done here. A convolution that sees neighbours reads zeros beyond the canvas, and norms
-leave out the cells there. A norm and the ReLU after it are applied where the next layer reads the map, so that the
-result can be rematerialised for the gradient instead of being saved. Norms compute in float32 at least.
+The chain adds the details that papers leave out. A convolution with a kernel larger than 1x1 reads zeros beyond the
+canvas, and the statistics of norms exclude the cells there. A norm and the ReLU after it are applied where the next
+layer reads the map, so that the backward pass can rematerialise the result instead of saving it. Norms compute in
+float32 at least.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from flaxdet.nn.norm import Norm, ScaleShift, scaled_and_shifted
 from flaxdet.xla.barriers import save_for_backward
 from flaxdet.xla.rematerialisation import rematerialise
 
-# None stands for a norm that the chain does without, such as one that is folded into the convolution's bias.
+# None stands for a norm that is left out, such as a norm that is folded into the convolution.
 Layer = Conv | Norm | Callable[[Array], Array] | None
 
 
@@ -29,13 +30,13 @@ class Link:
     """A map between two layers of a chain, with the norm and the ReLU that are not applied yet.
 
     Attributes:
-        x: [B, h, w, C]; with a norm in float32 at least. The gradient of the norm's statistics and of the map itself
-            are then added in float32 and rounded once.
-        extent: [B, 2] int32 (rows, columns) inside the canvas; None where that is the whole map.
+        x: [B, h, w, C]; if there is a norm, in float32 at least. The cotangents of the map from the norm and from the
+            statistics of the norm are then added in float32 and rounded once.
+        extent: [B, 2] int32 (rows, columns) of the map inside the canvas; None for the whole map.
         norm: the norm as a scale and a shift; None for no norm.
-        dtype: of the norm's result.
+        dtype: dtype of the result of the norm.
         relu: whether a ReLU follows.
-        biased: whether a convolution has just added a bias.
+        biased: whether the last layer is a convolution with a bias.
     """
 
     x: Array
@@ -47,15 +48,15 @@ class Link:
 
     @property
     def value(self) -> Array:
-        """The map [B, h, w, C] with norm and ReLU."""
+        """The map [B, h, w, C] after norm and ReLU."""
         return self.read(self.x, self.norm)
 
     def read(self, x: Array, norm: ScaleShift | None) -> Array:
         """``value`` as a function of the arrays, so that it can be rematerialised.
 
         Args:
-            x: [B, h, w, C], the field.
-            norm: the field.
+            x: [B, h, w, C], the field ``x``.
+            norm: the field ``norm``.
         """
         if norm is not None:
             x = scaled_and_shifted(x, norm, self.dtype)
@@ -75,12 +76,13 @@ def chain(
 
     Args:
         layers: ``Conv``, norms, ``nn.relu``, and other functions of one map such as a pooling.
-        x: [B, h, w, C], or the link that another chain ended with, which this one goes on from.
-        extent: [B, 2] int32 (rows, columns) of ``x`` inside the canvas; None where that is the whole map. Strided
-            convolutions halve it upwards; other functions should not change the size unless they come last.
-        train: BatchNorm's mode.
-        rows: [B], True where a row of the batch counts for the statistics of norms; default all.
-        remat: rematerialises norm, ReLU and mask for the gradient, where that pays.
+        x: [B, h, w, C], or the last link of another chain, which this chain continues.
+        extent: [B, 2] int32 (rows, columns) of ``x`` inside the canvas; None for the whole map. A strided convolution
+            divides the extent by the stride and rounds up. Other functions should not change the size, except in the
+            last layer.
+        train: whether BatchNorm is in training mode.
+        rows: [B], True for the rows of the batch that count for the statistics of norms; default all rows.
+        remat: rematerialises norm, ReLU and mask in the backward pass, if the program takes the routes of CPUs.
 
     Returns:
         The last link; ``.value`` is the map.
@@ -119,7 +121,7 @@ def _convolved(layer: Conv, link: Link, remat: bool) -> Link:
 def _normalised(norm: Norm, link: Link, train: bool, rows: Array | None) -> Link:
     x = link.value
     if link.biased:
-        x = save_for_backward(x)  # else XLA:CPU saves the map without the bias too
+        x = save_for_backward(x)  # without the barrier, XLA:CPU also saves the map without the bias
     x = x.astype(at_least_float32(norm.dtype))
     mask = None if link.extent is None else inside(link.extent, x.shape[1:3])
     if rows is not None:

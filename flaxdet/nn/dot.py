@@ -16,23 +16,25 @@ from flaxdet.xla.barriers import materialise
 
 Array = jax.Array
 
-# The gradient of a larger matrix is not computed in transposed form: transposing it back takes longer than that saves.
+# Elements of the largest matrix whose gradient is computed in transposed form. For a larger matrix, transposing the
+# gradient back takes longer than the transposed form saves.
 _SMALL = 1 << 22
 
 
 def dot_general(lhs: Array, rhs: Array, dimension_numbers: Any, precision: Any = None, **kwargs: Any) -> Array:
     """``lax.dot_general``, as ``flaxdet.nn.layers.Dense`` calls it.
 
-    Where CPUs' routes are taken, the gradients of a plain product of matrices take the forms that XLA:CPU computes
-    quickly. For the gradient of lhs the transposed rhs is written to memory; the gradient of rhs is computed with the
-    smaller number of features first. Each takes up to half the time. Numbers are the same up to the order of sums.
+    If the program takes the routes of CPUs, the gradients of a plain matrix product take the forms that XLA:CPU
+    computes quickly. For the gradient of lhs, the transposed rhs is written to memory. The gradient of rhs is computed
+    with the smaller number of features first. Each form saves up to half of the time. The results are the same up to
+    the order of sums.
 
     Args:
         lhs: [..., K].
         rhs: [K, N].
         dimension_numbers: as ``lax.dot_general``.
         precision: as ``lax.dot_general``.
-        **kwargs: as ``lax.dot_general``.
+        **kwargs: options of ``lax.dot_general``.
 
     Returns:
         [..., N].
@@ -62,13 +64,13 @@ def bilinear(
     tangent_of_lhs: Callable[[Array, Array], Array],
     tangent_of_rhs: Callable[[Array, Array], Array],
 ) -> Callable[[Array, Array], Array]:
-    """A function that is linear in each argument, with the gradients of two other functions that equal it.
+    """A function that is linear in each argument, with gradients that are derived from two equal functions.
 
-    jax transposes the two into the gradients, so the form of each decides the form of a gradient. Where other routes
-    than CPUs' are taken, this is the function itself.
+    jax transposes the two functions into the gradients, so the form of each function decides the form of one gradient.
+    If the program takes the routes of another platform than CPUs, the result is ``function`` itself.
 
     Args:
-        function: of two arrays.
+        function: a function of two arrays, linear in each.
         tangent_of_lhs: an equal function, which is transposed for the gradient of the first argument.
         tangent_of_rhs: an equal function, which is transposed for the gradient of the second argument.
 
@@ -90,7 +92,8 @@ def bilinear(
             parts.append(tangent_of_rhs(lhs, of_rhs))
         return out, sum(parts[1:], parts[0]) if parts else jnp.zeros_like(out)
 
-    # rematerialised, the transposed kernels are made one layer at a time: else XLA holds all of them at once
+    # With rematerialisation the transposed kernels are made one layer at a time. Without it, XLA holds the transposed
+    # kernels of all layers in memory at once.
     return jax.checkpoint(ruled)
 
 

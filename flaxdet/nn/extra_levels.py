@@ -24,13 +24,13 @@ class LastLevelMaxPool(nn.Module):
     def __call__(
         self, pyramid: Features, stages: Features, *, canvas: Array | None, bucket: tuple[int, ...]
     ) -> Features:
-        """Computes the one new level.
+        """Computes the new level.
 
         Args:
             pyramid: levels by name, [B, h, w, C] each, finest first.
             stages: the backbone's maps by name, [B, h, w, C] each, finest first; not used.
-            canvas: [B, 2] int32 (rows, columns) inside the bucket; ``None`` for all of it; not used.
-            bucket: (H, W) of the pixels that all come from; not used.
+            canvas: [B, 2] int32 (rows, columns) inside the bucket; not used.
+            bucket: (H, W) of the pixels; not used.
 
         Returns:
             {"pool": [B, h, w, C]}.
@@ -42,14 +42,14 @@ class LastLevelMaxPool(nn.Module):
 class LastLevelP6P7(TypedModule):
     """The extra levels p6 = conv(P5 or C5) and p7 = conv(relu(p6)), stride 2 (torchvision's LastLevelP6P7).
 
-    As in torchvision, p6 reads P5 where ``in_channels == out_channels`` and C5 otherwise.
+    As in torchvision, p6 reads P5 if ``in_channels == out_channels``, otherwise C5.
 
     Attributes:
-        in_channels: of the map that p6 reads.
-        out_channels: of both levels.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
+        in_channels: channels of the map that p6 reads.
+        out_channels: channels of p6 and of p7.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
     """
 
     in_channels: int = 256
@@ -72,11 +72,11 @@ class LastLevelP6P7(TypedModule):
         Args:
             pyramid: levels by name, [B, h, w, C] each, finest first.
             stages: the backbone's maps by name, [B, h, w, C] each, finest first.
-            canvas: [B, 2] int32 (rows, columns) inside the bucket; ``None`` for all of it.
-            bucket: (H, W) of the pixels that all come from.
+            canvas: [B, 2] int32 (rows, columns) inside the bucket; ``None`` for the whole bucket.
+            bucket: (H, W) of the pixels.
 
         Returns:
-            {"p6": [B, h, w, out_channels], "p7": the same}; beyond the canvas values are undefined.
+            {"p6": [B, h, w, out_channels], "p7": the same}; values beyond the canvas are undefined.
         """
         source = pyramid if self.in_channels == self.out_channels else stages
         conv = functools.partial(

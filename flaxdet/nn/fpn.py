@@ -1,4 +1,4 @@
-"""The feature pyramid network, and the backbone that ends in it."""
+"""The feature pyramid network, and a backbone with a feature pyramid."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class FeaturePyramidNetwork(TypedModule):
         use_norm: live BatchNorm after each convolution, which then has no bias (torchvision's
             ``norm_layer=nn.BatchNorm2d``).
         freeze_bn: as in ``ResNet``.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
 
     Raises:
         ValueError: for an option out of range.
@@ -86,16 +86,16 @@ class FeaturePyramidNetwork(TypedModule):
         """Every convolution with its norm; none without ``use_norm``.
 
         Args:
-            levels: how many stages the pyramid reads.
+            levels: number of stages that the pyramid reads.
 
         Returns:
-            Pairs, whose paths begin in the pyramid's own variables.
+            The pairs, with paths from the root of the pyramid's variables.
         """
         blocks = [f"{kind}_{i}" for i in range(levels) for kind in ("inner_blocks", "layer_blocks")]
         return tuple(ConvNorm(("conv",), ("norm",)).below(block) for block in blocks if self.use_norm)
 
     def without_norms(self) -> FeaturePyramidNetwork:
-        """The pyramid that a folded one is.
+        """The pyramid for folded variables: a bias in each convolution, no norms.
 
         Returns:
             The same pyramid with ``use_norm=False``.
@@ -114,16 +114,16 @@ class FeaturePyramidNetwork(TypedModule):
         """Builds the pyramid.
 
         Args:
-            stages: feature maps by name, finest first; c3 becomes p3 and so on, other names are kept.
-            canvas: [B, 2] int32 (rows, columns) inside the bucket; ``None`` for all of it.
-            bucket: (H, W) of the pixels that the stages come from.
-            train: BatchNorm's mode.
+            stages: feature maps by name, finest first; c3 becomes p3 and so on, other names stay.
+            canvas: [B, 2] int32 (rows, columns) inside the bucket; ``None`` for the whole bucket.
+            bucket: (H, W) of the pixels.
+            train: whether BatchNorm is in training mode.
 
         Returns:
-            Levels by name, finest first; beyond the canvas values are undefined.
+            Levels by name, finest first; values beyond the canvas are undefined.
 
         Raises:
-            ValueError: if two levels would have one name.
+            ValueError: if two levels would have the same name.
         """
 
         def block(x: Array, kernel_size: int, name: str) -> Array:
@@ -151,7 +151,7 @@ class FeaturePyramidNetwork(TypedModule):
 
 
 def level_name(stage: str) -> str:
-    """The pyramid's name for a backbone stage: p4 for c4; other names stay."""
+    """The name of the pyramid level of a backbone stage: p4 for c4; other names stay."""
     return f"p{stage[1:]}" if stage[:1] == "c" and stage[1:].isdigit() else stage
 
 
@@ -182,7 +182,7 @@ class _ConvNorm(TypedModule):
 
 
 class BackboneWithFPN(nn.Module):
-    """A body that returns named stages, and a pyramid on those asked for (torchvision's BackboneWithFPN).
+    """A body that returns named stages, and a pyramid on ``returned_stages`` (torchvision's BackboneWithFPN).
 
     Attributes:
         body: module ``(pixels, *, canvas, train) -> {name: [B, h, w, C]}``, e.g. ``ResNet()``.
@@ -201,7 +201,7 @@ class BackboneWithFPN(nn.Module):
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """The levels, as far as the body declares the stages that they are made of."""
+        """The levels of the stages that the body declares."""
         strides = {stage.name: stage.stride for stage in stages_of(self.body)}
         return tuple(
             Stage(level_name(name), self.out_channels, strides[name])
@@ -211,23 +211,23 @@ class BackboneWithFPN(nn.Module):
 
     @property
     def level_strides(self) -> dict[str, int]:
-        """Pixels from cell to cell of each of the ``stages``."""
+        """Pixels between neighbouring cells, for each of the ``stages``."""
         return {stage.name: stage.stride for stage in self.stages}
 
     @property
     def trainable_groups(self) -> tuple[tuple[Path, ...], ...]:
-        """The groups that the body declares; the pyramid is in none and always trains."""
+        """The groups that the body declares. The pyramid is in no group and always trains."""
         return tuple(tuple(("body", *path) for path in group) for group in trainable_groups_of(self.body))
 
     @property
     def conv_norm_pairs(self) -> tuple[ConvNorm, ...]:
-        """The pairs that the body declares, and the pyramid's."""
+        """The pairs of the body and of the pyramid."""
         body = self.body.conv_norm_pairs if is_foldable(self.body) else ()
         pyramid = self.fpn.level_pairs(len(self.returned_stages))
         return (*(pair.below("body") for pair in body), *(pair.below("fpn") for pair in pyramid))
 
     def without_norms(self) -> BackboneWithFPN:
-        """The backbone that a folded one is.
+        """The backbone for folded variables: a bias in each convolution, no norms.
 
         Returns:
             The same backbone without the norms of ``conv_norm_pairs``.
@@ -247,21 +247,21 @@ class BackboneWithFPN(nn.Module):
 
         Args:
             pixels: [B, H, W, 3], as for ``__call__``.
-            canvas: [B, 2], as there.
-            train: as there.
+            canvas: [B, 2], as for ``__call__``.
+            train: as for ``__call__``.
 
         Returns:
-            Stages and levels, both {name: [B, h, w, C]}, finest first.
+            The stages and the levels, each {name: [B, h, w, C]}, finest first.
 
         Raises:
             TypeError: if the body returns no mapping.
             ValueError: if the body lacks one of ``returned_stages``.
         """
-        found = self.body(pixels, canvas=canvas, train=train)
+        returned = self.body(pixels, canvas=canvas, train=train)
         body = f"body {type(self.body).__name__}"
-        if not isinstance(found, Mapping):
-            raise TypeError(f"{body} should return a mapping of names to maps, it returned {type(found).__name__}")
-        stages = dict(found)
+        if not isinstance(returned, Mapping):
+            raise TypeError(f"{body} should return a mapping of names to maps, it returned {type(returned).__name__}")
+        stages = dict(returned)
         missing = [name for name in self.returned_stages if name not in stages]
         if missing:
             raise ValueError(f"returned_stages asks for {missing}, and {body} returned {list(stages)}")
@@ -279,10 +279,10 @@ class BackboneWithFPN(nn.Module):
 
         Args:
             pixels: [B, H, W, 3], normalised, zero beyond each canvas.
-            canvas: [B, 2] int32 (rows, columns) inside the bucket, multiples of 32; ``None`` for all.
-            train: BatchNorm's mode.
+            canvas: [B, 2] int32 (rows, columns) inside the bucket, multiples of 32; ``None`` for the whole bucket.
+            train: whether BatchNorm is in training mode.
 
         Returns:
-            {"p3": [B, h, w, out_channels], ...}, finest first.
+            The levels by name, [B, h, w, out_channels] each, finest first, such as "p3".
         """
         return self.stages_and_levels(pixels, canvas=canvas, train=train)[1]

@@ -15,7 +15,7 @@ normal_001 = normal(0.01)
 
 
 def symmetric_uniform(bound: float) -> Initializer:
-    """Initialiser of U(-bound, bound), torch's for the biases of its default layers."""
+    """Initialiser of U(-bound, bound), which torch uses for biases by default."""
 
     def init(key: jax.Array, shape: Any, dtype: Any = jnp.float32, out_sharding: Any = None) -> jax.Array:
         del out_sharding

@@ -28,19 +28,20 @@ def at_least_float32(dtype: Dtype) -> Dtype:
 class Conv(TypedModule):
     """A convolution of maps [B, H, W, C] with a square odd kernel, padded as torch's ``padding=kernel_size // 2``.
 
-    Flax's own adds the bias in ``dtype``, so that the gradient of the bias is a sum over all cells in ``dtype``: in
-    bfloat16 it stops growing at 256 times its terms. Here that sum is float32 at least.
+    ``flax.linen.Conv`` adds the bias in ``dtype``, so that the gradient of the bias is a sum over all cells in
+    ``dtype``. In bfloat16 such a sum stops growing at 256 times the size of a term. Here the sum is in float32 at
+    least.
 
     Attributes:
         features: channels of the result.
         kernel_size: rows and columns of the kernel.
-        strides: of both directions.
+        strides: stride along rows and along columns.
         use_bias: adds a bias.
-        kernel_init: of the kernel [rows, columns, C, features].
-        bias_init: of the bias [features].
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of the products.
+        kernel_init: initialiser of the kernel [rows, columns, C, features].
+        bias_init: initialiser of the bias [features].
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of the convolution.
     """
 
     features: int
@@ -79,15 +80,15 @@ class Conv(TypedModule):
 
 
 class Dense(TypedModule):
-    """A matrix product and a bias, initialised as ``torch.nn.Linear``: U(-1 / sqrt(C), 1 / sqrt(C)) for either.
+    """A matrix product and a bias, each initialised from U(-1 / sqrt(C), 1 / sqrt(C)), as ``torch.nn.Linear``.
 
     The gradient of the bias is summed in float32 at least, as in ``Conv``.
 
     Attributes:
-        features: of the result.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of the product.
+        features: channels of the result.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of the matrix product.
     """
 
     features: int
@@ -112,7 +113,7 @@ class Dense(TypedModule):
 
 
 def add_bias(x: Float[Array, "... C"], bias: Float[Array, " C"]) -> Float[Array, "... C"]:
-    """Adds a bias to each cell, in the cells' dtype; the gradient of the bias is summed in float32 at least.
+    """Adds a bias to each cell, in the dtype of ``x``; the gradient of the bias is summed in float32 at least.
 
     Args:
         x: [..., C].
@@ -122,5 +123,5 @@ def add_bias(x: Float[Array, "... C"], bias: Float[Array, " C"]) -> Float[Array,
         [..., C] in the dtype of ``x``.
     """
     wide = bias.astype(at_least_float32(x.dtype))
-    # broadcast before the cast: jax then sums after casting back
+    # the broadcast comes before the cast, so that the backward pass casts back before the sum
     return x + jnp.broadcast_to(wide, x.shape).astype(x.dtype)

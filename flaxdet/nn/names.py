@@ -1,7 +1,7 @@
-"""Names of modules on both sides: where a part's variables lie in Flax, and what torchvision calls the module.
+"""Names of modules in Flax and in torchvision: the path of the Flax variables, and the name of the torch module.
 
-A part that torchvision has says so by a method ``torch_names() -> Iterator[TorchName]``, its modules in the order of
-torchvision's state_dict. A part without the method, such as a backbone of the user's own, has no counterpart there.
+A part with a counterpart in torchvision has a method ``torch_names() -> Iterator[TorchName]``, which yields the modules
+in the order of torchvision's state_dict. A part without the method, such as a custom backbone, has no counterpart.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ class TorchName(NamedTuple):
 
     Attributes:
         path: of the module's variables inside the part, such as "layer1_0/conv1".
-        name: of torch's module inside torchvision's part, such as "layer1.0.conv1".
-        flattened: whether it is a dense layer on a flattened map, which torch flattens channels first.
+        name: name of torch's module inside torchvision's part, such as "layer1.0.conv1".
+        flattened: whether the module is a dense layer on a flattened map; torch flattens maps with channels first.
     """
 
     path: str
@@ -25,7 +25,7 @@ class TorchName(NamedTuple):
 
 
 def names_of(part: Any) -> Iterable[TorchName]:
-    """The names that a part says, none where it has no ``torch_names``."""
+    """The names that a part declares; empty if the part has no ``torch_names``."""
     return part.torch_names() if hasattr(part, "torch_names") else ()
 
 
@@ -33,12 +33,12 @@ def inside(part: Iterable[TorchName], path: str, name: str) -> Iterator[TorchNam
     """The names of a part's modules inside a larger part.
 
     Args:
-        part: names inside the part.
-        path: where the part lies in Flax.
+        part: the names inside the part.
+        path: path of the part's variables in the larger part.
         name: torch's name of the part.
 
     Yields:
-        The names, each after the part's own.
+        The names, prefixed by ``path`` and ``name``.
     """
     for each in part:
         yield each._replace(path=f"{path}/{each.path}", name=f"{name}.{each.name}")

@@ -1,4 +1,4 @@
-"""BatchNorm (live and frozen) and GroupNorm with torch's arithmetic, their statistics masked to the canvas."""
+"""BatchNorm (live and frozen) and GroupNorm with torch's arithmetic, and with statistics masked to the canvas."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ from jaxtyping import Bool, Float
 
 from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32
 
-# A norm as x * scale + shift, each [C], or [B, 1, 1, C] where images have their own. They are float32 at least: their
-# gradients are sums over whole maps, which bfloat16 can't hold.
+# Scale and shift of a norm x * scale + shift: [C] each, or [B, 1, 1, C] if the images have different values. In float32
+# at least, since the gradients of scale and shift are sums over whole maps, which are inaccurate in bfloat16.
 ScaleShift = tuple[Array, Array]
 
 
 def scaled_and_shifted(x: Array, by: ScaleShift, dtype: Dtype) -> Array:
-    """x * scale + shift, computed in the dtype of the two and returned in ``dtype``."""
+    """x * scale + shift, computed in the dtype of scale and shift, and returned in ``dtype``."""
     scale, shift = (each.reshape((1,) * (x.ndim - each.ndim) + each.shape) for each in by)
     return (x.astype(scale.dtype) * scale + shift).astype(dtype)
 
 
 class Norm(TypedModule):
-    """Base of the norms, which scale and shift each channel; ``flaxdet.nn.chain`` does so where it reads the map.
+    """Base of the norms, which scale and shift each channel.
 
-    It holds no fields of its own; a subclass has ``dtype`` and ``param_dtype`` and defines ``scale_and_shift``.
+    A subclass declares the fields ``dtype`` and ``param_dtype`` and defines ``scale_and_shift``. ``flaxdet.nn.chain``
+    applies scale and shift where the next layer reads the map.
     """
 
     def __call__(
@@ -34,9 +35,9 @@ class Norm(TypedModule):
 
         Args:
             x: [..., C]; for GroupNorm [B, h, w, C].
-            train: BatchNorm uses and updates the batch's statistics instead of the running ones; it makes no
-                difference to the other norms.
-            mask: [...], True where a cell counts for the statistics; default everywhere.
+            train: BatchNorm normalises with the statistics of the batch instead of the running statistics, and updates
+                the running statistics. The other norms ignore it.
+            mask: [...], True for the cells that count for the statistics; default all cells.
 
         Returns:
             [..., C] in ``dtype``.
@@ -58,7 +59,7 @@ class Norm(TypedModule):
             scale and shift in float32 (float64 if ``dtype`` is), [C] each; GroupNorm's are [B, 1, 1, C].
 
         Raises:
-            NotImplementedError: by this base.
+            NotImplementedError: in this base class.
         """
         raise NotImplementedError(f"{type(self).__name__} should define scale_and_shift")
 
@@ -66,15 +67,16 @@ class Norm(TypedModule):
 class BatchNorm(Norm):
     """``torch.nn.BatchNorm2d`` on channels-last arrays.
 
-    In training it normalises with the biased variance of the batch and, as torch, moves the running
-    variance by the *unbiased* one (Flax's own does not). Statistics are taken over all axes but the last,
-    over the cells that ``mask`` admits; under ``jit`` with a sharded batch they are the global batch's.
+    In training it normalises with the biased variance of the batch. The running variance is updated with the *unbiased*
+    variance, as in torch and unlike in Flax. Statistics are over all axes but the last, and over the cells that
+    ``mask`` admits. Under ``jit`` with a sharded batch they are the statistics of the global batch.
 
     Attributes:
         eps: added to the variance.
-        momentum: share of the new batch in the running statistics (torch's convention, 1 - Flax's).
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        momentum: weight of the new batch in the running statistics (torch's momentum, which is 1 - Flax's momentum).
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters and of the running statistics; default float64 if ``dtype`` is float64,
+            else float32.
     """
 
     eps: float = 1e-5
@@ -88,15 +90,16 @@ class BatchNorm(Norm):
 
         Args:
             x: [..., C].
-            train: use and update the batch's statistics instead of the running ones.
-            mask: [...], True where a cell counts for the statistics; default everywhere. Where it is True nowhere, the
-                running statistics stay.
+            train: normalises with the statistics of the batch instead of the running statistics, and updates the
+                running statistics.
+            mask: [...], True for the cells that count for the statistics; default all cells. If no cell counts, the
+                running statistics are not updated.
 
         Returns:
             scale and shift, [C] each in float32 (float64 if ``dtype`` is).
 
         Raises:
-            ValueError: in training with a single value a channel, as torch.
+            ValueError: in training with a single value per channel, as in torch.
         """
         features = (x.shape[-1],)
         wide = at_least_float32(self.dtype)
@@ -113,10 +116,10 @@ class BatchNorm(Norm):
             if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
                 unbiased = var * (count / jnp.maximum(count - 1, 1))
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
-                    moved = (1 - self.momentum) * running.value.astype(wide) + self.momentum * new
-                    # torch leaves its statistics alone where it sees no cell, as without a sampled RoI
-                    moved = jnp.where(count > 0, moved.astype(running.value.dtype), running.value)
-                    running.value = lax.stop_gradient(moved)
+                    updated = (1 - self.momentum) * running.value.astype(wide) + self.momentum * new
+                    # like torch, no update without cells, as without a sampled RoI
+                    updated = jnp.where(count > 0, updated.astype(running.value.dtype), running.value)
+                    running.value = lax.stop_gradient(updated)
         factor = scale.astype(wide) * lax.rsqrt(var + self.eps)
         return factor, bias.astype(wide) - mean * factor
 
@@ -137,15 +140,15 @@ def _batch_statistics(x: Array, mask: Array | None) -> tuple[Array, Array, Array
 
 
 class FrozenBatchNorm(Norm):
-    """``torchvision.ops.FrozenBatchNorm2d``: a fixed affine map from four stored vectors.
+    """``torchvision.ops.FrozenBatchNorm2d``: a fixed scale and shift from four stored vectors.
 
-    All four (scale, bias, mean, var) live in ``batch_stats`` and are never written, so that neither an
-    optimiser nor a parameter count sees them.
+    The vectors (scale, bias, mean, var) are in ``batch_stats`` and are never written, so that neither an optimiser nor
+    a parameter count includes them.
 
     Attributes:
         eps: added to the variance.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the stored vectors; default float64 if ``dtype`` is float64, else float32.
     """
 
     eps: float = 1e-5
@@ -158,8 +161,8 @@ class FrozenBatchNorm(Norm):
 
         Args:
             x: [..., C].
-            train: makes no difference; taken as ``BatchNorm`` takes it.
-            mask: [...], makes no difference either.
+            train: ignored; for the same signature as ``BatchNorm``.
+            mask: [...], ignored too.
 
         Returns:
             scale and shift, [C] each in float32 (float64 if ``dtype`` is).
@@ -184,10 +187,10 @@ class GroupNorm(Norm):
     """``torch.nn.GroupNorm`` on NHWC arrays, with statistics over the cells that ``mask`` admits.
 
     Attributes:
-        num_groups: of neighbouring channels, all of one size.
+        num_groups: number of groups, each of the same number of neighbouring channels.
         eps: added to the variance.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
     """
 
     num_groups: int = 32
@@ -201,8 +204,8 @@ class GroupNorm(Norm):
 
         Args:
             x: [B, h, w, C].
-            train: makes no difference; taken as ``BatchNorm`` takes it.
-            mask: [B, h, w], True where a cell counts for the statistics; default everywhere.
+            train: ignored; for the same signature as ``BatchNorm``.
+            mask: [B, h, w], True for the cells that count for the statistics; default all cells.
 
         Returns:
             scale and shift, [B, 1, 1, C] each in float32 (float64 if ``dtype`` is).

@@ -1,4 +1,4 @@
-"""Checks of the options that modules are made with: one clear error in place of one from deep inside jax."""
+"""Checks of the options of modules, with clear errors instead of errors from deep inside jax."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def check_counts(owner: Any, least: int, *names: str) -> None:
     """Checks options that count something.
 
     Args:
-        owner: the object whose options they are.
-        least: the smallest value that makes sense.
-        *names: of the options.
+        owner: the object that has the options.
+        least: the smallest allowed value.
+        *names: names of the options.
 
     Raises:
         TypeError: for a value that is no whole number.
-        ValueError: for one below ``least``.
+        ValueError: for a value below ``least``.
     """
     for name in names:
         _check_count(owner, least, name, getattr(owner, name))
@@ -28,13 +28,13 @@ def check_sizes(owner: Any, name: str, count: int | None = None) -> None:
     """Checks an option that holds several counts of at least 1.
 
     Args:
-        owner: the object whose option it is.
-        name: of the option.
-        count: how many there should be; default any number, none included.
+        owner: the object that has the option.
+        name: name of the option.
+        count: number of values that the option should hold; default any number, including 0.
 
     Raises:
         TypeError: for a value that is no sequence of whole numbers.
-        ValueError: for another number of them, or one below 1.
+        ValueError: for another number of values, or a value below 1.
     """
     values = getattr(owner, name)
     if not isinstance(values, (tuple, list)):
@@ -53,11 +53,11 @@ def _check_count(owner: Any, least: int, name: str, value: Any) -> None:
 
 
 def check_numbers(owner: Any, *names: str, low: float = -math.inf, high: float = math.inf) -> None:
-    """Checks options that are one number each. The range of a jax array, which may be traced, is not looked at.
+    """Checks options that are one number each. The range of a jax array, which may be traced, is not checked.
 
     Args:
-        owner: the object whose options they are.
-        *names: of the options.
+        owner: the object that has the options.
+        *names: names of the options.
         low: the smallest value.
         high: the largest value.
 

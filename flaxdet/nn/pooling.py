@@ -13,8 +13,9 @@ Array = jax.Array
 def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """``torch.nn.MaxPool2d(kernel_size=3, stride=2, padding=1)``.
 
-    Like torch's, the first of equal values takes the gradient, and NaN wins. Comparing the three columns of a window,
-    and then its three rows, takes less than half of ``lax.reduce_window``'s time on CPUs, its gradient a quarter.
+    As in torch, the first of equal values gets the gradient, and a window with a NaN gives NaN. The three columns of a
+    window are compared first, then the three rows. On CPUs this takes less than half the time of ``lax.reduce_window``,
+    and the gradient takes a quarter.
     """
 
     def larger(a: Array, b: Array) -> Array:
@@ -32,7 +33,7 @@ def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
 
 
 def _padded(x: Array, axis: int, low: int, high: int) -> Array:
-    """With as many cells of -inf (negative: fewer) before and after the axis."""
+    """Pads an axis with -inf, ``low`` cells before and ``high`` cells after it; a negative number removes cells."""
     config = [(0, 0, 0)] * x.ndim
     config[axis] = (low, high, 0)
     return lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), config)

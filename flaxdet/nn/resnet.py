@@ -39,7 +39,7 @@ class _Block(nn.Module):
     bottleneck: bool
     conv: Callable[..., Conv]
     norm: Callable[..., Norm | None]
-    remat: bool  # of norms, ReLUs and masks
+    remat: bool  # rematerialises norms, ReLUs and masks
 
     @nn.compact
     def __call__(self, x: Array, extent: Array | None, train: bool) -> Array:
@@ -70,7 +70,8 @@ class _Block(nn.Module):
                 norm(name="downsample_bn"),
             ]
             x = chain(shortcut, x, extent, train=train).value
-        # without it XLA:CPU adds up all earlier blocks again in each block, and saves their maps for that
+        # Without the barrier, XLA:CPU repeats the sums of all earlier blocks in each block, and saves the maps of the
+        # earlier blocks for these sums.
         return materialise(nn.relu(x + y))
 
 
@@ -80,25 +81,26 @@ def _no_norm(*, name: str) -> None:
 
 
 class ResNet(TypedModule):
-    """torchvision's ResNet body (v1.5: the stride sits in a bottleneck's 3x3 convolution).
+    """torchvision's ResNet body (v1.5: in a bottleneck, the 3x3 convolution has the stride).
 
     Attributes:
         depth: 18, 34, 50, 101 or 152.
         frozen_bn: ``FrozenBatchNorm`` instead of live ``BatchNorm``.
-        freeze_bn: in training, live BatchNorm normalises with its running statistics and leaves them alone
-            (an addition to torchvision).
-        remat: for the gradient, keeps the input of each residual block alone and computes the block again: less
-            memory, more time. XLA:CPU undoes it unless ``jax.jit`` is given ``flaxdet.compiler_options()``.
-        folded: no BatchNorm; its convolutions have a bias instead. ``flaxdet.fold_batch_norm`` makes such a body.
-        width: channels of the stem; stage i of 4, from 0, has width * 2**i, four times that from depth 50 on.
+        freeze_bn: in training, live BatchNorm normalises with the running statistics and does not update them (an
+            addition to torchvision).
+        remat: rematerialises each residual block in the backward pass, and saves only the input of the block: less
+            memory, more time. XLA:CPU undoes this unless ``jax.jit`` is given ``flaxdet.compiler_options()``.
+        folded: no BatchNorm; the convolutions have biases instead. ``flaxdet.fold_batch_norm`` makes such a body.
+        width: channels of the stem. Stage i, from 0 to 3, has width * 2**i channels, or 4 * width * 2**i from depth 50
+            on.
         norm_eps: added to the variance by each BatchNorm, live or frozen.
-        dtype: computes.
-        param_dtype: stores; default float64 if ``dtype`` is, else float32.
-        precision: of every convolution and product.
+        dtype: dtype of the computation.
+        param_dtype: dtype of the parameters; default float64 if ``dtype`` is float64, else float32.
+        precision: ``jax.lax.Precision`` of every convolution and matrix product.
 
     Raises:
-        ValueError: for a width or an eps out of range.
-        TypeError: for one of another kind.
+        ValueError: for a width or norm_eps out of range.
+        TypeError: for a width that is no whole number, or a norm_eps that is no number.
     """
 
     depth: int = 50
@@ -144,7 +146,7 @@ class ResNet(TypedModule):
         return tuple(pairs)
 
     def without_norms(self) -> ResNet:
-        """The body that a folded one is.
+        """The body for folded variables: a bias in each convolution, no norms.
 
         Returns:
             The same ResNet with ``folded=True``.
@@ -187,8 +189,8 @@ class ResNet(TypedModule):
 
         Args:
             pixels: [B, H, W, 3], zero beyond each canvas.
-            canvas: [B, 2] int32 (rows, columns) inside the bucket, multiples of 32; ``None`` for all.
-            train: BatchNorm's mode.
+            canvas: [B, 2] int32 (rows, columns) inside the bucket, multiples of 32; ``None`` for the whole bucket.
+            train: whether BatchNorm is in training mode.
 
         Returns:
             Feature maps by name; values beyond the canvas are undefined.
@@ -206,7 +208,7 @@ class ResNet(TypedModule):
         if self.folded:
             norm = _no_norm
         norm_train = train and not self.freeze_bn
-        # the blocks are named below, so their variables have the same paths either way
+        # the blocks are named below, so that the paths of the variables do not depend on remat
         block = nn.remat(_Block, static_argnums=(3,)) if self.remat else _Block
         bucket = pixels.shape[1:3]
 
@@ -221,7 +223,7 @@ class ResNet(TypedModule):
         for i, names in enumerate(self._block_names()):
             for name in names:
                 strides = 2 if i > 0 and name == names[0] else 1
-                # a block that is rematerialised as a whole does not rematerialise parts once more
+                # a block that is rematerialised as a whole should not rematerialise parts again
                 layer = block(self.width * 2**i, strides, self._bottleneck, conv, norm, not self.remat, name=name)
                 x = layer(x, extent(x), norm_train)
             stages[f"c{i + 2}"] = x

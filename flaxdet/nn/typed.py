@@ -1,4 +1,4 @@
-"""The base of modules with ``dtype`` and ``param_dtype``, and ``clone``, which carries such options to every part."""
+"""The base of modules with ``dtype`` and ``param_dtype``; ``clone`` passes these options on to every part."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SHARED_OPTIONS = ("dtype", "param_dtype", "precision")
 
 
 def default_param_dtype(dtype: Dtype, param_dtype: Dtype | None) -> Dtype:
-    """The dtype that stores parameters: ``param_dtype``, or float64 if ``dtype`` is, else float32.
+    """The dtype of the parameters: ``param_dtype``, by default float64 if ``dtype`` is float64, else float32.
 
     Raises:
-        ValueError: if float64 is asked for while jax runs without x64.
+        ValueError: for a dtype that is no floating point dtype, or for float64 without jax's 64-bit mode.
     """
     dtype = jnp.dtype(dtype)
     stored = (
@@ -40,9 +40,9 @@ def default_param_dtype(dtype: Dtype, param_dtype: Dtype | None) -> Dtype:
 
 
 class _Dtypes:
-    """What ``TypedModule`` reads of a module, which declares the two as fields at their places among its own.
+    """Types of the attributes that ``TypedModule`` reads. Each module declares these attributes as fields.
 
-    Not in ``TypedModule`` itself, where they would be fields that come before those of every module.
+    They are not annotated in ``TypedModule``, where Flax would make them the first fields of every module.
     """
 
     dtype: Dtype
@@ -50,10 +50,10 @@ class _Dtypes:
 
 
 class TypedModule(_Dtypes, nn.Module):
-    """Base of modules with ``dtype`` and ``param_dtype``; holds no fields of its own.
+    """Base of modules that declare the fields ``dtype`` and ``param_dtype``.
 
-    It resolves both at once, so that modules built alike are equal however their dtypes were spelled: equal
-    modules share what jit has compiled, and a file can tell a builder's model.
+    The constructor resolves ``dtype`` and ``param_dtype``. So modules with the same options are equal, however the
+    dtypes were written. Equal modules share compiled programs, and a checkpoint file can recognise a builder's model.
     """
 
     def __post_init__(self) -> None:
@@ -65,15 +65,15 @@ class TypedModule(_Dtypes, nn.Module):
     def clone(self, *, parent: Any = None, _deep_clone: Any = False, _reset_names: bool = False, **updates: Any) -> Any:
         """A copy with other options, as Flax's ``clone``.
 
-        A new ``dtype``, ``param_dtype`` or ``precision`` also reaches the module's parts, and the parts of its parts,
-        where they have a field of that name. Parts that are given in the same call stay as they are given.
+        A new ``dtype``, ``param_dtype`` or ``precision`` also replaces the field of that name in the module's parts,
+        and in the parts of the parts. Parts that are given in the same call are not changed.
 
         Args:
-            parent: of the copy; default none.
+            parent: parent module of the copy; default none.
             _deep_clone: for Flax: copies the parts too.
             _reset_names: for Flax: clears the names of the parts.
-            **updates: fields to replace. ``param_dtype=None`` is float64 if ``dtype`` is, else float32; without a new
-                ``param_dtype`` the old one stays.
+            **updates: fields to replace. ``param_dtype=None`` means float64 if ``dtype`` is float64, else float32.
+                Without a new ``param_dtype``, the copy has the old ``param_dtype``.
 
         Returns:
             A module of the same class.
@@ -81,21 +81,22 @@ class TypedModule(_Dtypes, nn.Module):
         shared = {name: updates[name] for name in SHARED_OPTIONS if name in updates}
         if shared:
             dtype = updates.get("dtype", self.dtype)
-            if "param_dtype" in shared:  # a part of another library may not know None
+            if "param_dtype" in shared:  # a part of another library may not accept None
                 shared["param_dtype"] = default_param_dtype(dtype, shared["param_dtype"])
             updates = {**_parts_with(self, shared, {}), **updates}
         return super().clone(parent=parent, _deep_clone=_deep_clone, _reset_names=_reset_names, **updates)
 
 
 def parts_of(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules among a module's fields and, below each, the modules among its own fields.
+    """The modules in the fields of a module; after each module, the modules in the fields of that module.
 
     Args:
         module: any Linen module.
-        path: of the module, which the parts' paths begin with.
+        path: prefix of the paths of the parts.
 
     Yields:
-        (path, part), such as ("backbone.body", the ResNet); of a field that holds several, each has the field's path.
+        (path, part), such as ("backbone.body", the ResNet). If a field holds several modules, each has the path of the
+        field.
     """
     for name, value in _fields(module).items():
         for part in jax.tree.leaves(value):
@@ -110,18 +111,18 @@ def _fields(module: nn.Module) -> dict[str, Any]:
 
 
 def _parts_with(module: nn.Module, options: Mapping[str, Any], done: dict[int, nn.Module]) -> dict[str, Any]:
-    """The fields of a module that hold parts which the options change, with those parts changed.
+    """New values of the fields of a module that hold parts which the options change.
 
-    ``done`` maps the ids of the parts met so far to what became of them: a part that stands in two fields shares its
-    parameters, and goes on to.
+    ``done`` maps the id of each visited part to the new part. A part that is in two fields shares the parameters, so
+    the two fields get the same new part.
     """
 
     def changed(part: Any) -> Any:
         if not isinstance(part, nn.Module):
             return part
         if id(part) not in done:
-            own = {name: value for name, value in options.items() if name in _fields(part)}
-            updates = {**_parts_with(part, options, done), **own}
+            accepted = {name: value for name, value in options.items() if name in _fields(part)}
+            updates = {**_parts_with(part, options, done), **accepted}
             done[id(part)] = nn.Module.clone(part, **updates) if updates else part
         return done[id(part)]
 

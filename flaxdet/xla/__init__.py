@@ -1,1 +1,1 @@
-"""What depends on the machine that a program is compiled for."""
+"""Code that depends on the machine that a program is compiled for."""

@@ -1,6 +1,6 @@
-"""Optimization barriers, named for what they make XLA do.
+"""Optimization barriers, each named after the effect on XLA.
 
-XLA:CPU heeds them under ``flaxdet.compiler_options()`` alone: else it takes them out before it fuses.
+XLA:CPU honours them only under ``flaxdet.compiler_options()``; otherwise it removes them before fusion.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ Tree = TypeVar("Tree")
 def materialise(values: Tree) -> Tree:
     """Has XLA compute each array once and write it to memory, before anything reads that array.
 
-    Without it XLA may fuse the computation into each reader and so repeat it there, or change an operation for one
-    reader's sake, such as a top-k of which a reader takes a slice.
+    Without the barrier, XLA may fuse the computation into each reader and so repeat it. XLA may also change an
+    operation to suit one reader, such as a top-k of which a reader takes a slice.
 
     Args:
         values: any pytree of arrays.
@@ -31,9 +31,9 @@ def materialise(values: Tree) -> Tree:
 
 
 def wait_for_all(values: Tree) -> Tree:
-    """Has XLA start nothing that reads one of the arrays before all of them are there.
+    """Has XLA compute all of the arrays before any operation reads one of them.
 
-    It orders work that XLA would else start early, whose results then wait in memory.
+    It delays work that XLA would otherwise start early, and whose results would wait in memory.
 
     Args:
         values: any pytree of arrays.
@@ -48,8 +48,8 @@ def wait_for_all(values: Tree) -> Tree:
 def save_for_backward(x: jax.Array) -> jax.Array:
     """Has XLA save this array for the backward pass instead of the arrays it was computed from.
 
-    The identity. Under a gradient it puts an optimization barrier on the value and one on its cotangent, where CPUs'
-    routes are taken.
+    The identity. In a program that takes the routes of CPUs, differentiation puts one optimization barrier on the
+    value and one on the cotangent.
 
     Args:
         x: any array.

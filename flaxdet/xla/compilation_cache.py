@@ -14,11 +14,11 @@ import jax
 def keep_compiled(folder: str | Path) -> Path | None:
     """Turns on jax's persistent compilation cache for this process, unless the user has chosen one or turned it off.
 
-    For programs, such as the command line; the library itself never changes jax's configuration.
+    For programs such as the command line. The library itself never changes jax's configuration.
 
     Args:
-        folder: under which programs are kept, those of different processors apart, since some instructions of one
-            are unknown to another.
+        folder: the folder of the cache. Each kind of processor has a subfolder, since a compiled program may have
+            instructions that another processor lacks.
 
     Returns:
         The folder in use, or None if the cache is off.
@@ -33,7 +33,7 @@ def keep_compiled(folder: str | Path) -> Path | None:
 
 
 def _processor() -> str:
-    """Names the kind of processor by what it can do."""
+    """A name for the kind of processor: the architecture and a hash of the processor's features."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:

@@ -11,8 +11,8 @@ from jax.sharding import Sharding
 def platform_of(*trees: Any) -> str:
     """The platform that ``jax.jit`` runs a function on.
 
-    As jit decides: arrays that are committed to a device hold the function there; without one it runs on
-    ``jax.default_device``, or else on the default backend (asking starts that backend).
+    Decides as ``jax.jit`` does. The function runs on the devices of the committed arrays. Without committed arrays it
+    runs on ``jax.default_device``, or, if that is not set, on the default backend (asking for it starts that backend).
 
     Args:
         *trees: pytrees of arguments, ``jax.ShapeDtypeStruct`` and shardings.

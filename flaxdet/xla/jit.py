@@ -1,4 +1,4 @@
-"""``jax.jit`` with the options of the devices that a call's arguments lie on."""
+"""``jax.jit`` with compiler options for the devices of a call's arguments."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from flaxdet.xla import routes
 from flaxdet.xla.devices import platform_of
 from flaxdet.xla.options import compiler_options, known
 
-# XLA:CPU asks for a program's temporary buffers at each call. What is above 32 MiB glibc maps anew each time and gives
-# back after it, so that every page faults; smaller buffers glibc keeps. Arrays larger than a piece lie alone in one.
-_PIECE = 25_000_000  # bytes; two to a heap of glibc's
+# XLA:CPU allocates the temporary buffers of a program at each call. glibc maps an allocation above 32 MiB anew each
+# time and unmaps it after the call, so that every page faults; glibc reuses smaller allocations. So the temporary
+# buffers are divided into pieces of this size. An array larger than a piece is in a piece by itself.
+_PIECE = 25_000_000  # bytes; two pieces fit into a heap of glibc
 _IN_PIECES: dict[str, str | bool] = {"xla_multiheap_size_constraint_per_heap": str(_PIECE)}
 _NOT_CACHED = r"Error writing persistent compilation cache entry for .*: Multiple temp buffer allocations"
 
 
 class JitByDevice:
-    """``jax.jit`` under ``compiler_options`` of the platform that a call runs on; inside another jit a plain jit.
+    """``jax.jit`` with the ``compiler_options`` of the platform that a call runs on; inside another jit a plain jit.
 
-    Routes that are chosen while a program is traced are that platform's too, unless ``routes_for`` overrides them.
+    Routes that are chosen while a program is traced are also of that platform, unless ``routes_for`` overrides them.
     """
 
     def __init__(self, function: Callable[..., Any], dtype: Any = jnp.float32, **options: Any):
         """Wraps a function.
 
         Args:
-            function: of pytrees of arrays.
-            dtype: in which the model computes.
-            **options: as ``jax.jit`` takes them.
+            function: a function of pytrees of arrays.
+            dtype: dtype of the model's computation.
+            **options: options of ``jax.jit``.
         """
         self._function, self._dtype, self._options = function, dtype, options
         self._nested = jax.jit(function, **options)
@@ -45,20 +46,20 @@ class JitByDevice:
         functools.update_wrapper(self, function)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function's values.
+        """Calls the compiled function.
 
         Args:
-            *args: as the function takes them.
-            **kwargs: as the function takes them.
+            *args: positional arguments of the function.
+            **kwargs: keyword arguments of the function.
         """
         if get_opaque_trace_state() != self._outermost:
-            return self._nested(*args, **kwargs)  # jax takes options at the outermost jit alone
+            return self._nested(*args, **kwargs)  # jax accepts options only at the outermost jit
         platform = self._platform(args, kwargs)
         with routes.of_devices(platform):
             return self._call(platform, *args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """As ``lower`` of ``jax.jit``.
+        """Lowers the function, as ``jax.jit(function).lower``.
 
         Args:
             *args: pytrees of arrays or ``jax.ShapeDtypeStruct``.
@@ -69,7 +70,7 @@ class JitByDevice:
             return self._choose(platform, *args, **kwargs).lower(*args, **kwargs)
 
     def on(self, platform: str) -> Any:
-        """The jitted function for a platform; always the same one.
+        """The jitted function for a platform; the same object at each call.
 
         Args:
             platform: "cpu", "gpu" or "tpu".
@@ -91,41 +92,42 @@ class JitByDevice:
         return self.on(platform)
 
     def _cache_size(self) -> int:
-        """Compiled programs, as jax counts them."""
+        """Number of compiled programs, as jax counts them."""
         return sum(jitted._cache_size() for jitted in self._jitted.values())
 
 
 class JitBySize(JitByDevice):
-    """``JitByDevice`` for programs whose memory is worth keeping from call to call.
+    """``JitByDevice`` for programs that should reuse the memory of temporary buffers from call to call.
 
-    On CPUs under glibc, programs of small arrays have their temporary buffers in pieces that glibc keeps: a training
-    step of FCOS, of two images of 320x448, takes a seventh less. Numbers are the same. Static arguments aren't taken.
+    On CPUs under glibc, the temporary buffers of a program of small arrays are in pieces, whose memory glibc reuses: a
+    training step of FCOS on two images of 320x448 takes a seventh less time. The results are the same. Static arguments
+    are not supported.
 
-    XLA can't serialise a program in pieces, so jax's persistent compilation cache does without it and each process
-    compiles it anew; jax's warning of that is suppressed. Where jax is to raise instead
+    XLA can't serialise a program in pieces. So jax's persistent compilation cache does not store the program, and each
+    process compiles it again; jax's warning about that is suppressed. If jax should raise instead
     (``jax_raise_persistent_cache_errors``), no program is in pieces.
 
     Attributes:
-        chosen: the jitted function by the platforms that it runs on and whose routes it takes, and by the structure,
-            shapes, dtypes and shardings of the arguments that it was called with. Empty where no program is ever in
-            pieces: on accelerators, with another C library than glibc, and with a jaxlib that doesn't know the option.
+        chosen: the jitted functions. The key consists of the platform that the function runs on, the platform whose
+            routes it takes, and the structure, shapes, dtypes and shardings of the arguments. Empty if no program can
+            be in pieces: on accelerators, with another C library than glibc, and with a jaxlib without the option.
     """
 
     def __init__(self, function: Callable[..., Any], dtype: Any = jnp.float32, **options: Any):
         """Wraps a function.
 
         Args:
-            function: of pytrees of arrays.
-            dtype: in which the model computes.
-            **options: as ``jax.jit`` takes them, but no static arguments.
+            function: a function of pytrees of arrays.
+            dtype: dtype of the model's computation.
+            **options: options of ``jax.jit``, without static arguments.
         """
         super().__init__(function, dtype, **options)
         self._pieces: dict[str, Any] = {}
-        self._last: tuple[Any, Any] = (None, None)  # key and jitted function of the last call: steps are alike
+        self._last: tuple[Any, Any] = (None, None)  # key and jitted function of the last call: most calls repeat it
         self.chosen: dict[Any, Any] = {}
 
     def in_pieces(self, platform: str) -> Any:
-        """The jitted function whose temporary buffers are in pieces; ``on(platform)`` where there is no such thing.
+        """The jitted function with temporary buffers in pieces; ``on(platform)`` if the platform has no pieces.
 
         Args:
             platform: "cpu", "gpu" or "tpu".
@@ -143,7 +145,7 @@ class JitBySize(JitByDevice):
             return self.on(platform)(*args, **kwargs)
         key = (platform, routes.platform(), *_signature((args, kwargs)))
         last, jitted = self._last
-        if key == last:  # mostly the very same objects, and so cheaper than a hash
+        if key == last:  # cheaper than a hash, since most of the objects are identical
             return jitted(*args, **kwargs)
         if key in self.chosen:
             self._last = key, self.chosen[key]
@@ -161,12 +163,12 @@ class JitBySize(JitByDevice):
         return pieces if _largest(plain.trace(*args, **kwargs).jaxpr.jaxpr) <= _PIECE else plain
 
     def _cache_size(self) -> int:
-        own = [jitted for name, jitted in self._pieces.items() if jitted is not self._jitted[name]]
-        return super()._cache_size() + sum(jitted._cache_size() for jitted in own)
+        in_pieces = [jitted for name, jitted in self._pieces.items() if jitted is not self._jitted[name]]
+        return super()._cache_size() + sum(jitted._cache_size() for jitted in in_pieces)
 
 
 def _signature(arguments: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
-    """What distinguishes one compiled program from another: the structure, the leaves' types, and their shardings."""
+    """The key of a compiled program: the structure of the arguments, the types and the shardings of the leaves."""
     leaves, structure = jax.tree.flatten(arguments)
     try:
         return structure, tuple([leaf.aval for leaf in leaves]), tuple([leaf.sharding for leaf in leaves])
@@ -176,7 +178,7 @@ def _signature(arguments: Any) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _largest(jaxpr: Jaxpr) -> int:
-    """Bytes of the largest array that a program computes, as jax writes it."""
+    """Bytes of the largest result of an equation in a jaxpr or in the jaxprs that it contains."""
     sizes = [0]
     for equation in jaxpr.eqns:
         results: Any = [var.aval for var in equation.outvars]

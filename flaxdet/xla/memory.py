@@ -1,4 +1,4 @@
-"""Freed memory, which glibc keeps until it is asked for it."""
+"""Returns freed memory, which glibc keeps, to the system."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import ctypes
 
 
 def give_memory_back() -> None:
-    """Has glibc return the freed memory that it keeps to the system; does nothing with another C library.
+    """Has glibc return freed memory to the system; does nothing with another C library.
 
-    Loading, folding and compiling leave 300 MB with glibc, which the threads that run the program do not use. A train
-    step in pieces (``JitBySize``) leaves its temporary buffers.
+    After loading, folding and compiling, glibc keeps 300 MB, which the threads that run the program do not use. After
+    a train step in pieces (``JitBySize``), glibc keeps the temporary buffers of the step.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

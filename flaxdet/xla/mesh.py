@@ -1,7 +1,7 @@
-"""Meshes of devices: rows of a batch over the devices, everything else on each of them.
+"""Meshes of devices: the rows of a batch are divided over the devices, everything else is replicated.
 
-One program serves one device, many, and many processes under ``jax.distributed``: it is written for the global batch,
-and XLA divides it.
+One program serves one device, several devices, and several processes under ``jax.distributed``. The program is written
+for the global batch, and XLA divides it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of one axis, "data".
 
     Args:
-        devices: default all, those of other processes included.
+        devices: default all devices, including the devices of other processes.
 
     Returns:
         The mesh.
@@ -29,19 +29,19 @@ def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of the state: whole on each device."""
+    """The sharding of the train state: a full copy on each device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: its rows divided over the devices."""
+    """The sharding of a batch: the rows are divided over the devices."""
     if DATA_AXIS not in mesh.axis_names:
         raise ValueError(f'the mesh should have an axis "{DATA_AXIS}" (see make_mesh), got {mesh.axis_names}')
     return NamedSharding(mesh, PartitionSpec(DATA_AXIS))
 
 
 def on_mesh(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., Any]:
-    """The function, traced with the mesh in scope, so that the models keep what is per image on the image's device."""
+    """Wraps a function so that it is traced with the mesh in scope, which ``per_image`` reads."""
     if mesh is None:
         return function
 
@@ -53,16 +53,16 @@ def on_mesh(function: Callable[..., Any], mesh: Mesh | None) -> Callable[..., An
 
 
 def per_image(function: Callable[..., Any]) -> Callable[..., Any]:
-    """``jax.vmap`` that stays on each image's own device where the batch is divided over a mesh's axis "data".
+    """``jax.vmap`` that keeps the work of each image on one device if a batch is divided over the mesh axis "data".
 
-    XLA divides most of a program by images by itself, but not this: it gathers the scores of all images on every device
-    for a top-k, and its NMS loops wait for the slowest image of all devices at every turn.
+    XLA divides most of a program by images without help, but not a top-k and not NMS. For a top-k it gathers the scores
+    of all images on every device. In NMS, every iteration of the loop waits for the slowest image of all devices.
 
     Args:
-        function: of one image's arrays; it closes over no traced ones.
+        function: a function of the arrays of one image; it should close over no traced arrays.
 
     Returns:
-        The function of all images' arrays [B, ...].
+        The function of the arrays of all images, [B, ...] each.
     """
     mapped = jax.vmap(function)
 

@@ -1,4 +1,4 @@
-"""Options of jit: what XLA is told when it compiles the models for a CPU."""
+"""Compiler options with which XLA compiles the models for CPUs."""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# XLA:CPU of jaxlib 0.10 hands convolutions and products to YNNPACK, which over these models takes a tenth (FCOS) to a
-# third (Faster R-CNN) longer than XLA's own kernels, and four times as long over the gradient of a kernel. Reductions
-# it does better; and float64, for which XLA has no quick convolution.
+# XLA:CPU of jaxlib 0.10 hands convolutions and matrix products to YNNPACK. With YNNPACK these models take a tenth
+# (FCOS) to a third (Faster R-CNN) longer than with XLA's own kernels, and the gradient of a kernel takes four times as
+# long. YNNPACK is quicker for reductions, and for float64, for which XLA has no quick convolution.
 _CPU_FLOAT32: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
-# This pass takes optimization barriers out before fusion, on CPUs alone. Without it, rematerialisation saves memory,
-# and RoIAlign is not computed twice for the gradient of the box head.
+# On CPUs, this pass removes optimization barriers before fusion. With the pass disabled, rematerialisation saves
+# memory, and RoIAlign is not computed twice for the gradient of the box head.
 _CPU: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def compiler_options(dtype: Any = jnp.float32, *, platform: str | None = None) -> dict[str, str | bool] | None:
     """Options for ``jax.jit`` under which the models run fastest on a platform.
 
-    flaxdet's own functions use them. A jit of your own does with
-    ``jax.jit(model.apply, compiler_options=flaxdet.compiler_options(model.dtype))``; answers are the same up to
-    rounding. jax takes options at the outermost jit alone.
+    flaxdet's functions use these options. In a custom jit, use
+    ``jax.jit(model.apply, compiler_options=flaxdet.compiler_options(model.dtype))``. The results are the same up to
+    rounding. jax accepts compiler options only at the outermost jit.
 
     Args:
-        dtype: in which the model computes.
-        platform: "cpu", "gpu" or "tpu", of the devices that the program will run on; default that of jax's default
-            backend, which is wrong for arrays that lie on other devices.
+        dtype: dtype of the model's computation.
+        platform: platform of the devices that the program will run on: "cpu", "gpu" or "tpu". The default is the
+            platform of jax's default backend, which is wrong for arrays on other devices.
 
     Returns:
-        Options for CPUs, as far as this jaxlib knows them; None elsewhere, which is jit's default.
+        For CPUs, the options that this jaxlib knows (None if it knows none). For other platforms None, the default of
+        ``jax.jit``.
     """
     if (platform or jax.default_backend()) != "cpu":
         return None
@@ -41,11 +42,11 @@ def compiler_options(dtype: Any = jnp.float32, *, platform: str | None = None) -
 
 @functools.cache
 def known(name: str, value: str | bool) -> bool:
-    """Whether this jaxlib takes an option of XLA.
+    """Whether this jaxlib accepts an option of XLA.
 
     Args:
-        name: of the option.
-        value: of the option.
+        name: name of the option.
+        value: value of the option.
     """
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(RuntimeError):  # a process without a CPU backend: every backend reads all options

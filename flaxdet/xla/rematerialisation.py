@@ -1,4 +1,4 @@
-"""Rematerialisation: what is computed again for the gradient instead of being saved for it."""
+"""Rematerialisation: the backward pass computes values again, instead of saving them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from flaxdet.xla import routes
 
 
 def rematerialise(function: Callable[..., Any], lift: Callable[..., Any] = jax.checkpoint) -> Callable[..., Any]:
-    """``lift(function)`` where CPUs' routes are taken; elsewhere, where it wasn't measured, the function itself.
+    """``lift(function)`` if the program takes the routes of CPUs; otherwise the function itself.
 
-    For cheap work whose result is as large as the input, such as the way from a norm to the next convolution. The
-    gradient of the convolution needs that result, which XLA:CPU would save beside the norm's input; fetching the memory
-    of a second map takes longer than computing it again. A jit of one's own needs ``flaxdet.compiler_options()``, else
-    XLA:CPU merges the two computations.
+    For cheap work whose result is as large as the input, such as the norm, ReLU and mask before a convolution. The
+    gradient of the convolution needs the result of that work, and XLA:CPU would save the result beside the input of the
+    norm. Getting memory for a second map takes longer than computing it again. Other platforms were not measured. A
+    custom jit needs ``flaxdet.compiler_options()``; without these options XLA:CPU merges the two computations.
 
     Args:
-        function: of arrays; ``(module, ...)`` for ``flax.linen.remat``.
+        function: a function of arrays; for ``flax.linen.remat`` a function ``(module, ...)``.
         lift: ``jax.checkpoint``, or ``flax.linen.remat`` for a function that calls a Linen module.
 
     Returns:

@@ -1,9 +1,9 @@
-"""Which of the routes of an algorithm a program takes.
+"""Chooses the route by which a program computes an algorithm.
 
-A route is one way to compute a result. The routes of an algorithm give the same numbers up to the order of sums, and
-each is quick on another platform. ``by_platform`` takes the route of the platform that a program is lowered for. Where
-the route changes how jax differentiates, it is chosen earlier, when the program is traced: by the devices of the
-arguments where a ``JitByDevice`` traces it, else by the default backend. ``routes_for`` overrides every choice.
+A route is one way to compute a result. The routes of an algorithm give the same numbers up to the order of sums, but
+each is quick on a different platform. ``by_platform`` takes the route of the platform that a program is lowered for. A
+route that changes how jax differentiates is chosen earlier, when the program is traced: by the devices of the arguments
+if a ``JitByDevice`` traces the program, otherwise by the default backend. ``routes_for`` overrides every choice.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _override = jax.make_user_context(None)
 def routes_for(platform: Platform | None) -> AbstractContextManager[Any]:
     """A context in which every program that this thread traces takes the routes of one platform.
 
-    For compiling for a device that this process doesn't have, and for testing other platforms' routes on the device at
-    hand. Neither the device changes, nor the options of ``flaxdet.compiler_options``.
+    Used to compile for a device that this process doesn't have, and to test the routes of other platforms on the
+    present device. The context changes neither the device nor the options of ``flaxdet.compiler_options``.
 
     Args:
         platform: "cpu", "gpu" or "tpu"; None cancels the override of an enclosing context.
@@ -47,10 +47,10 @@ def of_devices(platform: str) -> AbstractContextManager[Any]:
     """A context in which programs take the routes of the devices they run on, unless ``routes_for`` overrides them.
 
     Args:
-        platform: of the devices, as ``flaxdet.xla.devices.platform_of`` has it.
+        platform: platform of the devices, from ``flaxdet.xla.devices.platform_of``.
 
     Returns:
-        The context manager; it changes nothing where ``platform()`` says the same already.
+        The context manager. It does nothing if there is an override, or if the default backend is of this platform.
     """
     if _override.value is not None or platform == jax.default_backend():
         return nullcontext()
@@ -58,11 +58,11 @@ def of_devices(platform: str) -> AbstractContextManager[Any]:
 
 
 def platform() -> str:
-    """The platform whose routes a program takes where they are chosen while it is traced.
+    """The platform whose routes a program takes, for routes that are chosen while the program is traced.
 
     Returns:
         "cpu", "gpu" or "tpu": the override if there is one, else the platform of the ``JitByDevice`` that traces, else
-        jax's default backend (asking starts that backend).
+        jax's default backend (asking for it starts that backend).
     """
     return _override.value or jax.default_backend()
 

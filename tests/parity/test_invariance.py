@@ -22,7 +22,7 @@ from tests.tolerances import (
     SHARE_BF16,
 )
 
-SMALL = {"min_size": 64, "max_size": 112}
+SMALL = {"min_size": 80, "max_size": 128}
 FEW = {"rpn_post_nms_top_n_test": 60}
 SHAPES = {
     "landscape": (100, 150),
@@ -44,7 +44,7 @@ def in_company():
         if name not in made:
             model, variables, theirs = sides.both(name, 18, dtype="float64", **SMALL, **sides.known(name, FEW))
             images = [sides.crop("china", *shape) for shape in SHAPES.values()]
-            batch = transform(images, model.transform, bucket=(96, 128), dtype=np.float64)
+            batch = transform(images, model.transform, bucket=(128, 128), dtype=np.float64)
             assert batch.canvas is not None
             detections, sown = jax.device_get(stages._apply(model, variables, batch))
             made[name] = model, variables, theirs, unpad(detections), sown
@@ -60,7 +60,7 @@ def test_in_a_bucket_among_others(name, shape, in_company, x64):
     (expected,), _ = stages.run_reference(theirs, [sides.crop("china", *SHAPES[shape])], keep_stages=False)
     match = verify.match_detections(found[list(SHAPES).index(shape)], expected, BOXES_F64, SCORES_F64)
     assert match.same, match
-    assert match.count >= 3  # v2 finds just 3 in 1x1, which is one colour throughout
+    assert match.count >= (1 if shape == "1x1" else 3), match  # 1x1 is one colour throughout
 
 
 @pytest.mark.costly
@@ -87,7 +87,7 @@ def test_every_stage(name, in_company, x64):
     assert compared >= {"c2", "c3", "c4", "c5", *sides.levels_of(model), *later}
 
     (expected,) = unpad(detections)
-    assert len(expected["scores"]) > 10
+    assert len(expected["scores"]) > 5
     own = found[list(SHAPES).index("landscape")]
     assert verify.match_detections(own, expected, INVARIANCE_F64, INVARIANCE_F64).same
     np.testing.assert_array_equal(own["labels"], expected["labels"])
@@ -100,7 +100,7 @@ def test_float32_in_a_bucket(name):
     image = sides.crop("china", *IMAGE)
     (expected,), _ = stages.run_reference(theirs, [image], keep_stages=False)
     for given in (image, image.astype(np.float32) / 255):
-        batch = transform([given], model.transform, bucket=(128, 160))
+        batch = transform([given], model.transform, bucket=(160, 160))
         (found,) = unpad(jitted_detect(model, variables, batch))
         assert verify.match_detections(found, expected, *verify.TOLERANCES["float32"]).same
         assert found["boxes"].dtype == found["scores"].dtype == np.float32

@@ -1,1 +1,1 @@
-"""The convolution, and one file for each route that computes it quickly; ``dispatch.py`` chooses."""
+"""The convolution, and one file for each route that computes it quickly; ``dispatch.py`` chooses the route."""

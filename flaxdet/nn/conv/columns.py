@@ -1,4 +1,4 @@
-"""A 3x3 convolution column by column, whose gradient of the kernel XLA:CPU computes quickly."""
+"""A 3x3 convolution column by column, for which XLA:CPU computes the gradient of the kernel quickly."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Array = jax.Array
 
 
 def by_columns(x: Array, kernel: Array, **kwargs: Any) -> Array:
-    """A 3x3 convolution of stride 1, padded by 1: the sum of three 3x1 ones, for the gradient of its kernel.
+    """A 3x3 convolution of stride 1, padded by 1, as a sum of three 3x1 convolutions; for the gradient of the kernel.
 
-    XLA:CPU reads patches of three rows more quickly than those of three rows and columns, as long as images are few.
+    In a batch of few images, XLA:CPU reads patches of 3x1 cells more quickly than patches of 3x3 cells.
     """
     width = x.shape[2]
     conv = functools.partial(lax.conv_general_dilated, window_strides=(1, 1), padding=((1, 1), (0, 0)), **kwargs)

@@ -1,4 +1,4 @@
-"""``lax.conv_general_dilated`` by the route that is quick: the same numbers up to the order of sums."""
+"""``lax.conv_general_dilated`` by the quickest route. The results are the same up to the order of sums."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from flaxdet.xla.routes import by_platform
 
 Array = jax.Array
 
-# Winograd pays from so many cells and channels on; below, the transforms cost more than the products they save.
+# Winograd pays only with at least this many cells and channels; with fewer, the transforms cost more than they save.
 _WINOGRAD_CELLS = 1200
 _WINOGRAD_CHANNELS = 64
-# XLA:CPU reads the patches of a kernel's gradient in runs of as many numbers as there are images.
+# by_columns pays only for batches of at most this many images: for the gradient of a kernel, XLA:CPU reads patches in
+# runs of as many numbers as there are images.
 _FEW_IMAGES = 4
 # The stem rewrite pays only for inputs of at most this many channels; wider inputs are as quick in XLA's own form.
 _FEW_CHANNELS = 4
@@ -30,24 +31,27 @@ _FEW_CHANNELS = 4
 def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: Any, **kwargs: Any) -> Array:
     """``lax.conv_general_dilated`` for NHWC maps and HWIO kernels, as ``flaxdet.nn.layers.Conv`` calls it.
 
-    A plain 1x1 convolution is written as a product over the channels, which XLA:CPU computes more quickly (ResNet-50's
-    body takes a seventh less); ``flaxdet.nn.dot`` has the gradients. Where the program runs on a CPU, convolutions in
-    float32 or float64 take other forms:
+    A 1x1 convolution without padding is computed as a matrix product over the channels, which is quicker on XLA:CPU
+    (the body of a ResNet-50 takes a seventh less time); ``flaxdet.nn.dot`` has the gradients. On CPUs, these
+    convolutions in float32 or float64 take other forms:
 
-    - plain 3x3 ones of large maps: Winograd's, with half the multiplications (FCOS takes a quarter less; it rounds
-      twice as much as XLA's own sum, about as much as torch's), ``winograd.py``;
-    - plain 3x3 ones to few channels: a product with all nine taps (half the time, a quarter with the gradients),
-      ``taps.py``;
-    - ResNet's stem: a convolution over cells of 2x2 pixels (two thirds of the time), ``stem.py``;
-    - the other plain 3x3 ones of few images: gradients of kernels column by column, where CPUs' routes are taken (a
-      quarter less time), ``columns.py``.
+    - 3x3 of stride 1 on large maps: Winograd's algorithm, with half the multiplications, ``winograd.py``. FCOS takes a
+      quarter less time. The rounding error is twice the error of XLA's own sum, and about the error of torch.
+    - 3x3 of stride 1 to few channels: a matrix product with all nine taps, ``taps.py``. It takes half the time, and a
+      quarter of the time with the gradients.
+    - The stem of a ResNet, 7x7 of stride 2: a convolution over cells of 2x2 pixels, ``stem.py``. It takes two thirds
+      of the time.
+    - Other 3x3 of stride 1 on few images: the gradient of the kernel is computed column by column, ``columns.py``. It
+      takes a quarter less time. This form is chosen when the program is traced.
+
+    Dilated and grouped convolutions are left to XLA.
 
     Args:
         lhs: [B, H, W, Cin].
         rhs: [kh, kw, Cin, Cout].
         window_strides: (rows, columns).
         padding: ((top, bottom), (left, right)).
-        **kwargs: as ``lax.conv_general_dilated``.
+        **kwargs: options of ``lax.conv_general_dilated``.
 
     Returns:
         [B, h, w, Cout].
@@ -72,7 +76,7 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
             quick = functools.partial(by_taps, precision=precision)
         elif lhs.shape[1] * lhs.shape[2] >= _WINOGRAD_CELLS and min(rhs.shape[2:]) >= _WINOGRAD_CHANNELS:
             quick = functools.partial(winograd, **kwargs)
-        elif isinstance(lhs.shape[0], int) and lhs.shape[0] <= _FEW_IMAGES:  # an exported program's batch is open
+        elif isinstance(lhs.shape[0], int) and lhs.shape[0] <= _FEW_IMAGES:  # B may be symbolic in an export
             return bilinear(plain, plain, functools.partial(by_columns, **kwargs))(lhs, rhs)
     if quick is None:
         return plain(lhs, rhs)

@@ -1,4 +1,4 @@
-"""ResNet's stem, a 7x7 convolution of stride 2, as a 4x4 one over cells of 2x2 pixels."""
+"""ResNet's stem, a 7x7 convolution of stride 2, as a 4x4 convolution over cells of 2x2 pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ Array = jax.Array
 
 
 def by_quarters(x: Array, kernel: Array, **kwargs: Any) -> Array:
-    """A 7x7 convolution of stride 2, padded by 3: with an eighth tap of zero, a 4x4 one over cells of 2x2 pixels."""
+    """A 7x7 convolution of stride 2, padded by 3, as a 4x4 convolution over cells of 2x2 pixels.
+
+    Zeros extend the kernel to 8x8 taps, which make 4x4 cells of 2x2 taps.
+    """
     batch, height, width, channels = x.shape
     rows, columns = -(-height // 2), -(-width // 2)
     x = jnp.pad(x, ((0, 0), (3, 2 * rows + 3 - height), (3, 2 * columns + 3 - width), (0, 0)))

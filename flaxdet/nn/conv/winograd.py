@@ -15,13 +15,15 @@ Array = jax.Array
 
 
 def winograd(x: Array, kernel: Array, **kwargs: Any) -> Array:
-    """A 3x3 convolution of stride 1, padded by 1: F(4, 3) along the columns, each of its six products a 3x1 one.
+    """A 3x3 convolution of stride 1, padded by 1, by F(4, 3) along the width; the six products are 3x1 convolutions.
 
-    Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308), at the points 0, +-5/8,
-    +-3/2 and infinity: of the multiples of 1/8 these round least, two thirds of the error of 0, +-1 and +-2.
-    Along rows too, XLA:CPU gains no more, since more maps pass through memory.
+    Source: Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (arXiv 1509.09308). The points are 0,
+    +-5/8, +-3/2 and infinity. Of all multiples of 1/8, these points have the smallest rounding error, two thirds of the
+    error of 0, +-1 and +-2. F(4, 3) along the height as well is no quicker on XLA:CPU, since more maps pass through
+    memory.
     """
-    # XLA transforms a kernel when the map is there: else it holds the transformed kernels of all layers at once
+    # The barrier delays the transform of the kernel until the map is computed. Without it, XLA holds the transformed
+    # kernels of all layers in memory at once.
     x, kernel = wait_for_all((x, kernel))
     width = x.shape[2]
     quads = -(-width // 4)
@@ -33,10 +35,10 @@ def winograd(x: Array, kernel: Array, **kwargs: Any) -> Array:
     conv = functools.partial(lax.conv_general_dilated, window_strides=(1, 1), padding=((1, 1), (0, 0)), **kwargs)
 
     def at(point: float, even: Array, odd: Array, square: float, other: float) -> tuple[Array, Array]:
-        """The products at a point and at its negative."""
+        """The products at a point and at the negative of the point."""
         scale = 0.5 / (square * (square - other))
-        own, next_to = (g0 + square * g2) * scale, g1 * (point * scale)
-        return conv(even + point * odd, own + next_to), conv(even - point * odd, own - next_to)
+        even_kernel, odd_kernel = (g0 + square * g2) * scale, g1 * (point * scale)
+        return conv(even + point * odd, even_kernel + odd_kernel), conv(even - point * odd, even_kernel - odd_kernel)
 
     at_zero = conv(d4 - (aa + bb) * d2 + aa * bb * d0, g0 * (1 / (aa * bb)))
     at_a, at_minus_a = at(a, d4 - bb * d2, d3 - bb * d1, aa, bb)
@@ -51,5 +53,6 @@ def winograd(x: Array, kernel: Array, **kwargs: Any) -> Array:
         a * aa * difference_a + b * bb * difference_b + at_infinity,
     )
     y = jnp.stack(columns, axis=3).reshape(*x.shape[:2], 4 * quads, -1)
-    # else XLA computes these sums again in every pass over the result, and saves the six products for the gradient
+    # Without the barrier, XLA computes these sums again in every pass over the result, and saves the six products for
+    # the backward pass.
     return materialise(y[:, :, :width])
