@@ -99,7 +99,7 @@ class ResNet(TypedModule):
         precision: ``jax.lax.Precision`` of every convolution and matrix product.
 
     Raises:
-        ValueError: for a width or norm_eps out of range.
+        ValueError: for an unknown depth, or a width or norm_eps out of range.
         TypeError: for a width that is no whole number, or a norm_eps that is no number.
     """
 
@@ -115,6 +115,8 @@ class ResNet(TypedModule):
     precision: Precision = None
 
     def __post_init__(self) -> None:
+        if self.depth not in STAGE_SIZES:
+            raise ValueError(f"depth should be one of {sorted(STAGE_SIZES)}, got {self.depth}")
         check_counts(self, 1, "width")
         check_numbers(self, "norm_eps", low=0)
         super().__post_init__()
@@ -194,12 +196,7 @@ class ResNet(TypedModule):
 
         Returns:
             Feature maps by name; values beyond the canvas are undefined.
-
-        Raises:
-            ValueError: for an unknown depth.
         """
-        if self.depth not in STAGE_SIZES:
-            raise ValueError(f"depth should be one of {sorted(STAGE_SIZES)}, got {self.depth}")
         options: dict[str, Any] = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         conv = functools.partial(
             Conv, use_bias=self.folded, kernel_init=kaiming_normal_fan_out, precision=self.precision, **options

@@ -58,11 +58,12 @@ def section(out: str, title: str) -> list[str]:
     return rest[:end]
 
 
+@pytest.mark.ci  # whole ResNet-50s; those of the next test are enough elsewhere
 @pytest.mark.parametrize(
     "name",
     [
         pytest.param(FCOS, marks=pytest.mark.xdist_group("verify_fcos")),
-        pytest.param(V2, marks=[pytest.mark.xdist_group("verify_v2"), pytest.mark.ci]),
+        pytest.param(V2, marks=pytest.mark.xdist_group("verify_v2")),
     ],
 )
 def test_random_weights(run, photo, tmp_path, name):

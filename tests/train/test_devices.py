@@ -18,7 +18,7 @@ from tests.tiny import FCOS_NAME, V2_NAME
 from tests.tolerances import DEVICES_F64, DEVICES_FLOOR_F64, DEVICES_LOSS_F32
 from tests.train.cases import random_batch
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.ci]  # three processes that compile what no other test can use
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("device_worker.py")
 
