@@ -92,7 +92,7 @@ def warn_of_other_options(model: Any) -> None:
                 f"{type(model).__name__}: {option}={value} does not reach {', '.join(others)}: make each with "
                 f"{option}={value} too, or use model.clone({option}=...), which does. If another {option} is intended, "
                 "filter this warning",
-                stacklevel=7,  # the line that made the model, above the constructors of Flax and of the transform
+                stacklevel=3,  # the line that made the model, above the constructor
             )
 
 

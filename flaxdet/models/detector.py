@@ -100,12 +100,7 @@ class Detector(TypedModule):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls.__init__ = _with_geometry(cls.__init__)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.parent, Scope):  # no warning from the copy that Flax makes at each call
-            warn_of_other_options(self)
+        cls.__init__ = _constructor(cls.__init__)
 
     def _default_parts(self) -> dict[str, Callable[[], Any]]:
         """{field: function that makes the default part of the field}; empty in a detector without default parts."""
@@ -203,17 +198,23 @@ class Detector(TypedModule):
             self.sow("intermediates", name, value)
 
 
-def _with_geometry(init: Callable[..., None]) -> Callable[..., None]:
-    """A constructor that also takes torchvision's keywords of the transform; they replace fields of ``transform``."""
+def _constructor(init: Callable[..., None]) -> Callable[..., None]:
+    """The constructor with torchvision's keywords of the transform, which replace fields of ``transform``.
+
+    It also warns of parts with other options than the detector's, here and not in ``__post_init__``, since this function
+    is called by the line that makes the detector, whatever the detector is a subclass of.
+    """
 
     @functools.wraps(init)
-    def with_geometry(self: Any, *args: Any, **options: Any) -> None:
+    def constructor(self: Any, *args: Any, **options: Any) -> None:
         given = {name: options.pop(name) for name in GEOMETRY if name in options}
         if given:
             options["transform"] = dataclasses.replace(options.get("transform", TransformConfig()), **given)
         init(self, *args, **options)
+        if not isinstance(self.parent, Scope):  # no warning from the copy that Flax makes at each call
+            warn_of_other_options(self)
 
-    return with_geometry
+    return constructor
 
 
 def _geometry(name: str) -> property:

@@ -178,6 +178,13 @@ def test_bfloat16_that_does_not_reach_a_part_is_said():
     with pytest.warns(UserWarning, match=message) as caught:
         model = FCOS(backbone, CLASSES, anchor_generator=anchors, dtype=jnp.bfloat16)
     assert caught[0].filename == __file__
+
+    class Subclass(FCOS):
+        pass
+
+    with pytest.warns(UserWarning, match="Subclass: dtype=bfloat16 does not reach") as caught:
+        Subclass(backbone, CLASSES, anchor_generator=anchors, dtype=jnp.bfloat16)
+    assert [warning.filename for warning in caught] == [__file__]
     reached = model.clone(dtype=jnp.bfloat16)  # says nothing: warnings are errors here
     assert reached.backbone.body.dtype == jnp.bfloat16
     shapes_of(reached)
