@@ -201,8 +201,8 @@ class Detector(TypedModule):
 def _constructor(init: Callable[..., None]) -> Callable[..., None]:
     """The constructor with torchvision's keywords of the transform, which replace fields of ``transform``.
 
-    It also warns of parts with other options than the detector's: here and not in ``__post_init__``, since the line that
-    makes the detector calls this function, whatever the detector is a subclass of.
+    It also warns of parts with other options than the detector's: here and not in ``__post_init__``, since the line
+    that makes the detector calls this function, whatever the detector is a subclass of.
     """
 
     @functools.wraps(init)
