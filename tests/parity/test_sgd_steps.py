@@ -133,7 +133,7 @@ def test_ten_steps_and_back(name, x64, monkeypatch):
             np.testing.assert_array_equal(found[key], value, err_msg=key)
     assert moved > 50
 
-    theirs.load_state_dict({key: torch.from_numpy(value) for key, value in found.items()}, strict=True)
+    theirs.eval().load_state_dict({key: torch.from_numpy(value) for key, value in found.items()}, strict=True)
     image = sides.crop("china", 100, 150)
     (detected,), _ = stages.run_reference(theirs, [image], keep_stages=False)
     found_here = predict(model, trained, [image])[0]
