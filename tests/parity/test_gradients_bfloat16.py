@@ -19,11 +19,12 @@ from flaxdet.images.transform import transform, transform_targets
 from flaxdet.models import FasterRCNN
 from flaxdet.structures import Proposals
 from tests.parity import sides
-from tests.parity.test_losses import EXHAUSTIVE, SMALL
+from tests.parity.test_losses import EXHAUSTIVE
 from tests.tolerances import GRADIENT_BF16_LARGEST, GRADIENT_BF16_MEDIAN
 
 BATCHES = 5
 SIZE = (96, 128)
+SMALL = {"min_size": 64, "max_size": 96}
 
 
 def draw(seed: int) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]], np.ndarray]:
@@ -58,7 +59,7 @@ def relative_errors(narrow: list[dict[str, np.ndarray]], wide: list[dict[str, np
     }
 
 
-@pytest.mark.costly
+@pytest.mark.ci  # minutes, since CPUs compute convolutions in bfloat16 slowly
 def test_errors_are_those_of_autocast(name, monkeypatch):
     options: dict[str, Any] = SMALL | sides.known(name, EXHAUSTIVE)
     model, variables, theirs = sides.both(name, 18, 11, **options)

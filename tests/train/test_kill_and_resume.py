@@ -10,6 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.ci  # test_checkpoints_failures.py kills a save outside of CI too
 def test_a_run_killed_twice():
     script = Path(__file__).with_name("kill_and_resume.py")
     command = [sys.executable, str(script), "--trials", "1", "--kills", "2", "--seed", "5"]
