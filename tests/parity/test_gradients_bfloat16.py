@@ -59,6 +59,7 @@ def relative_errors(narrow: list[dict[str, np.ndarray]], wide: list[dict[str, np
     }
 
 
+@pytest.mark.one_of_each_class  # rounding is that of layers, which the others share
 @pytest.mark.ci  # minutes, since CPUs compute convolutions in bfloat16 slowly
 def test_errors_are_those_of_autocast(name, monkeypatch):
     options: dict[str, Any] = SMALL | sides.known(name, EXHAUSTIVE)
