@@ -16,7 +16,7 @@ from tests.tiny import FCOS_NAME, V2_NAME, small_model, tiny_model, tiny_variabl
 from tests.tolerances import INVARIANCE_F64
 
 CASES = [
-    pytest.param("tiny_fcos", {}, marks=pytest.mark.xdist_group("folding_tiny")),
+    pytest.param("tiny_fcos", {"score_thresh": 0.1}, marks=pytest.mark.xdist_group("folding_tiny")),
     pytest.param(FCOS_NAME, {}, marks=[pytest.mark.xdist_group("folding_fcos"), pytest.mark.ci]),
     pytest.param(V2_NAME, {"rpn_post_nms_top_n_test": 40}, marks=pytest.mark.xdist_group("folding_v2")),
 ]
