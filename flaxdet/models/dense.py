@@ -29,8 +29,9 @@ DenseOutputs = dict[str, Float[Array, "B N _"]]
 class DenseDetector(Detector):
     """Base of the one-stage detectors: backbone, head, then losses or detections.
 
-    A subclass defines ``box_coder``, ``scores``, ``match`` and ``matched_losses``. The outputs of the head include
-    "cls_logits" [B, N, k], where channel c belongs to label c, and "bbox_regression" [B, N, 4].
+    A subclass defines ``box_coder``, ``scores``, ``match`` and ``matched_losses``, and lists the losses in
+    ``loss_names``. The outputs of the head include "cls_logits" [B, N, k], where channel c belongs to label c, and
+    "bbox_regression" [B, N, 4].
 
     Attributes:
         anchor_generator: generator of the anchors.
@@ -78,7 +79,7 @@ class DenseDetector(Detector):
 
     @property
     def box_coder(self) -> BoxCoder | BoxLinearCoder:
-        """The coder of "bbox_regression"."""
+        """The coder that decodes "bbox_regression" from the anchors; NotImplementedError in this base class."""
         raise NotImplementedError(f"{type(self).__name__} should define box_coder")
 
     def scores(self, outputs: DenseOutputs) -> Float[Array, "n k"]:

@@ -134,7 +134,7 @@ class FCOS(DenseDetector):
     def matched_losses(
         self, outputs: DenseOutputs, anchors: Array, admitted: Array, matched: Array, targets: Targets
     ) -> dict[str, Float[Array, ""]]:
-        """The losses of FCOS's three outputs; see ``losses.fcos_losses``.
+        """The losses of the three outputs of FCOS's head (``fcos_losses`` in ``models/losses.py``).
 
         Args:
             outputs: outputs of the head.

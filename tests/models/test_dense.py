@@ -90,6 +90,8 @@ def test_matches(both):
 
 def test_a_part_that_is_missing_is_named():
     model = DenseDetector(Plain(), CLASSES, anchor_generator=AnchorGenerator(*ANCHORS), head=TwoConvHead())
+    with pytest.raises(NotImplementedError, match="DenseDetector should define box_coder"):
+        _ = model.box_coder
     for part in ("scores", "match", "matched_losses"):
         with pytest.raises(NotImplementedError, match=f"DenseDetector should define {part}"):
             getattr(model, part)(*(None,) * (1 if part == "scores" else 5))

@@ -62,7 +62,7 @@ def test_detections_of_strips(declared, heights, x64):
         assert match.box_error <= BOXES_F64
         assert match.score_error <= SCORES_F64
         counts.append(match.count)
-    assert sum(counts) > (15 if len(heights) > 1 else 0)
+    assert sum(counts) > (15 if len(heights) > 1 else 0)  # a single strip of 33 rows has a few
     assert sum(count > 0 for count in counts) >= len(heights) - 1
 
 

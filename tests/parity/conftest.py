@@ -20,8 +20,7 @@ else:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``name`` is each registered builder's; the tests of a file and a model run in one worker and share programs.
 
-    Tests marked ``costly`` run outside of CI for one detector of each class alone; those marked ``one_of_each_class``
-    do in CI too.
+    Tests marked ``costly`` run outside of CI for one detector of each class alone.
     """
     if "name" not in metafunc.fixturenames:
         return
@@ -29,10 +28,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
     file, costly = metafunc.module.__name__.rpartition(".")[2], metafunc.definition.get_closest_marker("costly")
     cases = []
-    representatives = sorted({sides.representative(registry.get(name).kind) for name in sides.NAMES})
-    for name in representatives if metafunc.definition.get_closest_marker("one_of_each_class") else sides.NAMES:
+    for name in sides.NAMES:
         marks = [pytest.mark.xdist_group(f"{file} {name}")]
-        if costly and name not in representatives:
+        if costly and name != sides.representative(registry.get(name).kind):
             marks.append(pytest.mark.ci)
         cases.append(pytest.param(name, marks=marks))
     metafunc.parametrize("name", cases)

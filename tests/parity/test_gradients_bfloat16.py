@@ -19,12 +19,11 @@ from flaxdet.images.transform import transform, transform_targets
 from flaxdet.models import FasterRCNN
 from flaxdet.structures import Proposals
 from tests.parity import sides
-from tests.parity.test_losses import EXHAUSTIVE
+from tests.parity.test_losses import EXHAUSTIVE, SMALL
 from tests.tolerances import GRADIENT_BF16_LARGEST, GRADIENT_BF16_MEDIAN
 
 BATCHES = 5
 SIZE = (96, 128)
-SMALL = {"min_size": 64, "max_size": 96}
 
 
 def draw(seed: int) -> tuple[list[np.ndarray], list[dict[str, np.ndarray]], np.ndarray]:
@@ -59,7 +58,6 @@ def relative_errors(narrow: list[dict[str, np.ndarray]], wide: list[dict[str, np
     }
 
 
-@pytest.mark.one_of_each_class  # rounding is that of layers, which the others share
 @pytest.mark.ci  # minutes, since CPUs compute convolutions in bfloat16 slowly
 def test_errors_are_those_of_autocast(name, monkeypatch):
     options: dict[str, Any] = SMALL | sides.known(name, EXHAUSTIVE)

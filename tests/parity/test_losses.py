@@ -119,6 +119,7 @@ def test_training_step_of_the_whole_resnet_50(name, x64, monkeypatch):
     close_losses(losses, expected)
     # gradients under torchvision's keys; the statistics come along and are compared as well
     found = to_torchvision(model, {"params": gradients, "batch_stats": updates["batch_stats"]})
+    # nearly all: the number of parameters differs by detector
     assert sum(bool(np.any(gradient)) for gradient in expected_gradients.values()) > 0.9 * len(expected_gradients)
     for key, gradient in expected_gradients.items():
         close_gradient(found[key], gradient, key)
