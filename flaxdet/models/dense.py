@@ -8,7 +8,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Bool, Float, Int
 
 from flaxdet.models.backbones import check_backbone
@@ -19,8 +18,8 @@ from flaxdet.nn.layers import Array
 from flaxdet.nn.options import check_counts, check_numbers
 from flaxdet.ops import AnchorGenerator, BoxCoder, BoxLinearCoder, clip_boxes_to_image
 from flaxdet.ops.nms import batched_nms
+from flaxdet.ops.top_k import top_k
 from flaxdet.structures import Detections, ImageBatch, Targets
-from flaxdet.xla.barriers import materialise
 from flaxdet.xla.mesh import per_image
 
 DenseOutputs = dict[str, Float[Array, "B N _"]]
@@ -223,7 +222,7 @@ class DenseDetector(Detector):
     ) -> Detections:
         num_classes = outputs["cls_logits"].shape[-1]
         threshold = jnp.asarray(self.score_thresh, self.box_dtype)
-        candidates: list[tuple[Array, Array, Array]] = []
+        candidates: list[tuple[Array, ...]] = []
         start = 0
         for level_anchors, level_admitted in zip(anchors, admitted, strict=True):
             level = slice(start, start + len(level_anchors))
@@ -231,13 +230,13 @@ class DenseDetector(Detector):
             scores = self.scores({name: x[level] for name, x in outputs.items()})
             passes = (scores > threshold) & level_admitted[:, None]
             scores = jnp.where(passes, scores, -1).reshape(-1)
-            # without the barrier XLA:CPU may fuse a slice into the top-k and sort everything
-            best, index = materialise(lax.top_k(scores, min(self.topk_candidates, scores.shape[0])))
+            best, index = top_k(scores, min(self.topk_candidates, scores.shape[0]))
             anchor = index // num_classes
-            boxes = self.box_coder.decode(outputs["bbox_regression"][level][anchor], level_anchors[anchor])
-            candidates.append((clip_boxes_to_image(boxes, size), best, index % num_classes))
+            candidates.append((outputs["bbox_regression"][level][anchor], level_anchors[anchor], best, index))
 
-        boxes, scores, labels = (jnp.concatenate(parts) for parts in zip(*candidates, strict=True))
+        regression, chosen, scores, index = (jnp.concatenate(parts) for parts in zip(*candidates, strict=True))
+        boxes = clip_boxes_to_image(self.box_coder.decode(regression, chosen), size)
+        labels = index % num_classes
         keep = batched_nms(
             boxes,
             scores,

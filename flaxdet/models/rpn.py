@@ -20,8 +20,8 @@ from flaxdet.nn.names import TorchName
 from flaxdet.nn.options import check_counts
 from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
+from flaxdet.ops.top_k import top_k
 from flaxdet.structures import Proposals
-from flaxdet.xla.barriers import materialise
 from flaxdet.xla.mesh import per_image
 
 MIN_SIZE = 1e-3  # pixels; smaller proposals are dropped
@@ -144,19 +144,18 @@ def _filter_image(
     score_thresh: float,
 ) -> Proposals:
     dtype = outputs[0][0].dtype
-    coder = BoxCoder()
     candidates: list[tuple[Array, ...]] = []
     for level, (logits, deltas, boxes, inside) in enumerate(zip(*outputs, anchors, admitted, strict=True)):
         count = min(pre_nms_top_n, logits.shape[0])
         # -inf ranks padding last, after all anchors of the canvas. A score can't mark padding later on, since
         # sigmoid(-inf) = 0 passes a threshold of 0; the mask `inside` does.
-        ranked = jnp.where(inside, logits, -jnp.inf)
-        _, index = materialise(lax.top_k(ranked, count))
-        boxes = clip_boxes_to_image(coder.decode(deltas[index], boxes[index]), size)
+        _, index = top_k(jnp.where(inside, logits, -jnp.inf), count)
         levels = jnp.full((count,), level, jnp.int32)
-        candidates.append((boxes, nn.sigmoid(logits[index]), levels, inside[index]))
+        candidates.append((deltas[index], boxes[index], logits[index], levels, inside[index]))
 
-    boxes, scores, levels, inside = (jnp.concatenate(parts) for parts in zip(*candidates, strict=True))
+    offsets, chosen, logits, levels, inside = (jnp.concatenate(parts) for parts in zip(*candidates, strict=True))
+    boxes = clip_boxes_to_image(BoxCoder().decode(offsets, chosen), size)
+    scores = nn.sigmoid(logits)
     valid = inside & remove_small_boxes(boxes, MIN_SIZE) & (scores >= jnp.asarray(score_thresh, dtype))
     keep = batched_nms(
         boxes,

@@ -1,17 +1,9 @@
 """Exact greedy non-maximum suppression with static shapes: torchvision's answers, inside ``jit``.
 
-How it works ("lazy tiles"). ``top_k`` takes the candidates best first, a chunk at a time; a chunk is processed in
-tiles of 64 boxes. In each tile, first the boxes that an already selected box suppresses are removed. Then a fixpoint
-iteration solves NMS among the rest of the tile (in at most 64 rounds, however the boxes overlap), and the survivors
-are appended to the selected boxes. The algorithm stops when ``max_output`` boxes are selected or no candidate is left.
-So the work grows with the number of selected boxes, not with the square of the number of candidates, and there is no
-capacity that could overflow.
+`flaxdet.ops.greedy` has the algorithm.
 """
 
 from __future__ import annotations
-
-import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
-from flaxdet.xla.barriers import materialise
-
-TILE = 64
-BLOCK = 512  # selected boxes that a tile is compared with at a time
-MIN_CHUNK = 512  # lowest number of candidates sorted at a time: smaller chunks need more passes over all scores
+from flaxdet.ops.greedy import greedy
 
 
 def nms(
@@ -97,7 +85,15 @@ def batched_nms(
     return _checked("batched_nms", boxes, scores, jnp.asarray(idxs), iou_threshold, max_output, valid)
 
 
-def _checked(name, boxes, scores, idxs, iou_threshold, max_output, valid) -> jax.Array:
+def _checked(
+    name: str,
+    boxes: ArrayLike,
+    scores: ArrayLike,
+    idxs: jax.Array | None,
+    iou_threshold: float | jax.Array,
+    max_output: int | None,
+    valid: ArrayLike | None,
+) -> jax.Array:
     boxes, scores = jnp.asarray(boxes), jnp.asarray(scores)
     valid = None if valid is None else jnp.asarray(valid)
     if boxes.ndim != 2 or boxes.shape[1] != 4:
@@ -120,7 +116,9 @@ def _checked(name, boxes, scores, idxs, iou_threshold, max_output, valid) -> jax
         return jnp.full((capacity,), -1, jnp.int32)
     boxes = lax.stop_gradient(boxes).astype(_compute_dtype(boxes.dtype))
     keys = _sort_keys(lax.stop_gradient(scores), valid)
-    return _greedy(boxes, keys, idxs, _threshold(iou_threshold, boxes.dtype), capacity=capacity)
+    threshold = _threshold(iou_threshold, boxes.dtype)
+    rows = jax.tree.map(lambda x: x[None], (boxes, keys, idxs, threshold))
+    return greedy(*rows, capacity=capacity)[0]
 
 
 def _compute_dtype(dtype):
@@ -154,120 +152,3 @@ def _threshold(iou_threshold, dtype):
     wide = _compute_dtype(threshold.dtype) if dtype == jnp.float32 else jnp.float64
     below = jnp.nextafter(rounded, jnp.full_like(rounded, -jnp.inf))
     return jnp.where(rounded.astype(wide) > threshold.astype(wide), below, rounded)
-
-
-class _Boxes(NamedTuple):
-    """Boxes as rows [5, n] of x1, y1, x2, y2 and signed area, so that vector instructions read contiguous memory."""
-
-    rows: jax.Array
-    idxs: jax.Array | None
-
-    def slice(self, start, size):
-        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, axis=-1), self)
-
-
-def _suppresses(a: _Boxes, b: _Boxes, threshold):
-    """[m, n] bool: box i of ``a`` and box j of ``b`` are of one category, and their IoU is above the threshold."""
-    a_x1, a_y1, a_x2, a_y2, a_area = a.rows[:, :, None]
-    b_x1, b_y1, b_x2, b_y2, b_area = b.rows[:, None, :]
-    zero = jnp.zeros((), a.rows.dtype)
-    width = jnp.maximum(jnp.minimum(a_x2, b_x2) - jnp.maximum(a_x1, b_x1), zero)
-    height = jnp.maximum(jnp.minimum(a_y2, b_y2) - jnp.maximum(a_y1, b_y1), zero)
-    intersection = width * height
-    overlaps = intersection / (a_area + b_area - intersection) > threshold  # False for NaN
-    if a.idxs is None or b.idxs is None:
-        return overlaps
-    return overlaps & (a.idxs[:, None] == b.idxs[None, :])
-
-
-def _resolve_tile(tile: _Boxes, alive, threshold):
-    """Greedy NMS of one tile, whose boxes are in order, best first; ``alive`` [TILE] says which boxes take part."""
-    order = jnp.arange(TILE, dtype=jnp.int32)
-    earlier = order[:, None] < order[None, :]
-    suppresses = _suppresses(tile, tile, threshold) & earlier & alive[:, None]
-
-    def body(state):
-        keep, _ = state
-        after = alive & ~jnp.any(suppresses & keep[:, None], axis=0)
-        return after, jnp.any(after != keep)
-
-    # Box i is decided once all boxes before it are, so each round decides at least one more: TILE rounds at most.
-    keep, _ = lax.while_loop(lambda state: state[1], body, (alive, jnp.any(suppresses)))
-    return keep
-
-
-@functools.partial(jax.jit, static_argnames="capacity")
-def _greedy(boxes, keys, idxs, threshold, *, capacity):
-    n = keys.shape[0]
-    chunk = min(-(-n // TILE) * TILE, max(MIN_CHUNK, -(-2 * capacity // TILE) * TILE))
-    taken = min(chunk, n)
-    slots = -(-capacity // BLOCK) * BLOCK if capacity > BLOCK else capacity
-    block = min(BLOCK, slots)
-    index = jnp.arange(n, dtype=jnp.int32)
-
-    def next_chunk(last_key, last_index):
-        """The best ``chunk`` candidates after (last_key, last_index), in descending order of key."""
-        later = (keys < last_key) | ((keys == last_key) & (index > last_index))
-        # Without the barrier XLA slices inside top_k, which it then compiles as a full sort.
-        best, order = materialise(lax.top_k(jnp.where(later, keys, -jnp.inf), taken))
-        order = order.astype(jnp.int32)
-        x1, y1, x2, y2 = boxes.at[order].get(mode="promise_in_bounds").T
-        rows = jnp.stack([x1, y1, x2, y2, (x2 - x1) * (y2 - y1)])
-        candidates = _Boxes(rows, None if idxs is None else idxs.at[order].get(mode="promise_in_bounds"))
-        pad = chunk - taken
-        candidates = jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, pad)]), candidates)
-        present = jnp.pad(best > -jnp.inf, (0, pad))
-        return candidates, jnp.pad(order, (0, pad)), present, best[-1], order[-1]
-
-    def suppressed_by_selected(tile: _Boxes, selected: _Boxes, count):
-        def body(state):
-            start, dead = state
-            dead |= jnp.any(_suppresses(selected.slice(start, block), tile, threshold), axis=0)
-            return start + block, dead
-
-        start = (jnp.zeros((), jnp.int32), jnp.zeros(TILE, bool))
-        return lax.while_loop(lambda state: state[0] < count, body, start)[1]
-
-    def work_chunk(state):
-        selected, indices, count, last_key, last_index, _ = state
-        candidates, order, present, last_key, last_index = next_chunk(last_key, last_index)
-        total = jnp.sum(present, dtype=jnp.int32)  # the candidates that are present come first
-
-        def work_tile(state):
-            start, selected, indices, count = state
-            tile = candidates.slice(start, TILE)
-            alive = lax.dynamic_slice_in_dim(present, start, TILE)
-            alive &= ~suppressed_by_selected(tile, selected, count)
-            keep = _resolve_tile(tile, alive, threshold)
-            position = count + jnp.cumsum(keep, dtype=jnp.int32) - 1
-            position = jnp.where(keep, position, slots)  # out of range: dropped
-            put = functools.partial(_put, position=position)
-            selected = jax.tree.map(put, selected, tile)
-            indices = put(indices, lax.dynamic_slice_in_dim(order, start, TILE))
-            return start + TILE, selected, indices, count + jnp.sum(keep, dtype=jnp.int32)
-
-        def more_tiles(state):
-            start, _, _, count = state
-            return (start < total) & (count < capacity)
-
-        start = (jnp.zeros((), jnp.int32), selected, indices, count)
-        _, selected, indices, count = lax.while_loop(more_tiles, work_tile, start)
-        # A chunk that is not full contains the last candidate.
-        return selected, indices, count, last_key, last_index, total == taken
-
-    def more_chunks(state):
-        _, _, count, _, _, more = state
-        return more & (count < capacity)
-
-    # Free slots hold NaN boxes, which suppress nothing.
-    selected = _Boxes(
-        jnp.full((5, slots), jnp.nan, boxes.dtype),
-        None if idxs is None else jnp.zeros(slots, idxs.dtype),
-    )
-    indices = jnp.full(slots, -1, jnp.int32)
-    start = (selected, indices, jnp.int32(0), jnp.asarray(jnp.inf, keys.dtype), jnp.int32(-1), jnp.bool_(True))
-    return lax.while_loop(more_chunks, work_chunk, start)[1][:capacity]
-
-
-def _put(buffer, values, *, position):
-    return buffer.at[..., position].set(values, mode="drop")

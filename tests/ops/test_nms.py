@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from flaxdet.ops.nms import batched_nms, nms
+from flaxdet.xla.routes import routes_for
 
 with np.load(Path(__file__).parents[1] / "golden" / "nms.npz") as _file:
     GOLDEN = dict(_file)
@@ -66,14 +67,10 @@ def naive(boxes, scores, idxs, threshold):
     area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     kept = []
     for i in np.argsort(-scores, kind="stable"):
-        for j in kept:
-            if idxs[i] != idxs[j]:
-                continue
-            side = np.minimum(boxes[i, 2:], boxes[j, 2:]) - np.maximum(boxes[i, :2], boxes[j, :2])
-            common = np.prod(np.maximum(side, 0))
-            if common / (area[i] + area[j] - common) > threshold:
-                break
-        else:
+        j = [j for j in kept if idxs[i] == idxs[j]]
+        side = np.minimum(boxes[i, 2:], boxes[j, 2:]) - np.maximum(boxes[i, :2], boxes[j, :2])
+        common = np.prod(np.maximum(side, 0), axis=1)
+        if not np.any(common / (area[i] + area[j] - common) > threshold):
             kept.append(i)
     return np.array(kept, np.int32)
 
@@ -92,7 +89,7 @@ class TestGolden:
         np.testing.assert_array_equal(result, padded(kept, len(args[0]) + 5))
 
     def test_vmap(self, name, dtype):
-        """Beside an image that is empty and one that lacks the best box; fewer output slots than boxes."""
+        """Beside an image that is empty and one that lacks the best box; fewer output slots than boxes; large tiles."""
         args, threshold, kept = load(name, dtype)
         n = len(args[0])
         size = max(1, n // 4)
@@ -100,13 +97,29 @@ class TestGolden:
         valid = np.ones((3, n), bool)
         valid[1] = False
         valid[2, kept[:1]] = False
-        with jax.enable_x64(True):
+        with jax.enable_x64(True), routes_for("gpu"):
             result = run_vmap(batch, jnp.asarray(threshold, jnp.float64), jnp.asarray(valid), size)
         np.testing.assert_array_equal(result[0], padded(kept, size))
         np.testing.assert_array_equal(result[1], np.full(size, -1))
         alone = np.asarray(run_among_padding(args, threshold, valid[2]))
         np.testing.assert_array_equal(result[2], alone[:size])
         assert not np.isin(kept[:1], result[2]).any()
+
+
+@pytest.mark.parametrize("name", ["crowd", "classes_few"])
+def test_images_do_not_meet(name):
+    """A batch in which one image is done long before the others, and one has no box: each has its own answer."""
+    args, threshold, kept = load(name, "float32")
+    n = len(args[0])
+    batch = [jnp.stack([a, a, a, a[::-1]]) for a in args]
+    valid = np.ones((4, n), bool)
+    valid[1] = False
+    valid[2, kept[1:]] = False
+    found = run_vmap(batch, threshold, jnp.asarray(valid), n)
+    alone = run_among_padding(args, threshold, valid[2])[:n]
+    turned = run_among_padding([a[::-1] for a in args], threshold, valid[3])[:n]
+    for row, expected in zip(found, (padded(kept, n), np.full(n, -1), alone, turned), strict=True):
+        np.testing.assert_array_equal(row, expected)
 
 
 def test_golden_has_the_hard_cases():
@@ -178,8 +191,10 @@ class TestSizes:
         mapped = jax.vmap(lambda b, s: nms(b, s, 0.5, max_output=max_output))
         assert mapped(jnp.zeros((2, 0, 4), dtype), jnp.zeros((2, 0), dtype)).shape == (2, max_output or 0)
 
-    @pytest.mark.parametrize("n", [65, 513, 1025])
-    def test_edges_of_tiles_and_chunks(self, n):
+    @pytest.mark.parametrize(
+        ("n", "size", "platform"), [(65, 65, "cpu"), (513, 100, "cpu"), (1025, 1100, "cpu"), (1025, 100, "gpu")]
+    )
+    def test_edges_of_tiles_and_chunks(self, n, size, platform):
         """Ties and -inf at the very places where one chunk ends and the next begins."""
         rng = np.random.default_rng(n)
         boxes = np.repeat(rng.integers(0, 200, (-(-n // 8), 2)), 8, axis=0)[:n] + rng.integers(0, 2, (n, 2))
@@ -187,11 +202,12 @@ class TestSizes:
         scores = rng.choice([0.5, 0.5, 0.25, -np.inf], n).astype(np.float32)
         idxs = rng.integers(0, 2, n).astype(np.int32)
         kept = naive(boxes, scores, idxs, 0.5)
-        for size in (100, n):
+        with routes_for(platform):
             result = batched_nms(*map(jnp.asarray, (boxes, scores, idxs)), 0.5, max_output=size)
-            np.testing.assert_array_equal(result, padded(kept, size))
+        np.testing.assert_array_equal(result, padded(kept, size))
 
-    def test_mostly_invalid(self):
+    @pytest.mark.parametrize("platform", ["cpu", "gpu"])
+    def test_mostly_invalid(self, platform):
         """Few valid candidates among many, in several chunks; the invalid ones have the best scores."""
         rng = np.random.default_rng(3)
         n, some = 20_000, 900
@@ -202,7 +218,8 @@ class TestSizes:
         scores[where] -= 1
         valid = np.isin(np.arange(n), where)
         kept = where[naive(boxes[where], scores[where], np.zeros(some), 0.5)]
-        result = jax.jit(lambda *a: nms(*a[:2], 0.5, max_output=100, valid=a[2]))(boxes, scores, valid)
+        with routes_for(platform):
+            result = jax.jit(lambda *a: nms(*a[:2], 0.5, max_output=100, valid=a[2]))(boxes, scores, valid)
         np.testing.assert_array_equal(result, padded(kept, 100))
 
 
