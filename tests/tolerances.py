@@ -55,8 +55,8 @@ GIF_LEVELS = 4  # of 255: what a palette of 256 colours moves it by
 # Inside one model in float64: the same operations on an array of another size.
 CANVAS_STAGE_F64 = 1e-11  # of the stage's largest value
 
-# bfloat16 against float32 through a ResNet-18 detector: 8 bits, errors of a per cent after 20 layers, so that boxes of
-# 100 px move by pixels, and detections near the threshold or an NMS decision come and go.
+# bfloat16 against float32 through the small form of a detector: 8 bits, errors of a per cent after 15 layers, so that
+# boxes of 100 px move by pixels, and detections near the threshold or an NMS decision come and go.
 BOXES_BF16 = 8.0  # px
 SCORES_BF16 = 0.1
 SHARE_BF16 = 0.7  # of the detections that must be found again

@@ -1,4 +1,4 @@
-"""ResNet 18 to 152 as torchvision builds them, without the classifier, returning every stage by name."""
+"""ResNet 10 to 152 as torchvision builds them, without the classifier, returning every stage by name."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from flaxdet.nn.pooling import max_pool_3x3
 from flaxdet.xla.barriers import materialise
 
 STAGE_SIZES = {
+    10: (1, 1, 1, 1),  # torchvision has no builder, but makes it: ``ResNet(BasicBlock, [1, 1, 1, 1])``
     18: (2, 2, 2, 2),
     34: (3, 4, 6, 3),
     50: (3, 4, 6, 3),
@@ -84,7 +85,7 @@ class ResNet(TypedModule):
     """torchvision's ResNet body (v1.5: in a bottleneck, the 3x3 convolution has the stride).
 
     Attributes:
-        depth: 18, 34, 50, 101 or 152.
+        depth: 10, 18, 34, 50, 101 or 152.
         frozen_bn: ``FrozenBatchNorm`` instead of live ``BatchNorm``.
         freeze_bn: in training, live BatchNorm normalises with the running statistics and does not update them (an
             addition to torchvision).

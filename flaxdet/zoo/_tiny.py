@@ -28,11 +28,13 @@ DEMO_WEIGHTS = _DEMO / "blood_cells.safetensors"
 DEMO_PHOTOS = (_DEMO / "BloodImage_00222.jpg", _DEMO / "BloodImage_00396.jpg")
 
 
-def _make_body(**options: Any) -> ResNet:
+def _make_body(*, small: bool, **options: Any) -> ResNet:
+    del small  # there is only one form
     return ResNet(18, width=WIDTH, **options)
 
 
-def _make(num_classes: int, body: Any, shared: dict[str, Any], **fields: Any) -> FCOS:
+def _make(num_classes: int, body: Any, shared: dict[str, Any], *, small: bool, **fields: Any) -> FCOS:
+    del small
     return FCOS(
         BackboneWithFPN(body, FeaturePyramidNetwork(CHANNELS, **shared), ("c3", "c4", "c5")),
         num_classes,
@@ -43,9 +45,9 @@ def _make(num_classes: int, body: Any, shared: dict[str, Any], **fields: Any) ->
     )
 
 
-def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool = False, **options: Any) -> Any:
+def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool, **options: Any) -> Any:
     """torchvision's FCOS on a narrow ResNet-18. torchvision's ResNet-18 has width 64, so its layers are replaced."""
-    del small  # there is only one form
+    del small
     from torch import nn
     from torchvision.models import detection, resnet
     from torchvision.models.detection import anchor_utils, backbone_utils, fcos
@@ -92,7 +94,6 @@ ARCHITECTURE = register(
         in_torch=_in_torch,
         comparison="flaxdet.zoo.torch_fcos",
         make_body=_make_body,
-        make_small_body=_make_body,
         made_parts=("anchor_generator", "head"),
         freezable=True,
         private=True,

@@ -39,17 +39,19 @@ class FasterRCNN_ResNet50_FPN_Weights(WeightsEnum):  # noqa: N801  (torchvision'
     DEFAULT = COCO_V1
 
 
-def _make(num_classes: int, body: Any, shared: dict[str, Any], **fields: Any) -> FasterRCNN:
+def _make(num_classes: int, body: Any, shared: dict[str, Any], *, small: bool, **fields: Any) -> FasterRCNN:
+    del small  # the body alone is smaller
     fpn = FeaturePyramidNetwork(256, LastLevelMaxPool(), **shared)
     return FasterRCNN(BackboneWithFPN(body, fpn), num_classes, **shared, **fields)
 
 
-def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool = False, **options: Any) -> Any:
-    from torchvision.models import resnet18, resnet50
+def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool, **options: Any) -> Any:
     from torchvision.models.detection import FasterRCNN as TheirFasterRCNN
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 
-    body = (resnet18 if small else resnet50)(weights=None, norm_layer=norm_layer)
+    from flaxdet.convert.reference import resnet
+
+    body = resnet(norm_layer, small=small)
     return TheirFasterRCNN(_resnet_fpn_extractor(body, layers), num_classes=num_classes, **options)
 
 

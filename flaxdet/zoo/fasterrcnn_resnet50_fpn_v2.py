@@ -23,6 +23,8 @@ from flaxdet.zoo.categories import COCO_CATEGORIES
 from flaxdet.zoo.keys import DEEPER_BODY, FASTER_RCNN, OTHER_BRANCHES, OTHER_FASTER_RCNN, RESNET50
 from flaxdet.zoo.weights import ObjectDetection, ResNet50_Weights, Weights, WeightsEnum
 
+CONVS, SMALL_CONVS = 4, 2  # convolutions of the box head, and in the small form
+
 
 class FasterRCNN_ResNet50_FPN_V2_Weights(WeightsEnum):  # noqa: N801  (torchvision's name)
     """Weights for ``flaxdet.fasterrcnn_resnet50_fpn_v2``."""
@@ -44,7 +46,7 @@ class FasterRCNN_ResNet50_FPN_V2_Weights(WeightsEnum):  # noqa: N801  (torchvisi
     DEFAULT = COCO_V1
 
 
-def _make(num_classes: int, body: Any, shared: dict[str, Any], **fields: Any) -> FasterRCNN:
+def _make(num_classes: int, body: Any, shared: dict[str, Any], *, small: bool, **fields: Any) -> FasterRCNN:
     norms: dict[str, Any] = {"use_norm": True, "freeze_bn": body.freeze_bn, **shared}
     fpn = FeaturePyramidNetwork(256, LastLevelMaxPool(), **norms)
     anchors = default_anchor_generator()
@@ -53,25 +55,27 @@ def _make(num_classes: int, body: Any, shared: dict[str, Any], **fields: Any) ->
         num_classes,
         rpn_anchor_generator=anchors,
         rpn_head=RPNHead(256, anchors.num_anchors_per_location()[0], conv_depth=2, **shared),
-        box_head=FastRCNNConvFCHead((256, 7, 7), (256,) * 4, (1024,), **norms),
+        box_head=FastRCNNConvFCHead((256, 7, 7), (256,) * (SMALL_CONVS if small else CONVS), (1024,), **norms),
         **shared,
         **fields,
     )
 
 
-def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool = False, **options: Any) -> Any:
+def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool, **options: Any) -> Any:
     from torch.nn import BatchNorm2d
-    from torchvision.models import resnet18, resnet50
     from torchvision.models.detection import faster_rcnn
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 
-    body = (resnet18 if small else resnet50)(weights=None, norm_layer=norm_layer)
+    from flaxdet.convert.reference import resnet
+
+    body = resnet(norm_layer, small=small)
+    convs = [256] * (SMALL_CONVS if small else CONVS)
     return faster_rcnn.FasterRCNN(
         _resnet_fpn_extractor(body, layers, norm_layer=BatchNorm2d),
         num_classes=num_classes,
         rpn_anchor_generator=faster_rcnn._default_anchorgen(),
         rpn_head=faster_rcnn.RPNHead(256, 3, conv_depth=2),
-        box_head=faster_rcnn.FastRCNNConvFCHead((256, 7, 7), [256] * 4, [1024], norm_layer=BatchNorm2d),
+        box_head=faster_rcnn.FastRCNNConvFCHead((256, 7, 7), convs, [1024], norm_layer=BatchNorm2d),
         **options,
     )
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from flaxdet.models.fcos import FCOS
+from flaxdet.models.fcos_head import FCOSHead
 from flaxdet.nn.extra_levels import LastLevelP6P7
 from flaxdet.nn.fpn import BackboneWithFPN, FeaturePyramidNetwork
 from flaxdet.registry import Architecture, Keys, Training, register
@@ -15,6 +16,8 @@ from flaxdet.zoo.build import build
 from flaxdet.zoo.categories import COCO_CATEGORIES
 from flaxdet.zoo.keys import DEEPER_BODY, RESNET50
 from flaxdet.zoo.weights import REFERENCES, ObjectDetection, ResNet50_Weights, Weights, WeightsEnum
+
+SMALL_CONVS = 1  # convolutions of each branch of the head in the small form
 
 
 class FCOS_ResNet50_FPN_Weights(WeightsEnum):  # noqa: N801  (torchvision's name)
@@ -37,17 +40,24 @@ class FCOS_ResNet50_FPN_Weights(WeightsEnum):  # noqa: N801  (torchvision's name
     DEFAULT = COCO_V1
 
 
-def _make(num_classes: int, body: Any, shared: dict[str, Any], **fields: Any) -> FCOS:
+def _make(num_classes: int, body: Any, shared: dict[str, Any], *, small: bool, **fields: Any) -> FCOS:
+    if small:
+        fields.setdefault("head", FCOSHead(256, 1, num_classes, SMALL_CONVS, **shared))
     fpn = FeaturePyramidNetwork(256, LastLevelP6P7(256, 256, **shared), **shared)
     return FCOS(BackboneWithFPN(body, fpn, ("c3", "c4", "c5")), num_classes, **shared, **fields)
 
 
-def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool = False, **options: Any) -> Any:
-    from torchvision.models import detection, resnet18, resnet50
+def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool, **options: Any) -> Any:
+    from torchvision.models import detection
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+    from torchvision.models.detection.fcos import FCOSHead as TheirFCOSHead
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7 as TheirLastLevelP6P7
 
-    body = (resnet18 if small else resnet50)(weights=None, norm_layer=norm_layer)
+    from flaxdet.convert.reference import resnet
+
+    if small:
+        options.setdefault("head", TheirFCOSHead(256, 1, num_classes, SMALL_CONVS))
+    body = resnet(norm_layer, small=small)
     extra = TheirLastLevelP6P7(256, 256)
     backbone = _resnet_fpn_extractor(body, layers, returned_layers=[2, 3, 4], extra_blocks=extra)
     return detection.FCOS(backbone, num_classes, **options)

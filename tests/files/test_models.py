@@ -124,7 +124,7 @@ def test_save_checks_before_it_writes(tmp_path, drawn_models):
 @NAMES
 def test_a_model_of_no_builder(name, folder):
     """Its tensors can be saved for torchvision, but no builder would make it again."""
-    model = flax_detector(name, 18, 3)
+    model = flax_detector(name, 3)
     variables = drawn(abstract_variables(model))
     with pytest.raises(
         ValueError, match=rf"no builder of this class \(.*{name}.*\) makes this model.*; flaxdet\.save_variables"

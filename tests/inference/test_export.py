@@ -39,8 +39,8 @@ def lowered(function, *args) -> jax.export.Exported:
 @pytest.mark.parametrize("canvas", [False, True], ids=["whole bucket", "canvas"])
 @pytest.mark.parametrize("name", registry.names())
 def test_detectors_lower(name, canvas):
-    """ResNet-50 at 800x1088, weights as arguments."""
-    model = registry.make_model(name, num_classes=91)
+    """At 800x1088, weights as arguments."""
+    model = registry.make_model(name, num_classes=91, small=True)
     variables = abstract_variables(model)
     exported = lowered(functools.partial(detect, model), variables, abstract_batch(2, (800, 1088), canvas))
     shapes = {leaf.shape for leaf in exported.out_avals}
@@ -51,7 +51,7 @@ def test_detectors_lower(name, canvas):
 
 @pytest.mark.parametrize("name", registry.names())
 def test_bfloat16_lowers(name):
-    model = registry.make_model(name, num_classes=3, dtype=jnp.bfloat16)
+    model = registry.make_model(name, num_classes=3, small=True, dtype=jnp.bfloat16)
     lowered(functools.partial(detect, model), abstract_variables(model), abstract_batch(1, (256, 256), canvas=True))
 
 

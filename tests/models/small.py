@@ -13,6 +13,7 @@ import pytest
 
 from flaxdet.models import FCOS, FasterRCNN, FastRCNNConvFCHead, FastRCNNPredictor
 from flaxdet.models.detector import example_batch
+from flaxdet.models.fcos_head import FCOSHead
 from flaxdet.nn.canvas import level_extent, mask_beyond
 from flaxdet.ops import AnchorGenerator
 from flaxdet.structures import ImageBatch
@@ -94,7 +95,9 @@ class OwnPredictor(nn.Module):
 
 
 def fcos(backbone, **options):
-    return FCOS(backbone, CLASSES, **{**FCOS_OPTIONS, **options})
+    dtypes = {name: options[name] for name in ("dtype", "param_dtype", "precision") if name in options}
+    head = FCOSHead(WIDTH, 1, CLASSES, 1, **dtypes)  # one convolution a branch in place of four
+    return FCOS(backbone, CLASSES, **{"head": head, **FCOS_OPTIONS, **options})
 
 
 def faster_rcnn(backbone, **options):

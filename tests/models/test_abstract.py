@@ -27,7 +27,7 @@ STAGES = {
 
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_and_collections(name):
-    model = flax_detector(name, 18, CLASSES)
+    model = flax_detector(name, CLASSES)
     variables = jax.eval_shape(model.init, jax.random.key(0), example_batch())
     assert set(variables) == {"params", "batch_stats"}
     detections, state = jax.eval_shape(
@@ -144,6 +144,6 @@ def test_models_are_values(detector):
 
 @pytest.mark.parametrize("name", STAGES)
 def test_a_model_composed_by_hand_is_the_builders(name):
-    by_hand = flax_detector(name, 50, 91, dtype=jnp.float32)
+    by_hand = flax_detector(name, 91, small=False, dtype=jnp.float32)
     built = registry.make_model(name, num_classes=91, precision=jax.lax.Precision.HIGHEST)
     assert by_hand == built

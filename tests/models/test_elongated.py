@@ -48,7 +48,7 @@ def test_detections_of_strips(declared, heights, x64):
 
     options: dict[str, Any] = {"size_divisible": 1, "rpn_post_nms_top_n_test": 60, "fixed_size": None}
     options |= {"min_size": 10_000, "max_size": COLUMNS, "box_score_thresh": 0.02}  # the longer side decides
-    model, variables, theirs = sides.both(sides.V2_NAME, 18, dtype="float64", **options)
+    model, variables, theirs = sides.both(sides.V2_NAME, dtype="float64", **options)
     if not declared:
         model = model.clone(backbone=undeclared(model.backbone))
     counts = []

@@ -29,7 +29,7 @@ def test_the_same_detections(name, options, x64):
     from flaxdet.convert import verify
     from tests.parity import sides
 
-    model, variables, _ = sides.both(name, 18, dtype="float64", min_size=96, max_size=160, **options)
+    model, variables, _ = sides.both(name, dtype="float64", min_size=96, max_size=160, **options)
     before = jax.tree.map(lambda leaf: leaf, variables)
     folded, fewer = flaxdet.fold_batch_norm(model, variables)
     assert set(fewer) == {"params"}

@@ -67,7 +67,7 @@ def sums(jaxpr: Jaxpr):
 
 @pytest.mark.parametrize(("name", "frozen"), [(FCOS_NAME, False), (FCOS_NAME, True), (V2_NAME, False)])
 def test_a_step_sums_maps_in_float32(name, frozen):
-    model = sides.flax_detector(name, 18, 11, frozen, jnp.bfloat16, min_size=128, max_size=160)
+    model = sides.flax_detector(name, frozen=frozen, dtype=jnp.bfloat16, min_size=128, max_size=160)
     images = transform([np.zeros((128, 160, 3), np.uint8)] * 2, model.transform)
     box = {"boxes": np.asarray([[8.0, 8.0, 60.0, 90.0]], np.float32), "labels": np.asarray([1])}
     arrays = shard_batch({**vars(images), **vars(transform_targets([box] * 2, images, model=model))}, None)

@@ -130,7 +130,7 @@ def test_bucket_in_training(x64):
 
 
 def test_unknown_depth():
-    with pytest.raises(ValueError, match=r"depth should be one of \[18, 34, 50, 101, 152\], got 20"):
+    with pytest.raises(ValueError, match=r"depth should be one of \[10, 18, 34, 50, 101, 152\], got 20"):
         ResNet(20)
 
 

@@ -97,13 +97,14 @@ def test_shapes_and_stages_without_computing(name):
     assert all(len(values) == 1 for values in sown.values()), "each is sown once"
 
 
-def test_initialised_as_torchvision_does(name):
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.ci)], ids=["small", "whole"])
+def test_initialised_as_torchvision_does(name, small):
     def build() -> torch.nn.Module:
-        return reference.build(name)
+        return reference.build(name, small=small)
 
     first, second = torch_initial(build, 2)
     drawn = sum(not np.array_equal(first[key], second[key]) for key in first)
-    model = registry.make_model(name, num_classes=91)
+    model = registry.make_model(name, num_classes=91, small=small)
     variables = initial_variables(model, jax.random.key(0))
     compare([to_torchvision(model, variables)], [first], drawn)
 

@@ -61,8 +61,8 @@ def relative_errors(narrow: list[dict[str, np.ndarray]], wide: list[dict[str, np
 @pytest.mark.ci  # minutes, since CPUs compute convolutions in bfloat16 slowly
 def test_errors_are_those_of_autocast(name, monkeypatch):
     options: dict[str, Any] = SMALL | sides.known(name, EXHAUSTIVE)
-    model, variables, theirs = sides.both(name, 18, 11, **options)
-    narrow = sides.flax_detector(name, 18, 11, False, jnp.bfloat16, **options)
+    model, variables, theirs = sides.both(name, **options)
+    narrow = sides.flax_detector(name, dtype=jnp.bfloat16, **options)
     state_dict = theirs.state_dict()
 
     def flax_gradients(model: Any):

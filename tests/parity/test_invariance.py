@@ -42,7 +42,7 @@ def in_company():
 
     def get(name: str):
         if name not in made:
-            model, variables, theirs = sides.both(name, 18, dtype="float64", **SMALL, **sides.known(name, FEW))
+            model, variables, theirs = sides.both(name, dtype="float64", **SMALL, **sides.known(name, FEW))
             images = [sides.crop("china", *shape) for shape in SHAPES.values()]
             batch = transform(images, model.transform, bucket=(128, 128), dtype=np.float64)
             assert batch.canvas is not None
@@ -96,7 +96,7 @@ def test_every_stage(name, in_company, x64):
 @pytest.mark.costly
 def test_float32_in_a_bucket(name):
     """float32, of uint8 pixels and of the same as floats in [0, 1]."""
-    model, variables, theirs = sides.both(name, 18, **SMALL, **sides.known(name, FEW))
+    model, variables, theirs = sides.both(name, **SMALL, **sides.known(name, FEW))
     image = sides.crop("china", *IMAGE)
     (expected,), _ = stages.run_reference(theirs, [image], keep_stages=False)
     for given in (image, image.astype(np.float32) / 255):
@@ -110,8 +110,8 @@ def test_float32_in_a_bucket(name):
 @pytest.mark.costly
 def test_bfloat16(name):
     """bfloat16 computes, but boxes and scores are float32, and the answer stays near torchvision's in float32."""
-    _, variables, theirs = sides.both(name, 18, **SMALL, **sides.known(name, FEW))
-    half = sides.flax_detector(name, 18, 11, dtype=jax.numpy.bfloat16, **SMALL, **sides.known(name, FEW))
+    _, variables, theirs = sides.both(name, **SMALL, **sides.known(name, FEW))
+    half = sides.flax_detector(name, dtype=jax.numpy.bfloat16, **SMALL, **sides.known(name, FEW))
     image = sides.crop("china", *IMAGE)
     found = jitted_detect(half, variables, transform([image], half.transform))
     assert found.boxes.dtype == found.scores.dtype == np.float32

@@ -87,11 +87,11 @@ def close_losses(found: dict[str, Any], expected: dict[str, float]) -> None:
         np.testing.assert_allclose(float(found[key]), value, rtol=LOSS_F64, atol=LOSS_F64, err_msg=key)
 
 
-@pytest.mark.ci  # test_sgd_steps.py has steps of a ResNet-18
+@pytest.mark.ci  # test_sgd_steps.py has steps of the small form
 def test_training_step_of_the_whole_resnet_50(name, x64, monkeypatch):
     """torchvision's canvas lies inside a larger bucket, and the targets have more slots than boxes."""
     options = {"min_size": 64, "max_size": 96} | sides.known(name, EXHAUSTIVE)
-    model, variables, theirs = sides.both(name, 50, 11, dtype="float64", **options)
+    model, variables, theirs = sides.both(name, small=False, dtype="float64", **options)
     images = [sides.crop(photo, *size) for photo, size in IMAGES.items()]
     targets = targets_of("several boxes")
     expected, expected_gradients, buffers = torch_step(theirs, images, targets, monkeypatch)
@@ -163,7 +163,7 @@ def stored():
     def get(name: str):
         if name not in made:
             options = SMALL | sides.known(name, EXHAUSTIVE | {"rpn_post_nms_top_n_test": 12})
-            model, variables, theirs = sides.both(name, 18, 11, dtype="float64", **options)
+            model, variables, theirs = sides.both(name, dtype="float64", **options)
             _, found = stages.run_reference(theirs, [sides.crop(photo, *size) for photo, size in IMAGES.items()])
             maps = {level: found[level] for level in sides.levels_of(model)}
             made[name] = model, variables, theirs, maps, found

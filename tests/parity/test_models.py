@@ -26,7 +26,7 @@ def test_resnet50(name, dtype):
     options = sides.known(name, {"min_size": 160, "max_size": 256, "rpn_post_nms_top_n_test": 150})
     frozen = registry.get(name).freezable  # as with any pretrained weights; live BatchNorm is test_options' case
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
-        model, variables, theirs = sides.both(name, 50, 91, frozen=frozen, dtype=dtype, **options)
+        model, variables, theirs = sides.both(name, 91, small=False, frozen=frozen, dtype=dtype, **options)
         images = [sides.photo("grace_hopper"), sides.photo("china")]
         found = verify.compare(model, variables, theirs, images)
     stage_bar, roi_bar, box_bar, score_bar = BARS[dtype]

@@ -1,4 +1,4 @@
-"""Default and unusual keyword arguments against torchvision, float64, on a ResNet-18.
+"""Default and unusual keyword arguments against torchvision, float64, on the small forms.
 
 torchvision runs whole with every option. Our network runs twice for each detector, the second time on a canvas with
 an odd side and another number of classes. Options of postprocessing are tried on the outputs of the network, options
@@ -68,7 +68,7 @@ def assert_same(ours: Any, theirs: Any) -> int:
 
 
 def detector(name: str, **options: Any) -> Any:
-    return sides.both(name, 18, dtype="float64", **(SMALL | sides.known(name, FEW) | options))
+    return sides.both(name, dtype="float64", **(SMALL | sides.known(name, FEW) | options))
 
 
 def test_the_whole_detector(name, x64):
@@ -162,8 +162,8 @@ def test_rpn(case, outputs, x64):
 def test_geometry(name, case, x64):
     """The models take the options to their transforms."""
     options = SMALL | GEOMETRY[case]
-    theirs = sides.torch_detector(name, 18, 2, **options)
-    model = sides.flax_detector(name, 18, 2, dtype=np.float64, **options)
+    theirs = sides.torch_detector(name, 2, **options)
+    model = sides.flax_detector(name, 2, dtype=np.float64, **options)
     image = sides.photo(PHOTO)
     images, _ = theirs.transform([torch.from_numpy(image.copy()).permute(2, 0, 1).double() / 255])
     batch = transform([image], model.transform, dtype=np.float64)

@@ -94,9 +94,9 @@ def test_ten_steps_and_back(name, x64, monkeypatch):
     layers = 5 if frozen else 3
     low = {registry.get(name).kind.score_field: 0.02}  # so that small images have detections to compare
     options = SMALL | low | sides.known(name, FEW_PROPOSALS)
-    _, variables, theirs = sides.both(name, 18, 11, dtype="float64", **options)
+    _, variables, theirs = sides.both(name, dtype="float64", **options)
     training = {"freeze_bn": frozen, "trainable_backbone_layers": layers}
-    model = sides.flax_detector(name, 18, 11, dtype=np.float64, **training, **options)
+    model = sides.flax_detector(name, dtype=np.float64, **training, **options)
     for key, value in theirs.backbone.body.named_parameters():
         value.requires_grad_(layers == 5 or key.startswith(("layer2", "layer3", "layer4")))
 

@@ -21,7 +21,7 @@ def assert_same(ours, theirs):
 @pytest.mark.ci  # tests/models/test_elongated.py has smaller ones
 def test_elongated_at_full_size(name, x64):
     """At 67x1333 a first image would teach torchvision other scales of RoIAlign; strides depart from powers of two."""
-    model, variables, theirs = sides.both(name, 18, dtype="float64", **sides.known(name, FEW))
+    model, variables, theirs = sides.both(name, dtype="float64", **sides.known(name, FEW))
     image = sides.crop("flower", *((67, 1333) if sides.has_proposals(name) else (1333, 40)))
     (expected,), _ = stages.run_reference(theirs, [image], keep_stages=False)
     (found,) = flaxdet.predict(model, variables, [image])
@@ -32,9 +32,7 @@ def test_elongated_at_full_size(name, x64):
 @pytest.mark.costly
 def test_torchvisions_batch(name, x64):
     """canvas="batch" reproduces what torchvision answers for this very list of images."""
-    model, variables, theirs = sides.both(
-        name, 18, dtype="float64", min_size=96, max_size=160, **sides.known(name, FEW)
-    )
+    model, variables, theirs = sides.both(name, dtype="float64", min_size=96, max_size=160, **sides.known(name, FEW))
     images = [
         sides.crop("china", 100, 150),
         sides.crop("grace_hopper", 150, 100),
