@@ -60,7 +60,7 @@ def tiny_model(name: str, num_classes: int = 4, dtype: Any = np.float32, **optio
     if name == FCOS_NAME:
         anchors = AnchorGenerator(((8,), (16,)), ((1.0,),) * 2)
         head = FCOSHead(32, 1, num_classes, 2, dtype=dtype, param_dtype=options.get("param_dtype"))
-        return FCOS(backbone, num_classes, anchor_generator=anchors, head=head, **geometry)
+        return FCOS(backbone, num_classes, **{"anchor_generator": anchors, "head": head, **geometry})
     anchors = AnchorGenerator(((16,), (32,)), ((0.5, 1.0, 2.0),) * 2)
     sampling = {"rpn_pre_nms_top_n_train": 100, "rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 50}
     return FasterRCNN(

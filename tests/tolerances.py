@@ -55,6 +55,9 @@ GIF_LEVELS = 4  # of 255: what a palette of 256 colours moves it by
 # Inside one model in float64: the same operations on an array of another size.
 CANVAS_STAGE_F64 = 1e-11  # of the stage's largest value
 
+# A norm of float32 numbers with a mean of 1000 deviations: an ulp of such a number is 6e-5 deviations.
+LARGE_MEAN_F32 = 1e-3
+
 # bfloat16 against float32 through the small form of a detector: 8 bits, errors of a per cent after 15 layers, so that
 # boxes of 100 px move by pixels, and detections near the threshold or an NMS decision come and go.
 BOXES_BF16 = 8.0  # px

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
 from flaxdet.models.backbones import check_backbone
-from flaxdet.models.detector import Detector, call_part, gather_detections
+from flaxdet.models.detector import Detector, call_part, gather_detections, no_detections
 from flaxdet.models.labels import check_targets, label_range, refuse_labels
 from flaxdet.models.levels import Shapes, batch_anchors, feature_extents, level_shapes
 from flaxdet.nn.layers import Array
@@ -213,8 +213,10 @@ class DenseDetector(Detector):
         Returns:
             Detections in the pixels of the resized images.
         """
-        outputs = {name: x.astype(self.box_dtype) for name, x in outputs.items()}
         anchors, admitted = batch_anchors(self._anchors(), batch, shapes, self.box_dtype)
+        if self.is_initializing():
+            return no_detections(len(batch.size), self.detections_per_img, self.box_dtype)
+        outputs = {name: x.astype(self.box_dtype) for name, x in outputs.items()}
         return per_image(self._postprocess_image)(outputs, batch.size, anchors, admitted)
 
     def _postprocess_image(

@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Float
 
-from flaxdet.models.detector import freeze_lists
+from flaxdet.models.detector import freeze_lists, no_detections
 from flaxdet.models.labels import label_range
 from flaxdet.models.losses import roi_losses, sample_proposals
 from flaxdet.models.rcnn import RCNN
@@ -221,6 +221,8 @@ class FasterRCNN(RCNN):
         Returns:
             Detections in the pixels of the resized images.
         """
+        if self.is_initializing():
+            return no_detections(len(batch.size), self.box_detections_per_img, self.box_dtype)
         self.sow_all({"class_scores": nn.softmax(class_logits, axis=-1)})
         return postprocess_detections(
             class_logits,

@@ -19,7 +19,7 @@ from flaxdet.models.detector import Detector, call_part
 from flaxdet.models.labels import check_targets, refuse_labels
 from flaxdet.models.levels import Shapes, batch_anchors, feature_extents, level_shapes
 from flaxdet.models.losses import Sampling, rpn_losses
-from flaxdet.models.rpn import RPNHead, filter_proposals
+from flaxdet.models.rpn import RPNHead, filter_proposals, no_proposals
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.layers import Array
 from flaxdet.nn.options import check_counts, check_numbers
@@ -202,10 +202,14 @@ class RCNN(Detector):
         Returns:
             Proposals in the pixels of the resized images.
         """
+        anchors, admitted = batch_anchors(self._anchors(), batch, shapes, self.box_dtype)
+        if self.is_initializing():
+            return no_proposals(len(batch.size), self.box_dtype)
         return filter_proposals(
             objectness,
             deltas,
-            *batch_anchors(self._anchors(), batch, shapes, self.box_dtype),
+            anchors,
+            admitted,
             batch.size,
             pre_nms_top_n=self.rpn_pre_nms_top_n_train if train else self.rpn_pre_nms_top_n_test,
             post_nms_top_n=self.rpn_post_nms_top_n_train if train else self.rpn_post_nms_top_n_test,

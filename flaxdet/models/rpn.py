@@ -132,6 +132,12 @@ def filter_proposals(
     return per_image(select)(lax.stop_gradient((objectness, deltas)), anchors, admitted, size)
 
 
+def no_proposals(images: int, dtype: Dtype) -> Proposals:
+    """One empty slot for each image, while variables are initialised."""
+    score = jnp.zeros((images, 1), dtype)
+    return Proposals(boxes=jnp.zeros((images, 1, 4), dtype), scores=score, valid=jnp.zeros(score.shape, bool))
+
+
 def _filter_image(
     outputs: tuple[list[Array], list[Array]],
     anchors: tuple[Array, ...],

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.nn.initializers import ones, zeros
@@ -112,7 +116,9 @@ class BatchNorm(Norm):
         else:
             if x.size == x.shape[-1]:
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-            mean, var, count = _batch_statistics(x.astype(wide), mask)
+            x = x.astype(wide)
+            count = jnp.asarray(x.size // x.shape[-1], wide) if mask is None else jnp.sum(mask, dtype=wide)
+            mean, var = mean_and_variance(None, x, mask, count)
             if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
                 unbiased = var * (count / jnp.maximum(count - 1, 1))
                 for running, new in ((running_mean, mean), (running_var, unbiased)):
@@ -122,21 +128,6 @@ class BatchNorm(Norm):
                     running.value = lax.stop_gradient(updated)
         factor = scale.astype(wide) * lax.rsqrt(var + self.eps)
         return factor, bias.astype(wide) - mean * factor
-
-
-def _batch_statistics(x: Array, mask: Array | None) -> tuple[Array, Array, Array]:
-    """Mean and biased variance of each channel, and the number of cells; zeros where the mask admits no cell."""
-    axes = tuple(range(x.ndim - 1))
-    if mask is None:
-        count = jnp.asarray(x.size // x.shape[-1], x.dtype)
-        mean = jnp.mean(x, axes)
-        centred = x - mean.reshape((1,) * len(axes) + mean.shape)
-    else:
-        weight = mask[..., None].astype(x.dtype)
-        count = jnp.sum(weight)
-        mean = jnp.sum(jnp.where(mask[..., None], x, 0), axes) / jnp.maximum(count, 1)
-        centred = jnp.where(mask[..., None], x - mean.reshape((1,) * len(axes) + mean.shape), 0)
-    return mean, jnp.sum(centred * centred, axes) / jnp.maximum(count, 1), count
 
 
 class FrozenBatchNorm(Norm):
@@ -220,21 +211,64 @@ class GroupNorm(Norm):
         scale = self.param("scale", ones, (channels,), self.param_dtype)
         bias = self.param("bias", zeros, (channels,), self.param_dtype)
 
-        wide = x.astype(at_least_float32(self.dtype))
+        wide = at_least_float32(self.dtype)
         size = channels // self.num_groups
         if mask is None:
-            count = jnp.full((batch, 1), height * width * size, wide.dtype)
+            count = jnp.full((batch, 1), height * width * size, wide)
         else:
-            count = (jnp.sum(mask, (1, 2), dtype=jnp.int32)[:, None] * size).astype(wide.dtype)
-
-        def group_mean(values: Array) -> Array:  # [B, h, w, C] -> [B, C], equal within a group
-            if mask is not None:
-                values = jnp.where(mask[..., None], values, 0)
-            sums = jnp.sum(values, (1, 2)).reshape(batch, self.num_groups, size).sum(-1) / count
-            return jnp.repeat(sums, size, axis=1)
-
-        mean = group_mean(wide)
-        var = group_mean(jnp.square(wide - mean[:, None, None]))
-        factor = scale.astype(wide.dtype)[None] * lax.rsqrt(var + self.eps)
-        shift = bias.astype(wide.dtype)[None] - mean * factor
+            count = (jnp.sum(mask, (1, 2), dtype=jnp.int32)[:, None] * size).astype(wide)
+        mean, var = mean_and_variance(self.num_groups, x.astype(wide), mask, count)
+        factor = scale.astype(wide)[None] * lax.rsqrt(var + self.eps)
+        shift = bias.astype(wide)[None] - mean * factor
         return factor[:, None, None], shift[:, None, None]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def mean_and_variance(groups: int | None, x: Array, mask: Array | None, count: Array) -> tuple[Array, Array]:
+    """Mean and biased variance of the cells that count; zeros where no cell counts.
+
+    The derivative of the variance leaves out that the mean changes: the sum of x - mean is 0. jax's own derivative
+    would read the map once more to compute that 0.
+
+    Args:
+        groups: None for a mean of each channel over all other axes; a number of groups of neighbouring channels for a
+            mean of each image and group.
+        x: [..., C]; with groups [B, h, w, C].
+        mask: [...], True for the cells that count; None for all.
+        count: number of the values of each mean, [] or [B, 1].
+
+    Returns:
+        [C] each; with groups [B, C] each, equal within a group.
+    """
+    # Both sums in one pass. They are of differences from the first cell, so that a large mean cancels no digits.
+    first = x[:, 0, 0, :: x.shape[-1] // groups] if groups else x[(0,) * (x.ndim - 1)]
+    first = lax.stop_gradient(jnp.repeat(first, x.shape[-1] // groups, axis=1) if groups else first)
+    difference = x - _over_cells(first, x)
+    mean = _mean(groups, difference, mask, count)
+    square = _mean(groups, jnp.square(difference), mask, count)
+    return jnp.where(count > 0, first + mean, 0), jnp.maximum(square - jnp.square(mean), 0)
+
+
+@mean_and_variance.defjvp
+def _mean_and_variance_jvp(groups: int | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+    x, mask, count = primals
+    mean, var = mean_and_variance(groups, x, mask, count)
+    of_mean = _mean(groups, tangents[0], mask, count)
+    of_var = _mean(groups, 2 * (x - _over_cells(mean, x)) * tangents[0], mask, count)
+    return (mean, var), (of_mean, of_var)
+
+
+def _mean(groups: int | None, values: Array, mask: Array | None, count: Array) -> Array:
+    if mask is not None:
+        values = jnp.where(mask[..., None], values, 0)
+    count = jnp.maximum(count, 1)
+    if groups is None:
+        return jnp.sum(values, tuple(range(values.ndim - 1))) / count
+    size = values.shape[-1] // groups
+    sums = jnp.sum(values, (1, 2)).reshape(-1, groups, size).sum(-1) / count
+    return jnp.repeat(sums, size, axis=1)
+
+
+def _over_cells(vector: Array, x: Array) -> Array:
+    """[C] or [B, C], with the axes of ``x``."""
+    return vector.reshape(*vector.shape[:-1], *(1,) * (x.ndim - vector.ndim), vector.shape[-1])

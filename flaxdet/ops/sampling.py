@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 from numpy.typing import ArrayLike
 
+from flaxdet.ops.top_k import top_k
+
 
 def balanced_sample(
     key: jax.Array, labels: Int[ArrayLike, " N"], batch_size: int, positive_fraction: float
@@ -52,6 +54,6 @@ def _choose(key: jax.Array, candidates: jax.Array, count: jax.Array, most: int) 
     # top_k of random numbers rather than a permutation: N is 250,000 anchors, `most` is 256. With 31 bits, a tie
     # at the cut happens once in thousands of draws, and then concerns two elements only
     ticket = (jax.random.bits(key, (n,), jnp.uint32) >> 1).astype(jnp.int32)
-    ticket, index = jax.lax.top_k(jnp.where(candidates, ticket, -1), most)
+    ticket, index = top_k(jnp.where(candidates, ticket, -1), most)
     chosen = (ticket >= 0) & (jnp.arange(most, dtype=jnp.int32) < count)
     return jnp.zeros(n, bool).at[index].set(chosen, unique_indices=True)

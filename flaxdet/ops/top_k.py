@@ -26,7 +26,7 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """The k largest values along the last axis; among equal values, the lowest index first.
 
     Args:
-        x: [..., N], floating.
+        x: [..., N], floating or signed integers.
         k: at most N.
 
     Returns:
@@ -49,6 +49,8 @@ def _in_groups(x: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
 
 def _ordered(x: jax.Array) -> jax.Array:
     """Integers in the order in which ``lax.top_k`` ranks floats, -0 below 0: a maximum of them is one of them."""
+    if jnp.issubdtype(x.dtype, jnp.integer):
+        return x
     kind, bits = (jnp.int64, 63) if x.dtype == jnp.float64 else (jnp.int32, 31)
     x = jnp.where(jnp.isnan(x), jnp.nan, x if kind == jnp.int64 else x.astype(jnp.float32))
     signed = lax.bitcast_convert_type(x, kind)

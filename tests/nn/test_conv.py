@@ -11,6 +11,7 @@ import pytest
 from jax import lax
 
 from flaxdet.nn.conv.dispatch import conv_general_dilated
+from flaxdet.xla.routes import routes_for
 from tests.tolerances import OP_F64, WINOGRAD_F32
 
 CASES = {
@@ -37,8 +38,11 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 PLAIN_3X3 = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1)), "dimension_numbers": LAYOUT}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_values_and_gradients(case, x64):
+@pytest.mark.parametrize(
+    ("case", "platform"),
+    [*((case, "cpu") for case in CASES), ("1x1", "gpu"), ("1x1 of stride 2", "gpu"), ("7x7 of stride 2", "gpu")],
+)
+def test_values_and_gradients(case, platform, x64):
     size, stride, (channels, out), groups, shape = CASES[case]
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, *shape, channels)))
@@ -47,6 +51,7 @@ def test_values_and_gradients(case, x64):
     options = {"dimension_numbers": LAYOUT, "feature_group_count": groups}
     weights = jnp.asarray(rng.normal(size=lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, **options).shape))
 
+    @functools.partial(jax.jit, static_argnums=0)
     def value_and_gradients(function, x, kernel):
         def loss(x, kernel):
             return jnp.sum(weights * jnp.sin(function(x, kernel, (stride, stride), padding, **options)))
@@ -54,7 +59,8 @@ def test_values_and_gradients(case, x64):
         return jax.value_and_grad(loss, argnums=(0, 1))(x, kernel)
 
     expected = value_and_gradients(lax.conv_general_dilated, x, kernel)
-    found = value_and_gradients(conv_general_dilated, x, kernel)
+    with routes_for(platform):
+        found = value_and_gradients(conv_general_dilated, x, kernel)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=OP_F64, atol=OP_F64 * np.abs(b).max() * 100)
 

@@ -11,7 +11,7 @@ import pytest
 
 from flaxdet.nn import BatchNorm, FrozenBatchNorm, GroupNorm
 from flaxdet.nn.canvas import inside
-from tests.tolerances import HAND_EPS_F32, HAND_F32, LAYERS_F32, NET_F32, NORM_F32, OP_F64
+from tests.tolerances import HAND_EPS_F32, HAND_F32, LARGE_MEAN_F32, LAYERS_F32, NET_F32, NORM_F32, OP_F64
 
 BARS = {"float32": NORM_F32, "float64": OP_F64}
 SHAPE = (3, 7, 5, 8)
@@ -104,6 +104,7 @@ def test_masked_batch_norm_is_the_crops(dtype):
     x, extent, cropped = masked_case(dtype)
     norm = BatchNorm(dtype=dtype)
 
+    @jax.jit
     def run(x, extent=None):
         bound = norm.bind(live(values), mutable=["batch_stats"])
         y = bound(x, train=True, mask=None if extent is None else inside(extent, x.shape[1:3]))
@@ -184,6 +185,7 @@ def test_gradient_under_a_mask_is_finite_and_the_crops(norm):
     x, extent, cropped = masked_case("float32")
     variables = norm.init(jax.random.key(0), x)
 
+    @jax.jit
     def gradient(x, extent):
         def loss(params, x):
             bound = norm.bind({**variables, "params": params})
@@ -238,6 +240,21 @@ def test_group_norm_is_torchs(torch, dtype, groups):
     params = {name: values[name] for name in ("scale", "bias")}
     found = jax.jit(GroupNorm(groups, dtype=dtype).apply)({"params": params}, x)
     close(found, nhwc(theirs(nchw(torch, x))), dtype)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_a_large_mean_cancels_no_digits(torch, norm):
+    """float32 with a mean of 1000 deviations, in which E[x^2] - E[x]^2 would keep one digit of the variance."""
+    x = random(3, mean=1000.0, std=1.0)
+    if norm == "batch":
+        module, theirs = BatchNorm(), torch.nn.BatchNorm2d(SHAPE[-1]).train()
+        variables = module.init(jax.random.key(0), x)
+        found, _ = module.apply(variables, x, train=True, mutable=["batch_stats"])
+    else:
+        module, theirs = GroupNorm(num_groups=4), torch.nn.GroupNorm(4, SHAPE[-1])
+        found = module.apply(module.init(jax.random.key(0), x), x)
+    expected = nhwc(theirs.double()(nchw(torch, x).double()))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=LARGE_MEAN_F32)
 
 
 def test_group_norm_inside_an_extent_is_the_crops(dtype):

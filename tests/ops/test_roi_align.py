@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from flaxdet.ops.roi_align import assign_levels, multiscale_roi_align, roi_align
+from flaxdet.xla.routes import routes_for
 from tests.tolerances import HAND_F32, OP_F64, ROI_ALIGN_BF16, ROI_ALIGN_F32
 
 with np.load(Path(__file__).parents[1] / "golden" / "roi_align.npz") as _file:
@@ -204,6 +206,25 @@ class TestMultiscale:
         wide = multiscale_roi_align([level.astype(jnp.float32) for level in narrow], boxes, 3, **options)
         np.testing.assert_array_equal(result, wide.astype(jnp.bfloat16))
         assert_near(result, GOLDEN["pyramid_224/float32"], "bfloat16")
+
+    @pytest.mark.parametrize("samples", [2, 3])
+    def test_gpus_gather_bfloat16_in_pairs(self, samples):
+        """The same bits as one by one, under vmap too; the gradient's sums are of other chunks."""
+        maps = [jax.random.normal(jax.random.key(i), (2, 40 >> i, 56 >> i, 6), jnp.bfloat16) for i in range(4)]
+        corner, size = jax.random.uniform(jax.random.key(9), (2, 2, 300, 2)) * 140
+        boxes = jnp.concatenate([corner, corner + size], axis=-1).at[0, 0].set(jnp.nan)
+        options = {"output_size": 3, "scales": SCALES, "sampling_ratio": samples, "canonical_scale": 56}
+        align = jax.vmap(functools.partial(multiscale_roi_align, **options))
+        cotangent = jax.random.normal(jax.random.key(8), (2, 300, 3, 3, 6), jnp.bfloat16)
+        found, gradients = {}, {}
+        for platform in ("cpu", "gpu"):
+            with routes_for(platform):
+                found[platform], pull = jax.vjp(lambda *maps: align(maps, boxes), *maps)
+                gradients[platform] = pull(cotangent)
+        assert found["gpu"].dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found["gpu"], found["cpu"])
+        for gpu, cpu in zip(gradients["gpu"], gradients["cpu"], strict=True):
+            np.testing.assert_allclose(*(g.astype(jnp.float32) for g in (gpu, cpu)), rtol=2**-7, atol=1e-3)
 
     def test_gradient_reaches_every_level_and_no_box(self, x64):
         """The output is linear in the features, so <g, f(x)> = <grad, x> for every x."""

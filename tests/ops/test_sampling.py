@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flaxdet.ops import balanced_sample
+from flaxdet.xla.routes import routes_for
 from tests.ops.cases import torchvision
 
 
@@ -97,3 +98,17 @@ def test_bad_numbers():
         balanced_sample(jax.random.key(0), labels, -1, 0.5)
     with pytest.raises(ValueError, match=r"positive_fraction must lie in \[0, 1\], found 1.5"):
         balanced_sample(jax.random.key(0), labels, 4, 1.5)
+
+
+def test_gpus_choose_as_cpus_do():
+    """An RPN's anchors, of which a GPU must not sort all: the same key chooses the same elements."""
+    labels = jnp.asarray(labels_of(700, 20_000, 5_000))
+    masks = []
+    for platform in ("cpu", "gpu"):
+        with routes_for(platform):
+            masks.append(
+                jax.jit(partial(balanced_sample, batch_size=256, positive_fraction=0.5))(jax.random.key(3), labels)
+            )
+    for cpu, gpu in zip(*masks, strict=True):
+        assert cpu.sum() == 128
+        np.testing.assert_array_equal(gpu, cpu)

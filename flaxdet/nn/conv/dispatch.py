@@ -32,7 +32,8 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
     """``lax.conv_general_dilated`` for NHWC maps and HWIO kernels, as ``flaxdet.nn.layers.Conv`` calls it.
 
     A 1x1 convolution without padding is computed as a matrix product over the channels, which is quicker on XLA:CPU
-    (the body of a ResNet-50 takes a seventh less time); ``flaxdet.nn.dot`` has the gradients. On CPUs, these
+    (the body of a ResNet-50 takes a seventh less time); ``flaxdet.nn.dot`` has the gradients. A strided one is so
+    computed on CPUs alone. On CPUs, these
     convolutions in float32 or float64 take other forms:
 
     - 3x3 of stride 1 on large maps: Winograd's algorithm, with half the multiplications, ``winograd.py``. FCOS takes a
@@ -63,9 +64,11 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
         return plain(lhs, rhs)
     precision = kwargs.get("precision")
     if rhs.shape[:2] == (1, 1) and not any(sum(pads, ())):
-        if strides != (1, 1):
-            lhs = lhs[:, :: strides[0], :: strides[1]]
-        return product(lhs.reshape(-1, lhs.shape[-1]), rhs[0, 0], precision).reshape(*lhs.shape[:-1], -1)
+        one_by_one = functools.partial(_one_by_one, strides=strides, precision=precision)
+        if strides == (1, 1):
+            return one_by_one(lhs, rhs)
+        # cuDNN reads every second cell itself; a slice would be written to memory
+        return by_platform(lhs, rhs, cpu=one_by_one, default=plain)
     if lhs.dtype not in (jnp.float32, jnp.float64):
         return plain(lhs, rhs)
     quick = None
@@ -81,3 +84,8 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
     if quick is None:
         return plain(lhs, rhs)
     return by_platform(lhs, rhs, cpu=quick, default=plain)
+
+
+def _one_by_one(lhs: Array, rhs: Array, *, strides: tuple[int, int], precision: Any) -> Array:
+    lhs = lhs[:, :: strides[0], :: strides[1]]
+    return product(lhs.reshape(-1, lhs.shape[-1]), rhs[0, 0], precision).reshape(*lhs.shape[:-1], -1)
