@@ -38,6 +38,7 @@ SIDE = 64
 SIZE = {"min_size": SIDE, "max_size": SIDE}
 CLASSES = ["__background__", "cat", "dog"]
 STEPS, BATCH = 2, 2
+OUTSIDE_CI = {"README.md", "docs/guides/inference.md", "docs/guides/conversion.md", "docs/index.md"}
 RUN = {"convert", "detect", "eval", "export"}  # in seconds; train and verify have tests of their own
 NOT_RUN = {("docs/guides/sharding.md", "needs several hosts")}
 
@@ -151,8 +152,9 @@ def run_python(block: Block, namespace: dict[str, Any]) -> None:
 
 
 def group(page: str) -> Any:
-    """README.md, the longest, runs beside the others, which share what they compile."""
-    return pytest.param(page, marks=pytest.mark.xdist_group("readme" if page == "README.md" else "docs"))
+    """README.md, the longest, runs beside the others, which share what they compile; guides run in CI alone."""
+    marks = [pytest.mark.xdist_group("readme" if page == "README.md" else "docs")]
+    return pytest.param(page, marks=[*marks, *([] if page in OUTSIDE_CI else [pytest.mark.ci])])
 
 
 @pytest.mark.parametrize("page", [group(page) for page in PAGES if any(blocks(page))])

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,9 +116,22 @@ def _checked(
     capacity = n if max_output is None else int(max_output)
     if n == 0 or capacity == 0:
         return jnp.full((capacity,), -1, jnp.int32)
+    threshold = _threshold(iou_threshold, _compute_dtype(boxes.dtype))
+    return _kept(boxes, scores, idxs, valid, threshold, capacity=capacity)
+
+
+@functools.partial(jax.jit, static_argnames="capacity")
+def _kept(
+    boxes: jax.Array,
+    scores: jax.Array,
+    idxs: jax.Array | None,
+    valid: jax.Array | None,
+    threshold: jax.Array,
+    *,
+    capacity: int,
+) -> jax.Array:
     boxes = lax.stop_gradient(boxes).astype(_compute_dtype(boxes.dtype))
     keys = _sort_keys(lax.stop_gradient(scores), valid)
-    threshold = _threshold(iou_threshold, boxes.dtype)
     rows = jax.tree.map(lambda x: x[None], (boxes, keys, idxs, threshold))
     return greedy(*rows, capacity=capacity)[0]
 

@@ -115,13 +115,11 @@ def multiscale_roi_align(
     extent = None if extents is None else jnp.asarray(extents)
     if extent is not None and extent.shape != (len(maps), 2):
         raise ValueError(f"multiscale_roi_align: extents must have shape [{len(maps)}, 2], got {list(extent.shape)}")
-    align = functools.partial(_align, size=size, samples=sampling_ratio, aligned=False)
     if len(maps) == 1:
-        return align(maps, boxes, jnp.zeros(boxes.shape[0], jnp.int32), scale, extent)
-    levels = assign_levels(boxes, scale, canonical_scale=canonical_scale, canonical_level=canonical_level)
-    # Samples at NaN have no weight, so a box without a level gives 0.
-    boxes = jnp.where(_area(boxes)[:, None] >= 0, boxes, jnp.nan)
-    return align(maps, boxes, levels, scale, extent)
+        level = jnp.zeros(boxes.shape[0], jnp.int32)
+        return _align(maps, boxes, level, scale, extent, size=size, samples=sampling_ratio, aligned=False)
+    canonical = canonical_scale, canonical_level
+    return _align_on_levels(maps, boxes, scale, extent, size=size, samples=sampling_ratio, canonical=canonical)
 
 
 def assign_levels(
@@ -231,6 +229,14 @@ def _output_size(name, output_size, sampling_ratio) -> tuple[int, int]:
     if height < 1 or width < 1:
         raise ValueError(f"{name}: output_size must be positive, got {output_size}")
     return height, width
+
+
+@functools.partial(jax.jit, static_argnames=("size", "samples", "canonical"))
+def _align_on_levels(features, boxes, scales, extents, *, size, samples, canonical):
+    levels = assign_levels(boxes, scales, canonical_scale=canonical[0], canonical_level=canonical[1])
+    # Samples at NaN have no weight, so a box without a level gives 0.
+    boxes = jnp.where(_area(boxes)[:, None] >= 0, boxes, jnp.nan)
+    return _align(features, boxes, levels, scales, extents, size=size, samples=samples, aligned=False)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "samples", "aligned"))

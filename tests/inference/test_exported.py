@@ -59,7 +59,8 @@ def copy(artifact, tmp_path):
 @pytest.mark.parametrize(
     ("name", "options", "buckets"),
     [
-        (FCOS_NAME, {"score_thresh": 0.05}, [(64, 96), (96, 64)]),
+        # every other test here is of an FCOS
+        pytest.param(FCOS_NAME, {"score_thresh": 0.05}, [(64, 96), (96, 64)], marks=pytest.mark.ci),
         (V2_NAME, {"box_score_thresh": 0.2}, [(96, 96)]),
     ],
 )

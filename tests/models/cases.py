@@ -1,4 +1,4 @@
-"""The builders by name, one worker for each, and equality to the bit."""
+"""The builders by name, one worker for each, outside of CI one builder of each class; and equality to the bit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ import pytest
 
 from flaxdet import registry
 
-NAMES = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"{name} files")) for name in registry.names()]
-)
+
+def _case(name: str) -> Any:
+    last = [other for other in registry.names() if registry.get(other).kind is registry.get(name).kind][-1]
+    return pytest.param(
+        name, marks=[pytest.mark.xdist_group(f"{name} files"), *([] if name == last else [pytest.mark.ci])]
+    )
+
+
+NAMES = pytest.mark.parametrize("name", [_case(name) for name in registry.names()])
 
 
 def equal(found: Any, expected: Any) -> None:

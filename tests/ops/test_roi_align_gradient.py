@@ -79,7 +79,9 @@ def test_is_what_autodiff_gives(boxes, samples, x64):
     (features, *_), corners, cotangent = case(boxes, "float64", size=(2, 3))
     height, width, channels = features.shape
     x1, y1, x2, y2 = corners.T / 4
-    along = partial(bilinear.samples_along, samples=samples, aligned=False, dtype=jnp.dtype("float64"))
+    along = jax.jit(
+        partial(bilinear.samples_along, samples=samples, aligned=False, dtype=jnp.dtype("float64")), static_argnums=2
+    )
     y = along(y1, y2, 2, extent=jnp.full(boxes, height, jnp.int32))
     x = along(x1, x2, 3, extent=jnp.full(boxes, width, jnp.int32))
     y = y._replace(low=y.low * width, high=y.high * width)

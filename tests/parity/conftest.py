@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from flaxdet import registry
+from flaxdet.xla.routes import routes_for
 
 collect_ignore_glob: list[str] = []
 if importlib.util.find_spec("torch") is None or importlib.util.find_spec("torchvision") is None:
@@ -15,6 +19,14 @@ else:
     import torch
 
     torch.set_num_threads(1)  # as XLA in conftest.py: one thread a worker
+
+
+@pytest.fixture(autouse=True)
+def routes() -> Iterator[None]:
+    """FLAXDET_ROUTES=gpu or tpu compares that platform's routes with torchvision, on the CPU."""
+    platform: Any = os.environ.get("FLAXDET_ROUTES")
+    with routes_for(platform):
+        yield
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
