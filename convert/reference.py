@@ -13,7 +13,7 @@ import contextlib
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -189,20 +189,6 @@ def build(
     layers = (3 if frozen else 5) if trainable_backbone_layers is None else trainable_backbone_layers
     classes = registry.NUM_COCO_CLASSES if num_classes is None else num_classes
     return registry.get(name).in_torch(norm, layers, classes, small=small, **options).eval()
-
-
-def resnet(norm_layer: Callable[..., Any], *, small: bool) -> Any:
-    """torchvision's ResNet-50 without trained weights, or the ResNet-10 of the small forms.
-
-    Args:
-        norm_layer: torchvision's argument, makes a norm.
-        small: one basic block per stage.
-    """
-    from torchvision.models import resnet
-
-    if small:
-        return resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], norm_layer=norm_layer)
-    return resnet.resnet50(weights=None, norm_layer=norm_layer)
 
 
 def comparison_of(model: Any) -> ModuleType:

@@ -14,6 +14,7 @@ from flaxdet.registry import Architecture, Keys, Training, register
 from flaxdet.zoo.build import build
 from flaxdet.zoo.categories import COCO_CATEGORIES
 from flaxdet.zoo.keys import DEEPER_BODY, FASTER_RCNN, OTHER_BRANCHES, OTHER_FASTER_RCNN, RESNET50
+from flaxdet.zoo.torch_resnet import resnet50
 from flaxdet.zoo.weights import REFERENCES, ObjectDetection, ResNet50_Weights, Weights, WeightsEnum
 
 
@@ -49,9 +50,7 @@ def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool, **
     from torchvision.models.detection import FasterRCNN as TheirFasterRCNN
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 
-    from flaxdet.convert.reference import resnet
-
-    body = resnet(norm_layer, small=small)
+    body = resnet50(norm_layer, small=small)
     return TheirFasterRCNN(_resnet_fpn_extractor(body, layers), num_classes=num_classes, **options)
 
 

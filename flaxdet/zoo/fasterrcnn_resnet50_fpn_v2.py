@@ -21,6 +21,7 @@ from flaxdet.registry import Architecture, Keys, Training, register
 from flaxdet.zoo.build import build
 from flaxdet.zoo.categories import COCO_CATEGORIES
 from flaxdet.zoo.keys import DEEPER_BODY, FASTER_RCNN, OTHER_BRANCHES, OTHER_FASTER_RCNN, RESNET50
+from flaxdet.zoo.torch_resnet import resnet50
 from flaxdet.zoo.weights import ObjectDetection, ResNet50_Weights, Weights, WeightsEnum
 
 CONVS, SMALL_CONVS = 4, 2  # convolutions of the box head, and in the small form
@@ -66,9 +67,7 @@ def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool, **
     from torchvision.models.detection import faster_rcnn
     from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 
-    from flaxdet.convert.reference import resnet
-
-    body = resnet(norm_layer, small=small)
+    body = resnet50(norm_layer, small=small)
     convs = [256] * (SMALL_CONVS if small else CONVS)
     return faster_rcnn.FasterRCNN(
         _resnet_fpn_extractor(body, layers, norm_layer=BatchNorm2d),

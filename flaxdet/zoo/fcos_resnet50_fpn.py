@@ -15,6 +15,7 @@ from flaxdet.registry import Architecture, Keys, Training, register
 from flaxdet.zoo.build import build
 from flaxdet.zoo.categories import COCO_CATEGORIES
 from flaxdet.zoo.keys import DEEPER_BODY, RESNET50
+from flaxdet.zoo.torch_resnet import resnet50
 from flaxdet.zoo.weights import REFERENCES, ObjectDetection, ResNet50_Weights, Weights, WeightsEnum
 
 SMALL_CONVS = 1  # convolutions of each branch of the head in the small form
@@ -53,11 +54,9 @@ def _in_torch(norm_layer: Any, layers: int, num_classes: int, *, small: bool, **
     from torchvision.models.detection.fcos import FCOSHead as TheirFCOSHead
     from torchvision.ops.feature_pyramid_network import LastLevelP6P7 as TheirLastLevelP6P7
 
-    from flaxdet.convert.reference import resnet
-
     if small:
         options.setdefault("head", TheirFCOSHead(256, 1, num_classes, SMALL_CONVS))
-    body = resnet(norm_layer, small=small)
+    body = resnet50(norm_layer, small=small)
     extra = TheirLastLevelP6P7(256, 256)
     backbone = _resnet_fpn_extractor(body, layers, returned_layers=[2, 3, 4], extra_blocks=extra)
     return detection.FCOS(backbone, num_classes, **options)
