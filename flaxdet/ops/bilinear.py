@@ -142,7 +142,7 @@ def _mean_in_pairs(pixels: Array, y: Samples, x: Samples) -> Array:
     """``_mean`` of bfloat16 pixels; a bfloat16 number is the upper half of a float32 number."""
     pairs = lax.bitcast_convert_type(pixels.reshape(len(pixels), -1, 2), jnp.uint32)
 
-    def take(index: Array) -> tuple[Array, Array]:
+    def take(index: Array) -> tuple[Array, ...]:
         pair = pairs.at[index].get(mode="promise_in_bounds")
         halves = pair << 16, pair & jnp.uint32(0xFFFF0000)
         return tuple(lax.bitcast_convert_type(half, jnp.float32) for half in halves)
