@@ -240,13 +240,8 @@ def mean_and_variance(groups: int | None, x: Array, mask: Array | None, count: A
     Returns:
         [C] each; with groups [B, C] each, equal within a group.
     """
-    # Both sums in one pass. They are of differences from the first cell, so that a large mean cancels no digits.
-    first = x[:, 0, 0, :: x.shape[-1] // groups] if groups else x[(0,) * (x.ndim - 1)]
-    first = lax.stop_gradient(jnp.repeat(first, x.shape[-1] // groups, axis=1) if groups else first)
-    difference = x - _over_cells(first, x)
-    mean = _mean(groups, difference, mask, count)
-    square = _mean(groups, jnp.square(difference), mask, count)
-    return jnp.where(count > 0, first + mean, 0), jnp.maximum(square - jnp.square(mean), 0)
+    mean = _mean(groups, x, mask, count)
+    return mean, _mean(groups, jnp.square(x - _over_cells(mean, x)), mask, count)
 
 
 @mean_and_variance.defjvp
