@@ -244,13 +244,21 @@ def example_batch(size: int = 64) -> ImageBatch:
 
 
 def no_detections(images: int, slots: int, dtype: Dtype) -> Detections:
-    """Empty slots. ``init`` needs no more from what has no variables, and tracing NMS takes a third of its time."""
-    empty = jnp.zeros((images, slots), dtype)
+    """Detections without a box, for ``init``: postprocessing has no variables, and tracing it takes time.
+
+    Args:
+        images: B.
+        slots: K, detection slots per image.
+        dtype: dtype of boxes and scores.
+
+    Returns:
+        ``Detections`` of [B, K] empty slots.
+    """
     return Detections(
         boxes=jnp.zeros((images, slots, 4), dtype),
-        scores=empty,
-        labels=jnp.full(empty.shape, -1, jnp.int32),
-        valid=jnp.zeros(empty.shape, bool),
+        scores=jnp.zeros((images, slots), dtype),
+        labels=jnp.full((images, slots), -1, jnp.int32),
+        valid=jnp.zeros((images, slots), bool),
     )
 
 

@@ -133,7 +133,7 @@ def filter_proposals(
 
 
 def no_proposals(images: int, dtype: Dtype) -> Proposals:
-    """One empty slot for each image, while variables are initialised."""
+    """Proposals [B, 1] without a box, for ``init``: the selection has no variables, and tracing it takes time."""
     score = jnp.zeros((images, 1), dtype)
     return Proposals(boxes=jnp.zeros((images, 1, 4), dtype), scores=score, valid=jnp.zeros(score.shape, bool))
 

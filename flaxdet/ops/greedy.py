@@ -27,7 +27,7 @@ from jax import lax
 from flaxdet.ops.top_k import top_k
 from flaxdet.xla.routes import by_platform
 
-LANES = 64  # tiles and chunks have a multiple of it
+LANES = 64  # a tile of fewer boxes than a route's is a multiple of it
 
 
 class Sizes(NamedTuple):
@@ -81,19 +81,19 @@ def _of_capacity(capacity: int) -> Callable[..., jax.Array]:
 
     @jax.custom_batching.custom_vmap
     @jax.jit
-    def images(boxes: jax.Array, keys: jax.Array, idxs: jax.Array | None, threshold: jax.Array) -> jax.Array:
+    def select(boxes: jax.Array, keys: jax.Array, idxs: jax.Array | None, threshold: jax.Array) -> jax.Array:
         return by_platform(boxes, keys, idxs, threshold, **routes)
 
-    @images.def_vmap
-    def batches(axis_size: int, in_batched: Any, *args: Any) -> tuple[jax.Array, bool]:
+    @select.def_vmap
+    def select_in_batches(axis_size: int, in_batched: Any, *args: Any) -> tuple[jax.Array, bool]:
         def merged(x: jax.Array, batched: bool) -> jax.Array:
             x = x if batched else jnp.broadcast_to(x[None], (axis_size, *x.shape))
             return x.reshape(-1, *x.shape[2:])
 
-        kept = images(*jax.tree.map(merged, args, tuple(in_batched)))
+        kept = select(*jax.tree.map(merged, args, tuple(in_batched)))
         return kept.reshape(axis_size, -1, capacity), True
 
-    return images
+    return select
 
 
 class _Boxes(NamedTuple):

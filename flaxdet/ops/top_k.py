@@ -17,9 +17,9 @@ from jax import lax
 from flaxdet.xla.barriers import materialise
 from flaxdet.xla.routes import by_platform
 
-SORTED = 8192  # values that are sorted as a whole
-GROUPS = (64, 8)  # sizes of groups; the first for which at least FEWEST * k groups are left
-FEWEST = 4
+SORTED = 8192  # a row of at most this many values is sorted as a whole
+# Sizes of groups: the first size that divides the row into at least FEWEST * k groups, else the last.
+GROUPS, FEWEST = (64, 8), 4
 
 
 def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
