@@ -166,7 +166,7 @@ class _Inference:
     def runs(self) -> dict[str, Run]:
         """What is measured, by name; inputs on the device are made when first used, since their memory counts."""
         resize = self.programs.resize(self.bucket, *self.predictor.raw_sizes)
-        detect = self.programs.detect(self.bucket)
+        detect = self.programs.detect(self.bucket, False)
         raw = functools.cache(self._raw)
         sized = functools.cache(lambda: [self._batch(None, *call[1:]) for call in raw()])
         batch, pooled = functools.cache(lambda: self._batch(*self._some())), functools.cache(self._pooled)

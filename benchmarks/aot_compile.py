@@ -23,9 +23,9 @@ from aot_devices import DEVICES, Device
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-import flaxdet
 from flaxdet.images.transform import transform, transform_targets
 from flaxdet.inference.detect import detect
+from flaxdet.inference.folded import folded
 from flaxdet.models.initial import initial_variables
 from flaxdet.registry import make_model
 from flaxdet.train import create_state, make_train_step, sgd, shard_batch
@@ -71,7 +71,7 @@ def make(asked: dict[str, Any]) -> tuple[Any, Any, tuple[Any, ...], tuple[int, .
         images = dataclasses.replace(images, canvas=images.size)  # pyright: ignore[reportArgumentType]
     if asked["program"] == "infer":
         ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), variables)
-        model, variables = flaxdet.fold_batch_norm(model, ones)
+        model, variables = folded(model, ones)
         return model, functools.partial(detect, model), (abstract(variables), abstract(images, asked["batch"])), ()
     tx = sgd(0.01, momentum=0.9, weight_decay=1e-4)
     state = jax.eval_shape(lambda v: create_state(model, v, tx, key=jax.random.key(0)), variables)

@@ -25,7 +25,7 @@ from flaxdet.images.buckets import Size, model_buckets
 from flaxdet.inference.detect import detect
 from flaxdet.inference.programs import resize_to
 from flaxdet.models.detector import Detector
-from flaxdet.models.folding import fold_batch_norm
+from flaxdet.models.folding import fold_batch_norm, store_in_compute_dtype
 from flaxdet.structures import ImageBatch
 from flaxdet.xla.options import compiler_options
 
@@ -93,6 +93,7 @@ def export(
     check_categories(folder, model, categories)
     if fold:
         model, variables = fold_batch_norm(model, variables)
+        variables = store_in_compute_dtype(model, variables)
     weights = flat_arrays(variables, sep=".")
     abstract = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in weights.items()}
     batches: list[Any] = list(batch_sizes) if batch_sizes else [jax.export.symbolic_shape("batch")[0]]

@@ -38,7 +38,8 @@ class Predictor:
     is masked. So the detections in an image are equal to the result of ``predict`` for the image alone, up to rounding,
     and do not depend on the bucket or on other images in the batch. An image of a new size compiles nothing. Resize,
     normalisation, network, decoding and NMS run on the device: a small resize program per raw size and bucket, and a
-    program of the model per bucket. A program is compiled on first use, or by ``warmup``.
+    program of the model per bucket. On a GPU or TPU, a bucket has a second program without masks, for batches whose
+    canvases all fill the bucket. A program is compiled on first use, or by ``warmup``.
 
     Not thread-safe: use one predictor per thread.
 
@@ -94,12 +95,12 @@ class Predictor:
 
     @property
     def compile_count(self) -> int:
-        """Number of compiled programs: at most one model per bucket, and one resize per bucket and raw size."""
+        """Number of compiled programs: the models (``model_compile_count``), and a resize per bucket and raw size."""
         return len(self._programs.resizes) + len(self._programs.detects)
 
     @property
     def model_compile_count(self) -> int:
-        """Number of compiled programs of the model; resizes are not counted."""
+        """Number of compiled programs of the model: at most one per bucket on a CPU, two on a GPU or TPU."""
         return len(self._programs.detects)
 
     def warmup(self, *, progress: bool = False) -> None:
@@ -110,7 +111,11 @@ class Predictor:
         """
         from tqdm import tqdm
 
-        models = [functools.partial(self._programs.detect, bucket) for bucket in self.buckets]
+        models = [
+            functools.partial(self._programs.detect, bucket, masked)
+            for bucket in self.buckets
+            for masked in self._programs.variants()
+        ]
         resizes = [
             functools.partial(self._programs.resize, bucket, raw) for bucket in self.buckets for raw in self.raw_sizes
         ]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import operator
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -79,6 +82,41 @@ def test_what_has_nothing_to_fold_runs_as_it_is(resnet):
         assert found[0] is model
         assert found[1] is variables
         assert len(module._cache) == before
+
+
+def test_weights_lie_in_the_dtype_of_the_computation(resnet):
+    """Kernels and biases beside kernels, of flaxdet's parts; norms stay in float32, float64 models as they are."""
+    model = resnet[0].clone(dtype=jnp.bfloat16)
+    prepared = folded(model, resnet[1])[1]
+    dtypes = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(prepared["params"]):
+        names = [entry.key for entry in path]
+        layer = functools.reduce(operator.getitem, names[:-1], prepared["params"])
+        dtypes.setdefault("kernel" in layer, set()).add(leaf.dtype)
+    assert dtypes == {True: {np.dtype(jnp.bfloat16)}, False: {np.dtype("float32")}}  # False: GroupNorm, levels' scales
+    for other in (resnet[0], resnet[0].clone(dtype=jnp.float16, param_dtype=jnp.float16)):
+        assert {leaf.dtype for leaf in jax.tree.leaves(folded(other, resnet[1])[1])} <= {
+            np.dtype("float32"),
+            np.dtype(other.dtype),
+        }
+
+
+def test_a_part_of_another_library_keeps_its_dtype():
+    tiny = tiny_model(FCOS_NAME, dtype=jnp.bfloat16)
+    variables = tiny_variables(tiny)
+    model, prepared = folded(tiny, variables)
+    assert model is tiny
+    dtypes = {
+        part: {leaf.dtype for leaf in jax.tree.leaves(prepared["params"][part]) if leaf.ndim > 1}
+        for part in ("backbone", "head")
+    }
+    assert dtypes == {"backbone": {np.dtype("float32")}, "head": {np.dtype(jnp.bfloat16)}}
+    batch = transform([np.zeros((64, 80, 3), np.uint8)], tiny.transform)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        jitted_detect(tiny, prepared, batch),
+        jitted_detect(tiny, variables, batch),
+    )
 
 
 def test_on_the_devices_of_the_variables():
