@@ -208,8 +208,8 @@ class TestMultiscale:
         assert_near(result, GOLDEN["pyramid_224/float32"], "bfloat16")
 
     @pytest.mark.parametrize("samples", [2, 3])
-    def test_gpus_gather_bfloat16_in_pairs(self, samples):
-        """The same bits as one by one, under vmap too; the gradient's sums are of other chunks."""
+    def test_the_routes_of_gpus_and_tpus(self, samples):
+        """The bits of a CPU, under vmap too; the sums of a GPU's gradient are of other chunks."""
         maps = [jax.random.normal(jax.random.key(i), (2, 40 >> i, 56 >> i, 6), jnp.bfloat16) for i in range(4)]
         corner, size = jax.random.uniform(jax.random.key(9), (2, 2, 300, 2)) * 140
         boxes = jnp.concatenate([corner, corner + size], axis=-1).at[0, 0].set(jnp.nan)
@@ -226,8 +226,11 @@ class TestMultiscale:
         for platform in ("cpu", "gpu"):
             with routes_for(platform):
                 found[platform], gradients[platform] = run(maps, boxes)
-        assert found["gpu"].dtype == jnp.bfloat16
-        np.testing.assert_array_equal(found["gpu"], found["cpu"])
+        with routes_for("tpu"):  # the gradient is a CPU's
+            found["tpu"] = jax.jit(align)(maps, boxes)
+        for platform in ("gpu", "tpu"):
+            assert found[platform].dtype == jnp.bfloat16
+            np.testing.assert_array_equal(found[platform], found["cpu"])
         for gpu, cpu in zip(gradients["gpu"], gradients["cpu"], strict=True):
             np.testing.assert_allclose(*(g.astype(jnp.float32) for g in (gpu, cpu)), rtol=2**-7, atol=1e-3)
 
