@@ -1,12 +1,12 @@
 """Compiles a detector's program for an accelerator without the device, and reports on the compiled program.
 
     python benchmarks/aot.py {h100|tpu-v5e|all} {MODEL|all} {infer|train|all} [--dtype bfloat16] [--batch N]
-        [--size 800x1088] [--masked] [--depth 50] [--json FILE] [--keep FOLDER]
+        [--size 800x1088] [--masked] [--depth 50] [--devices 1] [--json FILE] [--keep FOLDER]
 
 The compiler is the device's, and nothing is run. ``infer`` is from normalised pixels to detections, with BatchNorm
 folded; ``train`` is a step of SGD with up to 100 boxes an image. Without --masked every canvas fills the bucket, as for
 photos of one size. The batch is 16 on an H100 and 8 on a TPU by default. --depth 18 takes a smaller ResNet, for a
-quick test.
+quick test. --devices 4 divides the batch over the chips of a TPU v5e 2x2 slice, and lists what they exchange.
 
 It prints, and with --json merges into a file: arithmetic and memory traffic, temporary buffers and size of the code;
 kernels, loops (with the number of iterations if known) and sorts; convolutions, products and sums by dtype; and a
@@ -184,10 +184,23 @@ def describe(
         "sums": dict(program.sums),
         "custom_calls": dict(program.custom_calls.most_common()),
         "callbacks": program.callbacks,
+        "collectives": exchanged(program),
         "arithmetic_ms": round(arithmetic * 1e3, 2),
         "traffic_ms": round(traffic * 1e3, 2),
         "roofline_ms": round(roofline * 1e3, 2),
     }
+
+
+def exchanged(program: compiled_hlo.Program) -> list[dict[str, Any]]:
+    """{"kind", "count", "mb", "path"} of the exchanges between devices, by kind and place, the largest first."""
+    sizes: dict[tuple[str, str], list[float]] = {}
+    for one in program.collectives:
+        sizes.setdefault((one["kind"], tail(one["path"])), []).append(one["bytes"])
+    found = [
+        {"kind": kind, "count": len(group), "mb": round(sum(group) / 1e6, 3), "path": path}
+        for (kind, path), group in sizes.items()
+    ]
+    return sorted(found, key=lambda one: -one["mb"])
 
 
 def tail(path: str) -> str:
@@ -207,6 +220,7 @@ def key_of(report: dict[str, Any]) -> str:
     rows, columns = report["size"]
     parts = [report[name] for name in ("device", "model", "program", "dtype")]
     extra = ["masked"] * report["masked"] + [f"depth {report['depth']}"] * (report["depth"] != 50)
+    extra += [f"{report['devices']} devices"] * (report.get("devices", 1) != 1)
     return " ".join([*parts, f"{report['batch']}x{rows}x{columns}", *extra])
 
 
@@ -240,6 +254,8 @@ def show(report: dict[str, Any], former: dict[str, Any] | None) -> None:
         print(
             f"  sort of {sort['rows']} x {sort['length']} {sort['dtype']}, {sort['launches']} launches: {sort['path']}"
         )
+    for one in report["collectives"]:
+        print(f"  {one['kind']} x {one['count']}, {one['mb']} MB: {one['path']}")
     print(f"  callbacks               {', '.join(report['callbacks']) or 'none'}", flush=True)
 
 
@@ -271,6 +287,7 @@ def main() -> None:
     parser.add_argument("--size", type=size_of, default=(800, 1088), help="rows x columns of the bucket")
     parser.add_argument("--masked", action="store_true", help="canvases may be smaller than the bucket")
     parser.add_argument("--depth", type=int, choices=(18, 34, 50), default=50, help="of the ResNet")
+    parser.add_argument("--devices", type=int, default=1, help="chips that share the batch; up to 4 on a TPU")
     parser.add_argument("--json", type=Path, help="merge the figures into this file")
     parser.add_argument("--keep", type=Path, help="keep the compiled programs' text in this folder")
     options = parser.parse_args()
@@ -283,7 +300,7 @@ def main() -> None:
             for program in chosen(options.program, PROGRAMS):
                 asked = {"device": device, "model": model, "program": program, "dtype": options.dtype}
                 asked |= {"batch": options.batch or DEVICES[device].batch, "size": list(options.size)}
-                asked |= {"masked": options.masked, "depth": options.depth}
+                asked |= {"masked": options.masked, "depth": options.depth, "devices": options.devices}
                 key = key_of(asked)
                 print(f"== {key}: compiling (from half a minute for an H100 to several for a TPU)", flush=True)
                 with tempfile.TemporaryDirectory(prefix="flaxdet-aot-") as temporary:

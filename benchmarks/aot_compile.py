@@ -21,24 +21,25 @@ import jax.numpy as jnp
 import numpy as np
 from aot_devices import DEVICES, Device
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from flaxdet.images.transform import transform, transform_targets
 from flaxdet.inference.detect import detect
 from flaxdet.inference.folded import folded
 from flaxdet.models.initial import initial_variables
 from flaxdet.registry import make_model
-from flaxdet.train import create_state, make_train_step, sgd, shard_batch
+from flaxdet.train import create_state, make_mesh, make_train_step, sgd, shard_batch
+from flaxdet.xla.mesh import by_rows, on_mesh, replicated
 from flaxdet.xla.routes import routes_for
 
 CLASSES = 91
 MAX_BOXES = 100  # of an image's targets: 93 in COCO
 
 
-def one_device(device: Device) -> NamedSharding:
-    """The sharding of arrays on the one device."""
+def mesh_of(device: Device, count: int) -> Mesh:
+    """A mesh of the first ``count`` devices."""
     topology = topologies.get_topology_desc(platform=device.platform, **device.topology)
-    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
+    return make_mesh(topology.devices[:count])
 
 
 def abstract(tree: Any, batch: int | None = None) -> Any:
@@ -47,11 +48,12 @@ def abstract(tree: Any, batch: int | None = None) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(rows(x), x.dtype), tree)
 
 
-def make(asked: dict[str, Any]) -> tuple[Any, Any, tuple[Any, ...], tuple[int, ...]]:
-    """The model and its program.
+def make(asked: dict[str, Any], mesh: Mesh) -> tuple[Any, Any, tuple[Any, ...], tuple[int, ...]]:
+    """The model and its program, whose second argument is the batch.
 
     Args:
         asked: the options of ``aot.py``.
+        mesh: the devices over which the batch is divided.
 
     Returns:
         The model, a function, its arguments as shapes, and the numbers of the arguments that are donated.
@@ -72,28 +74,35 @@ def make(asked: dict[str, Any]) -> tuple[Any, Any, tuple[Any, ...], tuple[int, .
     if asked["program"] == "infer":
         ones = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), variables)
         model, variables = folded(model, ones)
-        return model, functools.partial(detect, model), (abstract(variables), abstract(images, asked["batch"])), ()
+        return (
+            model,
+            on_mesh(functools.partial(detect, model), mesh),
+            (abstract(variables), abstract(images, asked["batch"])),
+            (),
+        )
     tx = sgd(0.01, momentum=0.9, weight_decay=1e-4)
     state = jax.eval_shape(lambda v: create_state(model, v, tx, key=jax.random.key(0)), variables)
     truth = {"boxes": np.zeros((0, 4), np.float32), "labels": np.zeros(0, np.int64)}
     targets = transform_targets([truth], images, model=model, max_boxes=MAX_BOXES)
     arrays = shard_batch({**vars(images), **vars(targets)}, None)
     step: Any = make_train_step(model, tx)
-    return model, step.__wrapped__, (state, abstract(arrays, asked["batch"])), (0,)
+    return model, on_mesh(step.__wrapped__, mesh), (state, abstract(arrays, asked["batch"])), (0,)
 
 
 def main() -> None:
     """Compiles and writes."""
     asked, folder = json.loads(sys.argv[1]), Path(sys.argv[2])
     device = DEVICES[asked["device"]]
-    sharding = one_device(device)
+    mesh = mesh_of(device, asked["devices"])
+    whole, rows = replicated(mesh), by_rows(mesh)
+    out = rows if asked["program"] == "infer" else whole
     with routes_for(device.routes):
-        _, function, args, donated = make(asked)
+        _, function, args, donated = make(asked, mesh)
 
         def aot_program(*args: Any) -> Any:  # the name by which XLA dumps it
             return function(*args)
 
-        jitted = jax.jit(aot_program, in_shardings=sharding, out_shardings=sharding, donate_argnums=donated)
+        jitted = jax.jit(aot_program, in_shardings=(whole, rows), out_shardings=out, donate_argnums=donated)
         start = time.perf_counter()
         lowered = jitted.lower(*args)
         lowering = time.perf_counter() - start

@@ -99,6 +99,9 @@ DEVICES = {
         bandwidth=819e9,
         rates={"bf16": 197e12, "f32": 33e12},
         launch=0.0,
-        environment={"TPU_SKIP_MDS_QUERY": "1"},  # no cloud's metadata server is asked
+        environment={
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        },  # no cloud's metadata server is asked
     ),
 }

@@ -18,6 +18,14 @@ from hlo_text import Instruction, arrays, parse, size_in_bytes
 
 # they compute nothing: names, groups and views; nor do the ends of asynchronous operations
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "add-dependency", "opt-barrier"}
+_COLLECTIVES = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
 _READS_A_PART = {"slice", "dynamic-slice", "gather"}
 _WRITES_A_PART = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand holds the part
 
@@ -75,6 +83,7 @@ class Program:
         sums: reductions that add, by dtype of the sum.
         custom_calls: by target.
         callbacks: targets of custom calls that return to Python.
+        collectives: {"kind", "bytes", "path"} of each exchange between devices; bytes of the result on one device.
     """
 
     kernels: list[Kernel] = field(default_factory=list)
@@ -85,6 +94,7 @@ class Program:
     sums: Counter[str] = field(default_factory=Counter)
     custom_calls: Counter[str] = field(default_factory=Counter)
     callbacks: list[str] = field(default_factory=list)
+    collectives: list[dict[str, Any]] = field(default_factory=list)
 
 
 def read(text: str, launches: Counter[str] | None = None) -> Program:
@@ -211,6 +221,9 @@ class _Reader:
             for name in value.called("to_apply"):
                 if any(one.opcode == "add" for one in self.computations.get(name, {}).values()):
                     program.sums[arrays(value.shape)[0][0]] += 1
+        kind = value.opcode.removesuffix("-start")
+        if kind in _COLLECTIVES:
+            program.collectives.append({"kind": kind, "bytes": size_in_bytes(value.shape), "path": value.path})
         if value.opcode == "custom-call":
             program.custom_calls[value.target] += 1
             if "callback" in value.target:

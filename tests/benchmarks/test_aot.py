@@ -15,6 +15,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FCOS_NAME, V2_NAME = "fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2"
 # small forms of the detectors: what a program holds, and whether it compiles, shows in these
 SMALL: dict[str, Any] = {"dtype": "bfloat16", "batch": 2, "size": [128, 160], "masked": False, "depth": 18}
+SMALL["devices"] = 1
 
 
 @pytest.fixture
@@ -47,6 +48,17 @@ def test_compiles(aot, plugins, tmp_path, device, model, program):
     if (model, program) != (FCOS_NAME, "train"):
         assert report["loops"]  # of NMS
     assert report["roofline_ms"] > 0
+
+
+@pytest.mark.aot
+def test_devices_exchange_gradients_and_statistics_alone(aot, plugins, tmp_path):
+    """A step of Faster R-CNN on the four chips of a slice: sums, and no array of the images is gathered."""
+    asked = {"device": "tpu-v5e", "model": V2_NAME, "program": "train", **SMALL, "batch": 4, "devices": 4}
+    report = aot.compile_alone(asked, tmp_path, plugins)
+    assert "error" not in report, (tmp_path / "stderr.txt").read_text()[-3000:]
+    assert {one["kind"] for one in report["collectives"]} == {"all-reduce"}
+    parameters_mb = report["arguments_mb"] / 3  # parameters, momentum and the batch
+    assert parameters_mb < sum(one["mb"] for one in report["collectives"]) < 3 * parameters_mb
 
 
 def test_says_how_to_install_the_compilers(aot, monkeypatch, tmp_path):
@@ -135,7 +147,16 @@ def run(aot, monkeypatch, tmp_path, reports, *arguments):
 def told(milliseconds: float) -> dict[str, Any]:
     names = ("arithmetic_ms", "traffic_ms", "gflop", "gflop_an_image", "traffic_gb", "temporaries_mb", "arguments_mb")
     counts = {name: Counter() for name in ("kernels_by_kind", "convolutions", "products", "sums")}
-    rest = {"loops": [], "sorts": [], "callbacks": [], "kernels": 7, "commit": "abc", "versions": {}, "code_mb": 1}
+    rest = {
+        "loops": [],
+        "sorts": [],
+        "callbacks": [],
+        "collectives": [],
+        "kernels": 7,
+        "commit": "abc",
+        "versions": {},
+        "code_mb": 1,
+    }
     return {**dict.fromkeys(names, 1), **counts, **rest, "roofline_ms": milliseconds}
 
 

@@ -99,9 +99,13 @@ def test_what_returns_to_python_is_named(program):
     assert program.custom_calls["__cublas$lt$matmul"] == 1
 
 
+def test_an_exchange_between_devices_is_listed(program):
+    assert program.collectives == [{"kind": "all-reduce", "bytes": 8, "path": "jit(f)/psum"}]  # two float32 numbers
+
+
 def test_what_only_names_values_is_no_kernel(program):
     kinds = Counter(kernel.kind for kernel in program.kernels)
-    others = {"sort": 1, "iota": 1, "compare": 1, "xla_ffi_python_gpu_callback": 1}
+    others = {"all-reduce": 1, "sort": 1, "iota": 1, "compare": 1, "xla_ffi_python_gpu_callback": 1}
     assert kinds == {"convolution": 1, "product": 1, "fusion": 3, **others}
 
 

@@ -21,6 +21,7 @@ from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.inference.exported import ExportError
 from flaxdet.registry import make_model
 from flaxdet.xla.routes import routes_for
+from tests.detections import assert_same_in_any_order
 from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables
 from tests.tolerances import NET_F32
@@ -31,12 +32,6 @@ pytestmark = pytest.mark.xdist_group("exported")
 
 def noise(*size):
     return np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8)
-
-
-def same(found, expected):
-    np.testing.assert_array_equal(found["labels"], expected["labels"])
-    np.testing.assert_allclose(found["boxes"], expected["boxes"], rtol=0, atol=NET_F32)
-    np.testing.assert_allclose(found["scores"], expected["scores"], rtol=0, atol=NET_F32)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +68,7 @@ def test_the_answers_of_predict(name, options, buckets, tmp_path):
     expected = flaxdet.predict(model, variables, images)
     assert all(len(found["scores"]) > 3 for found in expected)
     for found, other in zip(flaxdet.load_exported(tmp_path)(images), expected, strict=True):
-        same(found, other)
+        assert_same_in_any_order(found, other, NET_F32)
 
 
 def test_one_file_for_all_platforms_and_batches(artifact):
@@ -92,7 +87,9 @@ def test_one_file_for_all_platforms_and_batches(artifact):
     found = jax.device_get(exported.call(weights, padded, sizes, new_sizes))
     for i, expected in enumerate(flaxdet.predict(model, variables, images)):
         valid = found["valid"][i]
-        same({name: found[name][i][valid] for name in ("boxes", "scores", "labels")}, expected)
+        assert_same_in_any_order(
+            {name: found[name][i][valid] for name in ("boxes", "scores", "labels")}, expected, NET_F32
+        )
 
 
 def test_one_canvas_of_any_size(tmp_path):
@@ -104,7 +101,7 @@ def test_one_canvas_of_any_size(tmp_path):
     assert all(len(found["scores"]) > 3 for found in expected)
     for detect in (flaxdet.load_exported(tmp_path), flaxdet.Predictor(model, variables, raw_sizes=(128,))):
         for found, other in zip(detect(images), expected, strict=True):
-            same(found, other)
+            assert_same_in_any_order(found, other, NET_F32)
     with pytest.raises(ValueError, match="size_divisible=1 gives canvases that don't fit into buckets"):
         flaxdet.export(tmp_path, model, variables, buckets=[(96, 64)])
 
@@ -128,7 +125,7 @@ def test_a_program_for_each_batch_size(tmp_path):
     found = dataclasses.replace(detector, _run=counted)(images)
     assert calls == [(1, 2), (0, 1)]  # two images by the program for two, the third by the other
     for own, other in zip(found, flaxdet.predict(model, variables, images), strict=True):
-        same(own, other)
+        assert_same_in_any_order(own, other, NET_F32)
     with routes_for("gpu"):
         assert len(detector([])) == 0
         dataclasses.replace(detector, _run=counted)(images[:1])
@@ -157,7 +154,7 @@ sys.meta_path.insert(0, Blocked())
     assert done.returncode == 0, done.stderr
     found = {name: np.array(values) for name, values in json.loads(done.stdout).items()}
     decoded = np.asarray(Image.open(tmp_path / "photo.jpg").convert("RGB"))
-    same(found, flaxdet.predict(model, variables, [decoded])[0])
+    assert_same_in_any_order(found, flaxdet.predict(model, variables, [decoded])[0], NET_F32)
 
 
 def test_the_command(tmp_path, capsys):
