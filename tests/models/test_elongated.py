@@ -19,7 +19,7 @@ from tests.tolerances import BOXES_F64, SCORES_F64
 
 pytestmark = pytest.mark.xdist_group("strips")
 # rows of the resized image: a torchvision that sees 1 to 22, 33 to 45 or 65 to 67 rows first infers another scale
-FEW, MANY = (1, 33, 67), (7, 22, 45, 65)
+FEW, MANY = (33,), (1, 22, 45, 67)
 COLUMNS = 320
 
 
@@ -35,10 +35,10 @@ def undeclared(backbone: BackboneWithFPN) -> BackboneWithFPN:
 @pytest.mark.parametrize(
     ("declared", "heights"),
     [
-        (True, FEW[1:2]),
-        (False, FEW[1:2]),
-        pytest.param(True, FEW + MANY, marks=pytest.mark.ci),
-        pytest.param(False, FEW + MANY, marks=pytest.mark.ci),
+        (True, FEW),
+        (False, FEW),
+        pytest.param(True, MANY, marks=pytest.mark.ci),
+        pytest.param(False, MANY, marks=pytest.mark.ci),
     ],
 )
 def test_detections_of_strips(declared, heights, x64):

@@ -32,17 +32,18 @@ def routes() -> Iterator[None]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``name`` is each registered builder's; the tests of a file and a model run in one worker and share programs.
 
-    Tests marked ``costly`` run outside of CI for one detector of each class alone.
+    Tests marked ``costly`` run outside of CI for one detector of each class alone, tests marked ``whole`` in CI alone.
     """
     if "name" not in metafunc.fixturenames:
         return
     from tests.parity import sides
 
     file, costly = metafunc.module.__name__.rpartition(".")[2], metafunc.definition.get_closest_marker("costly")
+    whole = metafunc.definition.get_closest_marker("whole")
     cases = []
-    for name in sides.NAMES:
+    for name in sides.whole_names() if whole else sides.NAMES:
         marks = [pytest.mark.xdist_group(f"{file} {name}")]
-        if costly and name != sides.representative(registry.get(name).kind):
+        if whole or (costly and name != sides.representative(registry.get(name).kind)):
             marks.append(pytest.mark.ci)
         cases.append(pytest.param(name, marks=marks))
     metafunc.parametrize("name", cases)

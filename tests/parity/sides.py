@@ -33,6 +33,12 @@ def representative(kind: type) -> str:
     return next((name for name in names if name in (TINY_NAME, V2_NAME)), names[0])
 
 
+def whole_names() -> list[str]:
+    """The one detector of each class whose whole ResNet-50 is compared; small forms are compared of every detector."""
+    published = {registry.get(name).kind: name for name in NAMES if not registry.get(name).private}
+    return [*published.values()]
+
+
 def known(name: str, options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that the detector has: one without proposals has none of theirs."""
     return {option: value for option, value in options.items() if option in registry.get(name).fields}

@@ -97,8 +97,16 @@ def test_shapes_and_stages_without_computing(name):
     assert all(len(values) == 1 for values in sown.values()), "each is sown once"
 
 
-@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.ci)], ids=["small", "whole"])
-def test_initialised_as_torchvision_does(name, small):
+def test_initialised_as_torchvision_does(name):
+    initialised_as_torchvision_does(name, small=True)
+
+
+@pytest.mark.whole
+def test_a_whole_resnet_50_is_initialised_as_torchvision_does(name):
+    initialised_as_torchvision_does(name, small=False)
+
+
+def initialised_as_torchvision_does(name, *, small):
     def build() -> torch.nn.Module:
         return reference.build(name, small=small)
 

@@ -87,7 +87,7 @@ def close_losses(found: dict[str, Any], expected: dict[str, float]) -> None:
         np.testing.assert_allclose(float(found[key]), value, rtol=LOSS_F64, atol=LOSS_F64, err_msg=key)
 
 
-@pytest.mark.ci  # test_sgd_steps.py has steps of the small form
+@pytest.mark.whole  # test_sgd_steps.py has steps of the small forms
 def test_training_step_of_the_whole_resnet_50(name, x64, monkeypatch):
     """torchvision's canvas lies inside a larger bucket, and the targets have more slots than boxes."""
     options = {"min_size": 64, "max_size": 96} | sides.known(name, EXHAUSTIVE)

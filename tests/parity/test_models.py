@@ -19,7 +19,7 @@ BARS = {
 AFTER_PROPOSALS = {"roi_features", "class_logits", "box_regression", "class_scores"}
 
 
-@pytest.mark.ci  # test_options.py compares small forms, stage by stage too
+@pytest.mark.whole  # test_options.py compares small forms, stage by stage too
 @pytest.mark.parametrize("dtype", BARS)
 def test_resnet50(name, dtype):
     # few proposals: the box head's convolutions are most of the time

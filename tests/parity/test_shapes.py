@@ -18,7 +18,7 @@ def assert_same(ours, theirs):
     return match
 
 
-@pytest.mark.ci  # tests/models/test_elongated.py has smaller ones
+@pytest.mark.whole  # tests/models/test_elongated.py has smaller ones
 def test_elongated_at_full_size(name, x64):
     """At 67x1333 a first image would teach torchvision other scales of RoIAlign; strides depart from powers of two."""
     model, variables, theirs = sides.both(name, dtype="float64", **sides.known(name, FEW))
@@ -26,7 +26,7 @@ def test_elongated_at_full_size(name, x64):
     (expected,), _ = stages.run_reference(theirs, [image], keep_stages=False)
     (found,) = flaxdet.predict(model, variables, [image])
     match = assert_same(found, expected)
-    assert match.count > 1  # the tiny detector has two
+    assert match.count > 5
 
 
 @pytest.mark.costly
