@@ -56,7 +56,7 @@ def copy(artifact, tmp_path):
     [
         # every other test here is of an FCOS
         pytest.param(FCOS_NAME, {"score_thresh": 0.05}, [(64, 96), (96, 64)], marks=pytest.mark.ci),
-        (V2_NAME, {"box_score_thresh": 0.2}, [(96, 96)]),
+        pytest.param(V2_NAME, {"box_score_thresh": 0.2}, [(96, 96)], marks=pytest.mark.ci),
     ],
 )
 def test_the_answers_of_predict(name, options, buckets, tmp_path):

@@ -55,7 +55,7 @@ def fcos():
     return model, tiny_variables(model)
 
 
-@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
+@pytest.mark.parametrize("name", [FCOS_NAME, pytest.param(V2_NAME, marks=pytest.mark.ci)])
 def test_the_answers_of_predict(name, x64):
     """In float64: every image as it is alone, in batches of three, as a list, as floats, and as a stream.
 

@@ -71,6 +71,7 @@ def detector(name: str, **options: Any) -> Any:
     return sides.both(name, dtype="float64", **(SMALL | sides.known(name, FEW) | options))
 
 
+@pytest.mark.costly
 def test_the_whole_detector(name, x64):
     compare_whole(name, {})
 
