@@ -7,19 +7,20 @@ torchvision's order. `rules` selects the modules with variables, and adds tensor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from typing import Any, NamedTuple
 
 from flax import traverse_util
 
 from flaxdet.convert import layouts
-from flaxdet.files.checkpoint import PREFIXES
+from flaxdet.files.unwrap import DATA_PARALLEL, clean_key
 from flaxdet.nn.names import TorchName
 
 Path = tuple[str, ...]
 
 COLLECTIONS = ("params", "batch_stats")
 COUNTER = "num_batches_tracked"
+_DEPTH = 8  # components of a prefix
 # Name of a leaf in Flax -> name in torch, in torch's order.
 _LEAVES = {
     "kernel": "weight",
@@ -31,8 +32,8 @@ _LEAVES = {
 
 # Old names, which torchvision renames on loading: (old, new).
 _OLD_NAMES = (
-    (re.compile(r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)"), r"\1.0.\2"),
-    (re.compile(r"rpn\.head\.conv\.(weight|bias)"), r"rpn.head.conv.0.0.\1"),
+    (re.compile(r"((?:.*\.)?backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)"), r"\1.0.\2"),
+    (re.compile(r"((?:.*\.)?rpn\.head\.conv)\.(weight|bias)"), r"\1.0.0.\2"),
 )
 
 
@@ -128,7 +129,7 @@ def _module_rows(
 
 
 def canonical_keys(state_dict: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The keys of a state_dict by torchvision's present names: without "module.", and with old names replaced.
+    """The keys of a state_dict by torchvision's present names: without wrappers' prefixes, and with old names replaced.
 
     Args:
         state_dict: anything by key.
@@ -138,11 +139,32 @@ def canonical_keys(state_dict: Mapping[str, Any]) -> dict[str, list[str]]:
     """
     names: dict[str, list[str]] = {}
     for key in state_dict:
-        name = key
-        for prefix in PREFIXES:
-            name = name.removeprefix(prefix)
+        name = clean_key(key).replace(f".{DATA_PARALLEL}", ".").removeprefix(DATA_PARALLEL)
         for pattern, new in _OLD_NAMES:
             if pattern.fullmatch(name):
                 name = pattern.sub(new, name)
         names.setdefault(name, []).append(key)
     return names
+
+
+def prefixes_of(names: Iterable[str], wanted: Set[str]) -> dict[str, int]:
+    """The prefixes under which names lie, for a detector that is a part of another module.
+
+    Args:
+        names: names of tensors, such as "teacher.backbone.body.conv1.weight".
+        wanted: names without prefix.
+
+    Returns:
+        {prefix, such as "teacher." or "": number of wanted names under it}.
+    """
+    counts: dict[str, int] = {}
+    for name in names:
+        prefix, rest = "", name
+        for _ in range(_DEPTH):
+            if rest in wanted:
+                counts[prefix] = counts.get(prefix, 0) + 1
+            component, dot, rest = rest.partition(".")
+            prefix += component + dot
+            if not dot:
+                break
+    return counts

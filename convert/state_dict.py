@@ -18,8 +18,9 @@ import numpy as np
 from flax import traverse_util
 
 from flaxdet.convert.identify import describe
-from flaxdet.convert.rules import COLLECTIONS, COUNTER, Rule, canonical_keys, leaves_of, rules
+from flaxdet.convert.rules import COLLECTIONS, COUNTER, Rule, canonical_keys, leaves_of, prefixes_of, rules
 from flaxdet.files import checkpoint
+from flaxdet.files.messages import one_line
 from flaxdet.models.detector import example_batch
 from flaxdet.registry import FROZEN_EPS
 
@@ -48,7 +49,7 @@ class StateDictError(ValueError):
         counts = ", ".join(f"{len(texts)} {kind}" for kind, texts in self.faults.items())
         lines = [f"{subject}: {counts}{hint}"]
         for kind, texts in self.faults.items():
-            lines += [f"  {kind}: {checkpoint.one_line(text)}" for text in texts[:_SHOWN]]
+            lines += [f"  {kind}: {one_line(text)}" for text in texts[:_SHOWN]]
             if len(texts) > _SHOWN:
                 lines.append(f"  {kind}: and {len(texts) - _SHOWN} more")
         super().__init__("\n".join(lines))
@@ -59,9 +60,10 @@ def from_torchvision(
 ) -> Variables:
     """Converts a state_dict of torchvision's model into variables of flaxdet's model.
 
-    Accepts torchvision's present keys, torchvision's older keys, the prefix "module." of DataParallel, a checkpoint of
-    the training reference ({"model": ...}), state_dicts with and without ``num_batches_tracked``, and any floating
-    dtype.
+    Accepts torchvision's present keys, torchvision's older keys, prefixes of DataParallel, torch.compile, FSDP and of a
+    detector that is a part of another module (Lightning's "model."; tensors without this prefix are left out), a
+    checkpoint of the training reference ({"model": ...}), state_dicts with and without ``num_batches_tracked``, and any
+    floating dtype.
 
     Args:
         model: a detector of parts that torchvision has, for example from a builder.
@@ -100,7 +102,7 @@ def backbone_from_torchvision(
     Args:
         model: the detector.
         variables: the variables of the detector; not changed.
-        state_dict: as for `from_torchvision`; ``fc.*`` is ignored.
+        state_dict: as for `from_torchvision`; ``fc.*`` is ignored. The body of a whole detector is taken too.
         allow_nonfinite: accept NaN and infinities.
         source: name of the state_dict in error messages; default the path, or "state_dict".
 
@@ -117,7 +119,7 @@ def backbone_from_torchvision(
     rows = [
         row._replace(key=row.key.removeprefix(prefix)) for row in rules(model, variables) if row.key.startswith(prefix)
     ]
-    state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    state = {key: value for key, value in state.items() if ".fc." not in f".{key}"}
     leaves = {(c, path): leaf for c, path, leaf in leaves_of(variables)}
     dtypes = {where: leaf.dtype for where, leaf in leaves.items()}
     message = f"{subject} does not fit the backbone of {type(model).__name__}"
@@ -225,7 +227,7 @@ def _open(state_dict: Source, name: str | None) -> tuple[str, dict[str, Any]]:
     try:
         return name, checkpoint.unwrap(state_dict)
     except ValueError as error:
-        raise checkpoint.CheckpointError(checkpoint.one_line(f"{name} {error}")) from error
+        raise checkpoint.CheckpointError(one_line(f"{name} {error}")) from error
 
 
 def _where(at: tuple[str, tuple[str, ...]]) -> str:
@@ -240,6 +242,21 @@ def _nest(flat: Mapping[tuple[str, tuple[str, ...]], Any], like: Mapping[str, An
     }
 
 
+def _detector_names(names: dict[str, list[str]], wanted: set[str]) -> dict[str, list[str]]:
+    """The names of the detector's tensors, without the prefix that the detector has as a part of another module."""
+    counts = prefixes_of(names, wanted)
+    best = max(counts.values(), default=0)
+    chosen = [prefix for prefix, count in counts.items() if count == best]
+    if "" in chosen or 2 * best < len(wanted):
+        return names
+    if len(chosen) > 1:
+        listed = ", ".join(f'"{prefix[:-1][:80]}"' for prefix in chosen[:_SHOWN])
+        raise checkpoint.CheckpointError(
+            f"the state_dict holds the model several times, under {listed}: pass one of them"
+        )
+    return {name.removeprefix(chosen[0]): keys for name, keys in names.items() if name.startswith(chosen[0])}
+
+
 def _convert(
     message: str,
     state: StateDict,
@@ -248,7 +265,7 @@ def _convert(
     allow_nonfinite: bool,
 ) -> dict[tuple[str, tuple[str, ...]], jax.Array]:
     """The leaf of every row; or one StateDictError with all faults."""
-    names = canonical_keys(state)
+    names = _detector_names(canonical_keys(state), {row.key for row in rows if row.collection is not None})
     expected = {row.key for row in rows}
     # Frozen BatchNorm has no counter, but a file of live BatchNorm has a counter per BatchNorm.
     ignored = {f"{row.key.removesuffix('running_mean')}{COUNTER}" for row in rows if row.key.endswith("running_mean")}

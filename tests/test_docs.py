@@ -114,6 +114,9 @@ def prepared(tmp_path_factory) -> Path:
         variables = flaxdet.convert.from_torchvision(model, drawn_weights(model))
         flaxdet.save(folder / "model.pth", model, variables)
         flaxdet.save(folder / "model.safetensors", model, variables, categories=CLASSES)
+        tensors = drawn_weights(model).items()
+        several = {f"{name}.{key}": value for name in ("model_ema", "teacher") for key, value in tensors}
+        flaxdet.convert.write_pth(folder / "last.ckpt", several)
     (folder / "run").mkdir()
     (folder / "run" / "model.safetensors").hardlink_to(folder / "model.safetensors")
     return folder

@@ -132,7 +132,9 @@ LAYERS = [
     ["structures", "_version"],
     ["xla"],
     # files that know no model
-    ["files.checkpoint", "files.torch_pickle", "files.torch_zip", "files.download"],
+    ["files.messages", "files.opening", "files.json_text", "files.schema", "files.unwrap"],
+    ["files.checkpoint", "files.tensor_file", "files.torch_objects", "files.torch_pickle", "files.torch_zip"],
+    ["files.download", "files.https"],
     ["ops"],
     ["nn"],
     ["models"],

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from flaxdet.cli.options import (
+    Key,
     ModelName,
     Quiet,
     Size,
@@ -34,6 +35,10 @@ class Convert:
 
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """The file to write. The ending, .safetensors or .pth, selects the format."""
+
+    key: Key = None
+    """Which state_dict in the file: its name there (model_ema), or a prefix of keys (teacher). Default: the only one,
+    else model, state_dict or model_state_dict."""
 
     model: Annotated[ModelName | None, Quiet] = None
     """The detector. Default: the detector in the file SOURCE, else fcos_resnet50_fpn."""
@@ -72,6 +77,7 @@ class Convert:
         model, variables, stored_names = load_model(
             self.model,
             self.source,
+            key=self.key,
             progress=self.progress,
             min_size=self.min_size,
             max_size=self.max_size,

@@ -14,6 +14,7 @@ import tyro
 
 from flaxdet.cli.demo import check_demo, demo_photos, load_demo, print_next
 from flaxdet.cli.options import (
+    Key,
     ModelName,
     Quiet,
     Size,
@@ -52,6 +53,10 @@ class Detect:
 
     weights: str = "COCO_V1"
     """A file (.safetensors or .pth, flaxdet's or torchvision's), or the name of published weights (downloaded once)."""
+
+    key: Key = None
+    """Which state_dict in the file: its name there (model_ema), or a prefix of keys (teacher). Default: the only one,
+    else model, state_dict or model_state_dict."""
 
     model: Annotated[ModelName | None, Quiet] = None
     """The detector. Default: the detector in the file WEIGHTS, else fcos_resnet50_fpn."""

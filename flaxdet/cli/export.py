@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from flaxdet.cli.options import (
+    Key,
     ModelName,
     Quiet,
     Size,
@@ -34,6 +35,10 @@ class Export:
 
     weights: str = "COCO_V1"
     """A file (.safetensors or .pth, flaxdet's or torchvision's), or the name of published weights (downloaded once)."""
+
+    key: Key = None
+    """Which state_dict in the file: its name there (model_ema), or a prefix of keys (teacher). Default: the only one,
+    else model, state_dict or model_state_dict."""
 
     model: Annotated[ModelName | None, Quiet] = None
     """The detector. Default: the detector in the file WEIGHTS, else fcos_resnet50_fpn."""

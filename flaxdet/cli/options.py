@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from flaxdet import registry
+from flaxdet.files import schema
+from flaxdet.files.messages import one_line
+from flaxdet.files.opening import HEAD, foreign_kind, open_regular
 
 if TYPE_CHECKING:
     ModelName = str
@@ -20,7 +24,9 @@ else:
     ModelName = Literal[tuple(registry.names())]  # tyro lists the names and refuses others
 Quiet = tyro.conf.arg(help_behavior_hint="")  # the help text states the default in words
 Size = Annotated[int | None, Quiet]
+Key = Annotated[str | None, Quiet, tyro.conf.arg(metavar="NAME")]
 _MOST_LABELS = 100_000  # category ids above this can't be labels
+_MOST_SHOWN = 5
 
 
 def check_sizes(min_size: int | None, max_size: int | None) -> None:
@@ -90,14 +96,38 @@ def published(weights: str, model: str | None = None) -> tuple[str, Any]:
     return builder, enums[builder][name]
 
 
+def read_weights(weights: str, key: str | None = None) -> Any:
+    """The content of a file of weights; tells on stderr which tensors beside the detector are left out.
+
+    Args:
+        weights: the file.
+        key: as for ``flaxdet.load``.
+
+    Returns:
+        A ``ModelFile``.
+
+    Raises:
+        ValueError, OSError: as ``flaxdet.load``.
+    """
+    from flaxdet.files.models import read_model
+
+    file = read_model(weights, key=key)
+    if file.left_out:
+        some = ", ".join(file.left_out[:_MOST_SHOWN])
+        more = f" and {len(file.left_out) - _MOST_SHOWN} more" if len(file.left_out) > _MOST_SHOWN else ""
+        print(f"{weights}: reads the tensors under {file.prefix}, leaves out {one_line(some)}{more}", file=sys.stderr)
+    return file
+
+
 def load_model(
-    model: ModelName | None, weights: str, *, progress: bool = True, **options: Any
+    model: ModelName | None, weights: str, *, key: str | None = None, progress: bool = True, **options: Any
 ) -> tuple[Any, Any, list[str] | None]:
     """The model, its variables and the names of its labels.
 
     Args:
         model: name of the builder, or None. A file states the builder, which must then be this one.
         weights: name of published weights, or a file.
+        key: which state_dict of the file, as for ``flaxdet.load``.
         progress: shows a progress bar while downloading.
         **options: options of the model; options with the value None are ignored. ``threshold`` is the score threshold
             of any model.
@@ -116,11 +146,12 @@ def load_model(
     threshold = options.pop("threshold", None)
     member, file = None, None
     if is_file_name(weights):
-        file = files.read_model(weights)
+        file = read_weights(weights, key)
         builder = file.builder
         if model not in (None, builder):
             raise ValueError(f"{weights}: expected weights of {model}, found {builder}")
     else:
+        check_key(weights, key)
         builder, member = published(weights, model)
         if "frozen_bn" in options:  # the builders accept no frozen_bn
             file = files.read_model(member.get_path(progress=progress))
@@ -135,11 +166,17 @@ def load_model(
     return detector, variables, None if file is None else file.categories
 
 
+def check_key(weights: str, key: str | None) -> None:
+    """Raises ValueError for a ``--key`` of published weights."""
+    if key is not None:
+        raise ValueError(f"--key {key}: chooses a state_dict of a file, and {weights} names published weights")
+
+
 def load_with_names(command: Any, given: list[str] | None) -> tuple[Any, Any, list[str] | None]:
     """The model, its variables and the names of its labels, by the options of a command.
 
     Args:
-        command: a command with the options model, weights, categories, threshold, min_size, max_size, dtype and
+        command: a command with the options model, weights, key, categories, threshold, min_size, max_size, dtype and
             progress.
         given: the names in the file --categories (``given_names``), or None.
 
@@ -155,6 +192,7 @@ def load_with_names(command: Any, given: list[str] | None) -> tuple[Any, Any, li
     model, variables, stored_names = load_model(
         command.model,
         command.weights,
+        key=command.key,
         progress=command.progress,
         threshold=command.threshold,
         min_size=command.min_size,
@@ -189,28 +227,43 @@ def read_categories(path: Path) -> list[str]:
     """
     expected = 'expected a JSON list of names, COCO annotations with "categories", or text with one name per line'
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        with open_regular(path) as file:
+            content = file.read()
     except OSError as error:
         raise OSError(f"{path}: cannot be read ({error.strerror}), {expected}") from None
+    if (kind := foreign_kind(content[:HEAD])) is not None:
+        raise ValueError(f"{path}: {expected}; it {kind}")
+    try:
+        text = content.decode("utf-8-sig")
     except ValueError:
         raise ValueError(f"{path}: {expected}, found something that is no text") from None
-    if path.suffix.lower() != ".json":
-        names = [line.strip() for line in text.strip().splitlines()]
-        if not names:
-            raise ValueError(f"{path}: {expected}, found an empty file")
+    if path.suffix.lower() == ".json":
+        try:
+            names = _names_in_json(text)
+            schema.check_names(names, "the names")
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(one_line(f"{path}: {expected}, found something else ({error})")) from None
         return names
+    names = [line.strip() for line in text.strip().splitlines()]
+    if not names:
+        raise ValueError(f"{path}: {expected}, found an empty file")
     try:
-        content = json.loads(text)
-        if isinstance(content, dict):
-            names_by_id = {int(row["id"]): str(row["name"]) for row in content["categories"]}
-            first, last = min(names_by_id), max(names_by_id)
-            if first < 0 or last > _MOST_LABELS:
-                raise ValueError(f"ids from {first} to {last}")
-            return [names_by_id.get(label, "N/A" if label else "__background__") for label in range(last + 1)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: {expected}, found something else ({error})") from None
+        schema.check_names(names, "the names")
+    except ValueError as error:
+        raise ValueError(one_line(f"{path}: {expected}; {error}")) from None
+    return names
+
+
+def _names_in_json(text: str) -> list[str]:
+    content = json.loads(text)  # annotations may be larger than ``json_text`` allows
+    if isinstance(content, dict):
+        names_by_id = {int(row["id"]): str(row["name"]) for row in content["categories"]}
+        first, last = min(names_by_id), max(names_by_id)
+        if first < 0 or last > _MOST_LABELS:
+            raise ValueError(f"ids from {first} to {last}")
+        return [names_by_id.get(label, "N/A" if label else "__background__") for label in range(last + 1)]
     if not isinstance(content, list) or not all(isinstance(name, str) for name in content):
-        raise ValueError(f"{path}: {expected}, found a JSON {type(content).__name__}")
+        raise ValueError(f"a JSON {type(content).__name__}")
     return content
 
 

@@ -11,13 +11,16 @@ import tyro
 
 from flaxdet import registry
 from flaxdet.cli.options import (
+    Key,
     ModelName,
     Quiet,
+    check_key,
     check_sizes,
     free_name,
     is_file_name,
     make_folder,
     published,
+    read_weights,
 )
 
 if TYPE_CHECKING:
@@ -48,6 +51,10 @@ class Verify:
 
     weights: str = "random"
     """random, COCO_V1 (downloaded once), or a file (.pth or .safetensors) with torchvision's weights."""
+
+    key: Key = None
+    """Which state_dict in the file: its name there (model_ema), or a prefix of keys (teacher). Default: the only one,
+    else model, state_dict or model_state_dict."""
 
     image: Annotated[tuple[Path, ...], Quiet, tyro.conf.arg(metavar="FILE...")] = ()
     """Photos; each photo runs alone. Default: matplotlib's photo of Grace Hopper."""
@@ -92,15 +99,15 @@ class Verify:
 
     def _weights(self) -> tuple[list[str], str | ModelFile]:
         """The names of the models to verify, and the weights: a name, or the content of a file."""
-        from flaxdet.files.models import read_model
-
         names = registry.names() if self.model == "all" else [self.model]
         weights: str | ModelFile = self.weights
+        if not is_file_name(self.weights):
+            check_key(self.weights, self.key)
         if self.weights == "random":
             return names, weights
         if is_file_name(self.weights):
-            weights = read_model(self.weights)
-            builder = weights.builder
+            weights = file = read_weights(self.weights, self.key)
+            builder = file.builder
         elif "." in self.weights:
             builder, _ = published(self.weights)
         else:

@@ -7,6 +7,7 @@ needs torch, whose ``weights_only`` loader then reads the file.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import secrets
 import sys
@@ -19,17 +20,21 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from flaxdet.files import torch_pickle, torch_zip
+from flaxdet.files import tensor_file, torch_pickle, torch_zip
+from flaxdet.files.messages import one_line
+from flaxdet.files.opening import HEAD, foreign_kind, open_regular
+from flaxdet.files.torch_objects import FLOAT8, Placeholder
+from flaxdet.files.unwrap import unwrap
 
 _LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first bytes of a legacy file, a pickled number
-_WRAPPERS = ("model", "state_dict", "model_state_dict")
-_EMA = "model_ema"
-PREFIXES = ("module.", "_orig_mod.")  # of the keys of models wrapped in DataParallel and torch.compile
 _WANTED = "expected a state_dict saved by torch.save (.pth) or by safetensors"
 
 
 class CheckpointError(ValueError):
     """A checkpoint can't be read, written or recognised; the message is one line that names the file."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(one_line(str(each)) for each in args))
 
 
 class CheckpointFileError(CheckpointError, OSError):
@@ -42,61 +47,77 @@ class CheckpointNotFoundError(CheckpointFileError, FileNotFoundError):
 
 def _file_error(path: str | os.PathLike[str], message: str, error: OSError) -> CheckpointFileError:
     kind = CheckpointNotFoundError if isinstance(error, FileNotFoundError) else CheckpointFileError
-    return kind(str(_error(path, message.format(error.strerror or error))))
+    return kind(str(error_of(path, message.format(error.strerror or error))))
 
 
-def _error(path: str | os.PathLike[str], message: object) -> CheckpointError:
-    return CheckpointError(one_line(f"{os.fspath(path)}: {message}"))
+def error_of(path: str | os.PathLike[str], message: object) -> CheckpointError:
+    """The error about a file, on one line.
+
+    Args:
+        path: the file.
+        message: what is wrong; it follows the path and a colon.
+    """
+    return CheckpointError(f"{os.fspath(path)}: {message}")
 
 
-def one_line(text: str) -> str:
-    """The text without line breaks and control characters, since parts of it may come from an untrusted file."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-
-
-def read(path: str | os.PathLike[str], *, ema: bool = False) -> dict[str, Any]:
+def read(path: str | os.PathLike[str], *, ema: bool = False, key: str | None = None) -> dict[str, Any]:
     """Reads the state_dict of a checkpoint file.
 
     Args:
         path: a ``.pth`` (torch's zip format, or the legacy format if torch is installed) or ``.safetensors`` file.
-            Of a file of torchvision's training reference, {"model": ..., "optimizer": ...}, "model" is read.
-        ema: read "model_ema" of such a file instead of "model".
+            Of a file of torchvision's training reference, {"model": ..., "optimizer": ...}, "model" is read; of a file
+            of Lightning, "state_dict".
+        ema: as ``key="model_ema"``.
+        key: which state_dict, if the file holds several: its name in the file ("model_ema"), with dots where dicts
+            are nested; or a prefix of keys ("teacher").
 
     Returns:
-        Arrays by torch key, in the file's order and dtypes (bfloat16 is ml_dtypes'), without DataParallel's
-        prefix "module.". Numbers, strings and plain containers are returned unchanged, and other objects become
-        an inert `torch_pickle.Placeholder`: nothing that a file names is ever imported or called.
+        Arrays by torch key, in the file's order and dtypes (bfloat16 and float8 are ml_dtypes'), without the prefixes
+        of wrappers: "module.", "model.", "detector." and "net." if all keys have them, torch.compile's and FSDP's
+        anywhere. Numbers, strings and plain containers are returned unchanged, and other objects become an inert
+        `torch_objects.Placeholder`: nothing that a file names is ever imported or called.
 
     Raises:
-        CheckpointError: if the file is truncated, damaged, of another kind or holds no state_dict.
+        CheckpointError: if the file is truncated, damaged, of another kind or holds no state_dict; if it exceeds a
+            limit (16 MiB of pickle, 300 nested containers, tensors larger than the file); or if it holds several
+            state_dicts, or none under ``key``.
         CheckpointFileError: (also an OSError) if the file can't be read; `CheckpointNotFoundError` (also a
             FileNotFoundError) if there is no such file.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            head = file.read(len(_LEGACY_MAGIC))
+            head = file.read(HEAD)
             if head[:4] == b"PK\x03\x04":
                 archive = torch_zip.TorchZip(file)
-                state = unwrap(archive.root, ema=ema)
-                return {
-                    key: archive.array(value) if isinstance(value, torch_pickle.LazyTensor) else value
-                    for key, value in state.items()
-                }
+                return _kept(archive.arrays(unwrap(archive.root, ema=ema, key=key)))
             if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
-                return unwrap(safetensors.numpy.load_file(path), ema=ema)
-        if head == _LEGACY_MAGIC:
-            return {key: as_array(value) for key, value in unwrap(_load_legacy(path), ema=ema).items()}
+                file.seek(0)
+                return unwrap(tensor_file.read(file), ema=ema, key=key)
+            if head.startswith(_LEGACY_MAGIC):
+                return _kept(_read_legacy(path, file, size, ema=ema, key=key))
     except OSError as error:
         raise _file_error(path, f"cannot be read: {{}}; {_WANTED}", error) from error
-    except (ValueError, OverflowError, MemoryError, safetensors.SafetensorError) as error:
-        raise _error(path, error if isinstance(error, ValueError) else f"is damaged: {error}") from error
+    except (ValueError, OverflowError, MemoryError, RecursionError) as error:
+        raise error_of(path, error if isinstance(error, ValueError) else f"is damaged: {error!r}") from error
+    if (kind := foreign_kind(head)) is not None:
+        raise error_of(path, f"is not a checkpoint: it {kind}; {_WANTED}")
     kind = "is empty" if not head else "is not a checkpoint"
     if head[:1] == b"\x80":
         kind = "is a Python pickle that torch.save did not write"
     elif head[8:9] == b"{":
         kind = "ends inside its header: a truncated .safetensors?"
-    raise _error(path, f"{kind}; {_WANTED}")
+    raise error_of(path, f"{kind}; {_WANTED}")
+
+
+def _kept(state: dict[str, Any]) -> dict[str, Any]:
+    """The state_dict; raises ValueError for a tensor of a kind that numpy doesn't have."""
+    for key, value in state.items():
+        origin = getattr(value, "origin", "")
+        if origin.startswith(("tensor of ", "torch._utils._rebuild_")):
+            kind = origin.removeprefix("torch._utils._rebuild_").replace("_", " ")
+            raise ValueError(f"holds {key}, a {kind}, which numpy has no counterpart for")
+    return state
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
@@ -108,11 +129,26 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     Returns:
         Texts by name; {} for a file of any other kind.
     """
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            return dict(file.metadata() or {})
-    except (OSError, safetensors.SafetensorError):
-        return {}
+    return tensor_file.read_metadata(path)
+
+
+def _read_legacy(path: str | os.PathLike[str], file: BinaryIO, size: int, **which: Any) -> dict[str, Any]:
+    """The state_dict in torch's format of before 1.6: four pickles, the last of the state_dict, and storages.
+
+    Our own unpickler runs them first, since torch's has no limits.
+    """
+    file.seek(0)
+    pickles = io.BytesIO(file.read(torch_pickle.MAX_PROGRAM))
+    for _ in range(3):
+        torch_pickle.load_from(pickles)
+    root = torch_pickle.load_from(pickles)
+    if isinstance(root, Placeholder):
+        unwrap(root)  # raises the error that names the object's type
+    state = {key: as_array(value) for key, value in unwrap(_load_legacy(path), **which).items()}
+    arrays = [value for value in state.values() if isinstance(value, np.ndarray)]
+    if sum(array.nbytes for array in arrays) > torch_zip.MOST_VIEWS * size:
+        raise ValueError(f"has tensors that need more memory than the file's {size:,} bytes explain")
+    return state
 
 
 def _load_legacy(path: str | os.PathLike[str]) -> Any:
@@ -129,52 +165,18 @@ def _load_legacy(path: str | os.PathLike[str]) -> Any:
         raise ValueError(f"torch.load(weights_only=True) refuses it: {str(error).split('. ')[0]}") from error
 
 
-def unwrap(root: Any, *, ema: bool = False) -> dict[str, Any]:
-    """The state_dict in the content of a checkpoint file.
-
-    Args:
-        root: a state_dict, or a dict with a state_dict under "model", "state_dict" or "model_state_dict".
-        ema: return the state_dict under "model_ema" instead.
-
-    Returns:
-        The state_dict; the prefixes "module." and "_orig_mod." are removed if every key begins with them.
-
-    Raises:
-        ValueError: if there is no state_dict.
-    """
-    if not isinstance(root, Mapping):
-        origin = getattr(root, "origin", type(root).__name__)
-        raise ValueError(f"holds an object of type {origin}, not a state_dict: save model.state_dict() instead")
-    if ema and not isinstance(root.get(_EMA), Mapping):
-        raise ValueError(f'holds no state_dict under "{_EMA}"')
-    for name in [_EMA] if ema else _WRAPPERS:
-        if isinstance(root.get(name), Mapping):
-            root = root[name]
-            break
-    wrong = [key for key in root if not isinstance(key, str)]
-    if wrong:
-        raise ValueError(f"holds a dict with keys of type {type(wrong[0]).__name__}, not a state_dict")
-    state = dict(root)
-    if ema:
-        state.pop("n_averaged", None)  # a counter that torch.optim.swa_utils.AveragedModel adds
-    if not any(hasattr(value, "shape") for value in state.values()):
-        shown = ", ".join(sorted(state)[:5]) or "none"
-        raise ValueError(f"holds a dict without tensors (keys: {shown}), not a state_dict")
-    for prefix in PREFIXES:
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
-
-
 def as_array(value: Any) -> Any:
     """A torch tensor as a numpy array of the same bits, without importing torch; anything else unchanged."""
     if not callable(getattr(value, "detach", None)):
         return value
     try:
-        tensor = value.detach().cpu()
-        if str(tensor.dtype) != "torch.bfloat16":
-            return tensor.numpy()
-        return tensor.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16)
+        tensor = value.detach().cpu().resolve_conj().resolve_neg()
+        name = str(tensor.dtype).removeprefix("torch.")
+        if name == "bfloat16":
+            return tensor.view(sys.modules["torch"].int16).numpy().view(ml_dtypes.bfloat16)
+        if name in FLOAT8:
+            return tensor.view(sys.modules["torch"].uint8).numpy().view(FLOAT8[name])
+        return tensor.numpy()
     except (TypeError, RuntimeError, NotImplementedError):  # sparse, quantised, on the meta device
         return value
 
@@ -222,7 +224,7 @@ def _contiguous(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> 
     for key, value in state_dict.items():
         value = as_array(value)
         if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-            raise _error(path, f"not written: {key} is a {type(value).__name__}, expected an array")
+            raise error_of(path, f"not written: {key} is a {type(value).__name__}, expected an array")
         array = np.asarray(value, order="C")  # ascontiguousarray would give scalars an axis
         arrays[key] = array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
     return arrays
@@ -258,5 +260,5 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise _file_error(path, "cannot be written: {}; nothing was changed", error) from error
         if isinstance(error, (ValueError, TypeError, safetensors.SafetensorError)):
-            raise _error(path, f"not written: {error}") from error
+            raise error_of(path, f"not written: {error}") from error
         raise

@@ -10,12 +10,13 @@ from typing import Any
 
 from flaxdet import registry
 from flaxdet.convert.state_dict import tensors_of
-from flaxdet.files import checkpoint
+from flaxdet.files import checkpoint, json_text
 from flaxdet.files import models as files
 from flaxdet.models.detector import Detector
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
+_EXPECTED = "what flaxdet.save_pretrained writes"
 _CARD = """\
 ---
 library_name: flaxdet
@@ -115,13 +116,15 @@ def load_pretrained(folder: str | Path, **overrides: Any) -> tuple[Detector, dic
     """
     config, weights = Path(folder) / CONFIG, Path(folder) / WEIGHTS
     try:
-        text = config.read_text(encoding="utf-8", errors="replace")
+        text = json_text.read_bytes(config)
+    except ValueError as error:
+        raise checkpoint.error_of(config, f"expected {_EXPECTED}; {error}") from None
     except OSError as error:
         missing = isinstance(error, FileNotFoundError)
         kind = checkpoint.CheckpointNotFoundError if missing else checkpoint.CheckpointFileError
         wanted = "expected a folder that flaxdet.save_pretrained wrote (flaxdet.load reads single files)"
         raise kind(f"{config}: cannot be read: {error.strerror or error}; {wanted}") from error
-    described = files.read_description(f"{config}", text, "what flaxdet.save_pretrained writes")
+    described = files.read_description(f"{config}", text, _EXPECTED)
     loaded = files.load(weights, **overrides)
     stored = files.read_stored(weights) or {}
     differing = ", ".join(name for name in described if described[name] != stored.get(name))

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 
 from flaxdet import registry
 from flaxdet._version import __version__
-from flaxdet.convert.identify import identify
+from flaxdet.convert.identify import arguments, find_or_raise
 from flaxdet.convert.state_dict import from_torchvision, tensors_of, to_torchvision
-from flaxdet.files import checkpoint
+from flaxdet.files import checkpoint, json_text, schema
+from flaxdet.files.unwrap import clean_key
 from flaxdet.models.detector import Detector
 from flaxdet.models.labels import num_classes
 from flaxdet.models.roi_pool import MultiScaleRoIAlign
@@ -38,13 +39,17 @@ def load(path: str | Path, **overrides: Any) -> tuple[Detector, dict[str, Any]]:
     classes and the kind of BatchNorm are told from keys and shapes; what a state_dict does not hold, such as
     ``min_size`` or thresholds, has torchvision's default unless given here.
 
+    A detector that is a part of another module, as in a checkpoint of Lightning, is found under any prefix of the keys;
+    tensors beside it (of metrics, of a loss) are left out.
+
     Args:
         path: the file.
-        **overrides: options of the builder that replace the file's or the default: fields of the model's class,
-            ``dtype``, ``param_dtype``, ``precision``, ``trainable_backbone_layers``, ``freeze_bn``, ``remat``,
-            ``frozen_bn``, and ``norm_eps``, which BatchNorm adds to the variance: 0 for a ``.pth`` of weights that
-            torchvision takes with ``overwrite_eps``. The dtype is float32 unless given here, whatever the dtype of the
-            tensors in the file.
+        **overrides: ``key``, which state_dict if the file holds several: its name in the file, such as "model_ema", or
+            a prefix of keys, such as "teacher". And options of the builder that replace the file's or the default:
+            fields of the model's class, ``dtype``, ``param_dtype``, ``precision``, ``trainable_backbone_layers``,
+            ``freeze_bn``, ``remat``, ``frozen_bn``, and ``norm_eps``, which BatchNorm adds to the variance: 0 for a
+            ``.pth`` of weights that torchvision takes with ``overwrite_eps``. The dtype is float32 unless given here,
+            whatever the dtype of the tensors in the file.
 
     Returns:
         The model and its variables.
@@ -56,7 +61,7 @@ def load(path: str | Path, **overrides: Any) -> tuple[Detector, dict[str, Any]]:
         flaxdet.convert.StateDictError: if its keys, shapes or values don't fit.
         TypeError: for an unknown override.
     """
-    return make(read_model(path), **overrides)
+    return make(read_model(path, key=overrides.pop("key", None)), **overrides)
 
 
 class ModelFile(NamedTuple):
@@ -68,6 +73,8 @@ class ModelFile(NamedTuple):
         options: for ``registry.make_model``, as far as the file tells.
         categories: name of each label, or ``None``.
         state_dict: tensors by torchvision's key.
+        prefix: what the keys of the detector begin with in the file's state_dict, where other tensors are beside it.
+        left_out: the keys beside the detector.
     """
 
     path: str
@@ -75,13 +82,16 @@ class ModelFile(NamedTuple):
     options: dict[str, Any]
     categories: list[str] | None
     state_dict: dict[str, Any]
+    prefix: str = ""
+    left_out: tuple[str, ...] = ()
 
 
-def read_model(path: str | Path) -> ModelFile:
+def read_model(path: str | Path, *, key: str | None = None) -> ModelFile:
     """Reads what ``load`` makes a model from; the tensors are read once.
 
     Args:
         path: the file.
+        key: as for ``load``.
 
     Returns:
         The content of the file.
@@ -96,11 +106,16 @@ def read_model(path: str | Path) -> ModelFile:
     stored = read_stored(path)
     if stored is not None and stored["builder"] is None:
         raise checkpoint.CheckpointError(f"{path}: holds variables alone, for flaxdet.load_variables(path, model)")
-    state_dict = checkpoint.read(path)
+    state_dict = checkpoint.read(path, key=key)
+    prefix, left_out = "", ()
     if stored is not None and _is_told_by_name(stored["builder"]):
         builder, options = stored["builder"], {}
     else:
-        builder, options = identify(state_dict, source=str(path))
+        found = find_or_raise(state_dict, source=str(path))
+        builder, options = arguments(found)
+        if prefix := found.prefix:
+            left_out = tuple(key for key in state_dict if not clean_key(key).startswith(prefix))
+            state_dict = found.state_dict
     if stored is not None:
         if stored["builder"] != builder:
             raise checkpoint.CheckpointError(
@@ -109,9 +124,16 @@ def read_model(path: str | Path) -> ModelFile:
         options |= stored["options"]
         try:
             registry.make_model(builder, **options)
-        except (TypeError, ValueError) as error:
-            raise checkpoint.CheckpointError(f"{path}: the options in its metadata make no model: {error}") from error
-    return ModelFile(str(path), builder, options, None if stored is None else stored["categories"], state_dict)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise checkpoint.error_of(path, f"the options in its metadata make no model: {error}") from error
+        categories = stored["categories"]
+        if categories is not None and len(categories) != options["num_classes"]:
+            raise checkpoint.error_of(
+                path, f"its metadata has {len(categories)} names of categories for {options['num_classes']} classes"
+            )
+    return ModelFile(
+        str(path), builder, options, None if stored is None else stored["categories"], state_dict, prefix, left_out
+    )
 
 
 def _is_told_by_name(builder: str) -> bool:
@@ -188,6 +210,8 @@ def check_categories(path: str | Path, model: Detector, categories: Sequence[str
     """Raises ValueError, naming the file to be written, unless ``categories`` name every label that the model tells."""
     if isinstance(categories, str):
         raise ValueError(f"{path}: categories should be a list with the name of every label, got one {categories!r}")
+    if categories is not None:
+        schema.check_names(categories, f"{path}: categories")
     count = num_classes(model)
     if categories is not None and count is not None and len(categories) != count:
         raise ValueError(
@@ -204,7 +228,7 @@ def read_stored(path: str | Path) -> dict[str, Any] | None:
     return read_description(f"{path}", metadata[METADATA_KEY], "flaxdet's description of the model in its metadata")
 
 
-def read_description(path: str, text: str, expected: str) -> dict[str, Any]:
+def read_description(path: str, text: str | bytes, expected: str) -> dict[str, Any]:
     """Reads what ``describe`` gives as JSON.
 
     Args:
@@ -219,18 +243,19 @@ def read_description(path: str, text: str, expected: str) -> dict[str, Any]:
         flaxdet.convert.CheckpointError: if it is anything else, or of a newer format.
     """
     try:
-        stored = json.loads(text)
+        stored = json_text.loads(text)
+        schema.record({})(stored, "")
         number = stored.get("format", 1)  # files of before the number was written are of the first format
         if type(number) is not int or number < 1:
             raise ValueError(f"format {number!r}")
         if number > FORMAT:
             writer = stored.get("flaxdet", "of an unknown version")
-            raise checkpoint.CheckpointError(
-                checkpoint.one_line(
-                    f"{path}: was written by flaxdet {writer} in format {number}, and this flaxdet {__version__} reads "
-                    f"format {FORMAT} at most: install a newer flaxdet"
-                )
+            raise checkpoint.error_of(
+                path,
+                f"was written by flaxdet {writer} in format {number}, and this flaxdet {__version__} reads "
+                f"format {FORMAT} at most: install a newer flaxdet",
             )
+        schema.DESCRIPTION(stored, "")
         return {
             "builder": stored["builder"],
             "options": {name: _unstore(value) for name, value in stored["options"].items()},
@@ -238,8 +263,8 @@ def read_description(path: str, text: str, expected: str) -> dict[str, Any]:
         }
     except checkpoint.CheckpointError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise checkpoint.CheckpointError(f"{path}: expected {expected}, got something unreadable ({error})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise checkpoint.error_of(path, f"expected {expected}, got something unreadable ({error})") from None
 
 
 def describe(model: Detector, categories: Sequence[str] | None) -> dict[str, Any]:

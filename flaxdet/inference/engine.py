@@ -211,7 +211,7 @@ def naming_bucket(bucket: Size, count: int) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+        if not out_of_memory(error):
             raise
         remedy = "make the batch, or the model's min_size and max_size, smaller"
         if count == 1:
@@ -219,3 +219,8 @@ def naming_bucket(bucket: Size, count: int) -> Iterator[None]:
         raise MemoryError(
             f"out of memory in bucket {bucket[0]}x{bucket[1]} (rows x columns) in batches of {count}: {remedy}"
         ) from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether XLA raised the error because a device has too little memory."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)

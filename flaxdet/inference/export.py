@@ -7,6 +7,7 @@ network, decode, NMS. README.md shows how to run a program with jax alone.
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -118,6 +119,7 @@ def export(
     signature = {
         "format": FORMAT,
         "model": type(model).__name__,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "jax": jax.__version__,
         "calling_convention_version": jax.export.maximum_supported_calling_convention_version,
         "platforms": list(platforms),

@@ -18,6 +18,9 @@ _CPU_FLOAT32: dict[str, str | bool] = {"xla_cpu_experimental_ynn_fusion_type": "
 _CPU: dict[str, str | bool] = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
+NAMES = frozenset({*_CPU, *_CPU_FLOAT32})  # of all options that flaxdet sets
+
+
 def compiler_options(dtype: Any = jnp.float32, *, platform: str | None = None) -> dict[str, str | bool] | None:
     """Options for ``jax.jit`` under which the models run fastest on a platform.
 

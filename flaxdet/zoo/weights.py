@@ -159,7 +159,9 @@ class WeightsEnum(enum.Enum):
         Raises:
             DownloadError: if the file can't be downloaded; the message says where to put the file by hand.
         """
-        return fetch(self.url, progress=progress)
+        published = self.meta.get("_file_size")  # MiB, rounded to three digits
+        limit = {} if published is None else {"most": int((published + 0.001) * 2**20)}
+        return fetch(self.url, progress=progress, **limit)
 
     def get_state_dict(self, progress: bool = True) -> dict[str, Any]:
         """torchvision's state_dict; downloads the file on first use. Needs no torch.

@@ -11,7 +11,7 @@ import pytest
 import flaxdet
 from flaxdet import registry
 from flaxdet.cli import options
-from flaxdet.convert import read
+from flaxdet.convert import read, write_pth
 from flaxdet.files import models
 from tests.cli.conftest import NAMES, files
 
@@ -63,6 +63,23 @@ def test_there_and_back_bit_for_bit(run, weights, pth, reads, tmp_path):
     assert (model.min_size, model.max_size, model.num_classes) == (200, 300, 4)
     kernel = variables["params"]["backbone"]["body"]["conv1"]["kernel"]
     np.testing.assert_array_equal(np.transpose(kernel, (3, 2, 0, 1)), first["backbone.body.conv1.weight"])
+
+
+def test_a_detector_inside_another_module(run, pth, tmp_path):
+    """As Lightning writes it, with the tensors of a metric beside; the name of another state_dict is refused."""
+    source, target = tmp_path / "last.ckpt", tmp_path / "plain.pth"
+    expected = read(pth)
+    write_pth(source, {"val_map.total": np.ones(3)} | {f"model.{key}": value for key, value in expected.items()})
+    found = run("convert", source, target, "--key", "ema")
+    assert f'{source}: holds no state_dict under "ema"; it holds "model", "val_map"' in found.error
+    found = run("convert", source, target)
+    assert found.status == 0
+    assert found.err == f"{source}: reads the tensors under model., leaves out val_map.total\n"
+    assert_same_bits(read(target), expected)
+    target.unlink()
+    found = run("convert", source, target, "--key", "model")
+    assert (found.status, found.err) == (0, "")
+    assert_same_bits(read(target), expected)
 
 
 def test_torchvision_takes_the_pth(pth):

@@ -126,6 +126,10 @@ def test_imagenet_weights_go_into_the_backbone():
             elif not key.endswith("tracked"):
                 assert (array == 0.5).all(), key
         assert jax.tree.leaves(before)[0].flat[0] == 0.5
+    # trained by Lightning, beside the tensors of a metric; and as the body of a detector
+    inside = {f"model.{key}": value for key, value in classifier.items()} | {"acc.total": torch.ones(1)}
+    assert same(backbone_from_torchvision(model, before, inside), after)
+    assert same(backbone_from_torchvision(model, before, found), after)
     del classifier["layer1.0.conv1.weight"]
     classifier["layer9.0.conv1.weight"] = torch.zeros(1)
     with pytest.raises(StateDictError, match="does not fit the backbone of FCOS") as info:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save as to_safetensors
 
-from flaxdet.files import download
+from flaxdet.files import download, https
 from flaxdet.zoo import weights
 
 PAYLOAD = bytes(range(256)) * 9000  # 2.3 MB: several chunks
@@ -29,12 +29,24 @@ STATE_NAME = f"state-{hashlib.sha256(STATE_FILE).hexdigest()[:8]}.pth"
 FILES = {NAME: PAYLOAD, STATE_NAME: STATE_FILE}
 
 
+TRICKLES = ("trickle", "trickled header", "stops", "stopped header")
+TARGETS = {"moved": "/good/{name}", "away": "http://192.0.2.1/x", "file": "file:///etc/passwd"}
+
+
 class Handler(http.server.BaseHTTPRequestHandler):
     """Serves FILES; the first part of the path says how it goes wrong."""
 
     def do_GET(self):
         self.server.requests.append(self.path)
         _, behaviour, name = self.path.split("/")
+        behaviour = behaviour.replace("%20", " ")
+        if behaviour in TRICKLES:
+            return self.trickle(behaviour)
+        if behaviour in TARGETS:
+            self.send_response(302)
+            self.send_header("Location", TARGETS[behaviour].format(name=name))
+            self.end_headers()
+            return
         if behaviour == "missing":
             self.send_error(404)
             return
@@ -43,14 +55,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if behaviour == "damaged":
             sent = body[:-1] + bytes([body[-1] ^ 1])
         self.send_response(200)
-        if behaviour != "silent":  # without a length only the hash can tell
+        if behaviour not in ("silent", "endless"):  # without a length only the hash can tell
             self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         for start in range(0, len(sent), 1 << 18):
             with contextlib.suppress(OSError):  # the client may have gone
                 self.wfile.write(sent[start : start + (1 << 18)])
-            if behaviour == "slow":
-                time.sleep(0.02)
+            if behaviour in ("slow", "steady"):
+                time.sleep(0.02 if behaviour == "slow" else 0.1)
+
+        if behaviour == "endless":
+            self.wfile.write(sent)
+
+    def trickle(self, behaviour):
+        """A header and a beginning, and then a byte now and then, or nothing."""
+        content = b"HTTP/1.1 200 OK\r\n" + (b"" if "header" in behaviour else b"\r\nabc")
+        with contextlib.suppress(OSError):
+            self.wfile.write(content)
+            for _ in range(20):
+                if "trickle" in behaviour:
+                    self.wfile.write(b"x")
+                time.sleep(0.05)
 
     def log_message(self, *_):
         pass
@@ -71,7 +96,9 @@ def server():
 @pytest.fixture
 def url(server):
     server.requests.clear()
-    return lambda behaviour, name=NAME: f"http://127.0.0.1:{server.server_address[1]}/{behaviour}/{name}"
+    return lambda behaviour, name=NAME: (
+        f"http://127.0.0.1:{server.server_address[1]}/{behaviour.replace(' ', '%20')}/{name}"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -118,6 +145,81 @@ def test_what_arrives_wrong_is_refused(url, cache, behaviour, reason):
     assert "\n" not in message
     assert contents(cache) == []
     assert download.fetch(url("good"), progress=False).read_bytes() == PAYLOAD  # no trace of the failure
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://example.com/x.pth",
+        "http://127.0.0.1@example.com/x.pth",
+        "http://localhost.example.com/x.pth",
+        "ftp://127.0.0.1/x.pth",
+        "file:///etc/passwd",
+        "data:text/plain,x",
+        "//example.com/x.pth",
+        "x.pth",
+    ],
+)
+def test_https_alone(cache, address):
+    with pytest.raises(weights.DownloadError, match=r"the address .* should begin with https://"):
+        download.fetch(address)
+    assert contents(cache) == []
+
+
+@pytest.mark.parametrize("name", ["", "..", "a%2fb/..", "nul", "x" * 300, "a\\b"])
+def test_names_that_are_no_files(url, cache, name):
+    with pytest.raises(weights.DownloadError, match="the last part of the address should be"):
+        download.fetch(url("good", name))
+    assert contents(cache) == []
+
+
+def test_redirections(url, cache, server):
+    assert download.fetch(url("moved"), progress=False).read_bytes() == PAYLOAD
+    assert server.requests[-1] == f"/good/{NAME}"
+    (cache / NAME).unlink()
+    with pytest.raises(weights.DownloadError, match=r"'http://192\.0\.2\.1/x' should begin with https://"):
+        download.fetch(url("away"), progress=False)
+    with pytest.raises(weights.DownloadError, match="HTTP status 302"):
+        download.fetch(url("file"), progress=False)
+    assert contents(cache) == []
+
+
+@pytest.mark.parametrize("behaviour", ["good", "silent", "endless"])
+def test_the_published_size_is_a_limit(url, cache, behaviour):
+    """Stated by the server, or found out while the file arrives."""
+    with pytest.raises(
+        weights.DownloadError, match=r"the server (offers 2,304,000|sends more than the file's 1,000) bytes"
+    ):
+        download.fetch(url(behaviour), progress=False, most=1000)
+    assert contents(cache) == []
+    if behaviour == "good":
+        assert download.fetch(url(behaviour), progress=False, most=len(PAYLOAD)).exists()
+
+
+def test_the_size_in_the_table_is_the_limit(monkeypatch):
+    """torchvision's own figure, in MiB: resnet50-0676ba61.pth has 102,530,333 bytes."""
+    given = {}
+    monkeypatch.setattr(weights, "fetch", lambda url, **options: given.update(options, url=url))
+    weights.ResNet50_Weights.IMAGENET1K_V1.get_path(progress=False)
+    assert given["url"].endswith("/resnet50-0676ba61.pth")
+    assert 102_530_333 <= given["most"] < 102_540_000
+
+
+@pytest.mark.parametrize("behaviour", ["trickle", "trickled header", "stops", "stopped header"])
+def test_no_progress(url, cache, monkeypatch, behaviour):
+    """One byte now and then would restart a timeout of the socket each time."""
+    monkeypatch.setattr(https, "SPAN", 0.4)
+    start = time.monotonic()
+    with pytest.raises(weights.DownloadError, match=r"timed out: \d+ bytes arrived within 0\.4 seconds"):
+        download.fetch(url(behaviour), progress=False)
+    assert time.monotonic() - start < 5
+    assert contents(cache) == []
+
+
+def test_slow_but_steady(url, monkeypatch):
+    """More than a span of time is no fault where enough arrives."""
+    monkeypatch.setattr(https, "SPAN", 0.5)
+    assert download.fetch(url("steady"), progress=False).read_bytes() == PAYLOAD  # takes 0.9 seconds
 
 
 def test_offline_says_what_to_do(cache):
@@ -193,6 +295,26 @@ def test_damaged_cache_is_replaced(url, cache):
     with pytest.warns(UserWarning, match="is damaged"):
         path = download.fetch(url("good"), progress=False)
     assert path.read_bytes() == PAYLOAD
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to a pipe", "too large"])
+def test_special_files_in_the_cache(url, cache, kind):
+    """They are neither waited for nor read; a download takes their place, and what a link leads to stays."""
+    cache.mkdir()
+    pipe = cache.parent / "pipe"
+    os.mkfifo(pipe)
+    if kind == "pipe":
+        os.mkfifo(cache / NAME)
+    elif kind == "too large":
+        (cache / NAME).write_bytes(PAYLOAD + b"!")
+    else:
+        (cache / NAME).symlink_to("/dev/zero" if kind == "device" else pipe)
+    with pytest.warns(UserWarning, match="expected at most" if kind == "too large" else "Not a regular file"):
+        path = download.fetch(url("good"), progress=False, most=len(PAYLOAD))
+    assert path.is_file()
+    assert not path.is_symlink()
+    assert path.read_bytes() == PAYLOAD
+    assert pipe.is_fifo()
 
 
 def test_unwritable_cache_is_named(url, cache):

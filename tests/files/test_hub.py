@@ -77,6 +77,14 @@ def test_round_trip(folder, made):
     (folder / "config.json").write_text('{"architectures": ["ViT"]}')
     with pytest.raises(CheckpointError, match=r"config\.json: expected what flaxdet\.save_pretrained writes"):
         flaxdet.load_pretrained(folder)
+    (folder / "config.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(CheckpointError, match=r"config\.json: expected what .*; it is a Git LFS pointer"):
+        flaxdet.load_pretrained(folder)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    with pytest.raises(OSError, match=r"config\.json: cannot be read: Not a regular file"):
+        flaxdet.load_pretrained(folder)
+    (folder / "config.json").unlink()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"model\.safetensors: cannot be read"):

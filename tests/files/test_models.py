@@ -111,6 +111,9 @@ def test_save_checks_before_it_writes(tmp_path, drawn_models):
     model, variables = drawn_models(FCOS_NAME, 4)
     with pytest.raises(ValueError, match=r"expected 4 names, got 2"):
         flaxdet.save(tmp_path / "m.safetensors", model, variables, categories=["a", "b"])
+    for names in (["a", "b", "c", 4], ["a", "b", "c", "d\n"], ["a", "b", "c", None]):
+        with pytest.raises(ValueError, match=r"m\.safetensors: categories\[3\] should be a text of one line"):
+            flaxdet.save(tmp_path / "m.safetensors", model, variables, categories=names)
     for name in ("m.pt", "m.onnx", "m"):
         with pytest.raises(ValueError, match=rf"{name}: expected a name ending in .safetensors or .pth"):
             flaxdet.save(tmp_path / name, model, variables)
@@ -160,6 +163,16 @@ def test_tampered_metadata(folder, drawn_models):
         {**good, "options": {"anchor_generator": {"type": "Popen", "args": "rm"}}},
         {**good, "options": {"anchor_generator": {"type": "AnchorGenerator", "nonsense": 1}}},
         {key: value for key, value in good.items() if key != "categories"},
+        {**good, "categories": "abcd"},
+        {**good, "categories": ["a", 2, "c", "d"]},
+        {**good, "categories": ["a", "b\n", "c", "d"]},
+        {**good, "builder": ["x"]},
+        {**good, "options": {"score_thresh": float("nan")}},
+        {**good, "options": {"max_size": 10**400}},
+        {**good, "options": {"anchor_generator": {"sizes": [[1]]}}},
+        json.dumps(good)[:-1] + ', "builder": "x"}',
+        "[" * 100_000,
+        '"\\ud800"',
     ):
         with pytest.raises(CheckpointError, match=f"{path}: {unreadable}"):
             load(description)
@@ -175,6 +188,8 @@ def test_tampered_metadata(folder, drawn_models):
     ):
         with pytest.raises(CheckpointError, match=f"{path}: the options in its metadata make no model: .*{message}"):
             load({**good, "options": good["options"] | options})
+    with pytest.raises(CheckpointError, match=f"{path}: its metadata has 2 names of categories for 4 classes"):
+        load({**good, "categories": ["a", "b"]})
     with pytest.raises(StateDictError, match=rf"{path} does not fit FCOS: 2 wrong shape"):
         load({**good, "options": {"num_classes": 5}})
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
+import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -202,6 +206,98 @@ def test_a_part_is_missing_or_another(copy, file):
         flaxdet.load_exported(copy)
     (copy / file).unlink()
     with pytest.raises(ExportError, match=rf"{file}: No such file .* needs it beside signature.json"):
+        flaxdet.load_exported(copy)
+
+
+def changed(copy, **changes):
+    signature = json.loads((copy / "signature.json").read_text())
+    (copy / "signature.json").write_text(json.dumps({**signature, **changes}))
+    return signature
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"weights": {"file": "../weights.safetensors", "sha256": "0" * 64}},
+            r"weights\.file should be the name of a file",
+        ),
+        ({"weights": {"file": "/dev/zero", "sha256": "0" * 64}}, r"weights\.file should be the name of a file"),
+        ({"weights": {"file": "NUL", "sha256": "0" * 64}}, r"weights\.file should be the name of a file"),
+        ({"weights": {"file": "weights.safetensors"}}, r"weights\.sha256 is missing"),
+        ({"programs": []}, "programs should be a list of 1 to"),
+        ({"programs": {}}, "programs should be a list of 1 to"),
+        ({"platforms": "cpu"}, "platforms should be a list"),
+        ({"platforms": ["gpu"]}, r"platforms\[0\] should be one of cpu, cuda, rocm, tpu, got 'gpu'"),
+        ({"raw_size": 1e9}, "raw_size should be an integer"),
+        ({"raw_size": 0}, "raw_size should be an integer"),
+        ({"resize": {}}, r"resize\.min_size is missing"),
+        ({"categories": [1]}, r"categories\[0\] should be a text"),
+        ({"date": "yesterday"}, "date should be a date"),
+        (
+            {"compiler_options": {"cpu": {"xla_dump_to": "/tmp/x"}}},
+            r".*cpu\.xla_dump_to is no option that flaxdet sets",
+        ),
+    ],
+)
+def test_a_signature_that_is_none(copy, changes, expected):
+    changed(copy, **changes)
+    with pytest.raises(ExportError, match=rf"signature\.json: expected the JSON that .*\({expected}") as info:
+        flaxdet.load_exported(copy)
+    assert str(info.value).isprintable()
+
+
+def test_a_signature_of_other_sizes(copy):
+    changed(copy, raw_size=256)
+    with pytest.raises(
+        ExportError, match=r"it takes uint8\[batch, 128, 128, 3\], expected uint8\[batch, 256, 256, 3\]"
+    ):
+        flaxdet.load_exported(copy)
+
+
+def test_files_that_are_none(copy):
+    file = copy / "weights.safetensors"
+    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(ExportError, match=r"weights\.safetensors: is not the file .* it is a Git LFS pointer"):
+        flaxdet.load_exported(copy)
+    for make in (os.mkfifo, lambda path: path.symlink_to("/dev/zero"), os.mkdir):
+        file.unlink()
+        make(file)
+        with pytest.raises(ExportError, match=r"weights\.safetensors: (Not a regular file|Is a directory)"):
+            flaxdet.load_exported(copy)
+        if make is os.mkdir:
+            file.rmdir()
+
+
+def test_programs_that_jax_no_longer_reads(copy, monkeypatch):
+    """The message says when and by what the artifact was exported, and both ways out."""
+    signature = changed(copy, date="2025-03-01", jax="0.5.1", calling_convention_version=8)
+    monkeypatch.setattr(jax.export, "minimum_supported_calling_convention_version", 9)
+    ways = r"exported on 2025-03-01 by jax 0\.5\.1, .* 180 days: export it again .*flaxdet export.*'jax==0\.5\.1'"
+    with pytest.raises(ExportError, match=rf"its calling convention is 8, and this jax knows 9 to \d+\)\. .*{ways}"):
+        flaxdet.load_exported(copy)
+    changed(copy, calling_convention_version=signature["calling_convention_version"])
+    name = signature["programs"][0]["file"]
+    content = (copy / name).read_bytes()[:-500]
+    (copy / name).write_bytes(content)
+    program = {**signature["programs"][0], "sha256": hashlib.sha256(content).hexdigest()}
+    changed(copy, programs=[program])
+    with pytest.raises(ExportError, match=rf"{name}: jax .* can't run the program .*{ways}"):
+        flaxdet.load_exported(copy)
+
+
+@pytest.mark.parametrize(
+    ("age", "version", "told"), [(181, "0.5.1", True), (180, "0.5.1", False), (900, jax.__version__, False)]
+)
+def test_the_window_has_passed(copy, monkeypatch, age, version, told):
+    signature = json.loads((copy / "signature.json").read_text())
+    today = datetime.datetime.now(datetime.UTC).date()
+    assert today - datetime.date.fromisoformat(signature["date"]) <= datetime.timedelta(days=1)
+    assert signature["jax"] == jax.__version__
+    changed(copy, jax=version, date=(today - datetime.timedelta(days=age)).isoformat())
+    with (
+        pytest.warns(UserWarning, match=rf"{age} days later.*pip install 'jax==") if told else contextlib.nullcontext()
+    ):
         flaxdet.load_exported(copy)
 
 
