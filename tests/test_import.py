@@ -132,7 +132,7 @@ LAYERS = [
     ["structures", "_version"],
     ["xla"],
     # files that know no model
-    ["files.messages", "files.opening", "files.json_text", "files.schema", "files.unwrap"],
+    ["files.messages", "files.opening", "files.json_text", "files.schema", "files.unwrap", "files.checksums"],
     ["files.checkpoint", "files.tensor_file", "files.torch_objects", "files.torch_pickle", "files.torch_zip"],
     ["files.download", "files.https"],
     ["ops"],
@@ -156,7 +156,7 @@ LAYERS = [
         "zoo.torch_fcos",
         "zoo.torch_faster_rcnn",
     ],
-    ["__init__", "cli"],
+    ["__init__", "__main__", "cli"],
 ]
 RANKS = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 

@@ -31,7 +31,7 @@ class Convert:
     """
 
     source: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="SOURCE")]
-    """A .pth or .safetensors file, or the name of published weights (COCO_V1)."""
+    """A .pth or .safetensors file, the folder of a run of flaxdet train, or the name of published weights (COCO_V1)."""
 
     target: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="TARGET")]
     """The file to write. The ending, .safetensors or .pth, selects the format."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from flaxdet.cli.demo import check_demo, demo_photos, load_demo, print_next
+from flaxdet.cli.detections_file import DetectionsFile
 from flaxdet.cli.options import (
     Key,
     ModelName,
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 class Detect:
     """Detect objects in images.
 
-    Writes OUT/detections.json (boxes as x1, y1, x2, y2 in pixels of the image) and one annotated picture per image.
+    Writes OUT/detections.json (boxes as x1, y1, x2, y2 in pixels of the image) and one annotated picture per image, as
+    soon as an image is done. A full disk loses pictures, not detections.
     If an image is missing or can't be read, the command reports the image, continues with the other images, and exits
     with status 1.
 
@@ -52,7 +53,8 @@ class Detect:
     """Find blood cells in two photos. The photos and the weights are part of flaxdet."""
 
     weights: str = "COCO_V1"
-    """A file (.safetensors or .pth, flaxdet's or torchvision's), or the name of published weights (downloaded once)."""
+    """A file (.safetensors or .pth, flaxdet's or torchvision's), the folder of a run of flaxdet train, or the name of
+    published weights (downloaded once)."""
 
     key: Key = None
     """Which state_dict in the file: its name there (model_ema), or a prefix of keys (teacher). Default: the only one,
@@ -120,7 +122,23 @@ class Detect:
         model, variables, names = load_demo(self) if self.demo else load_with_names(self, given)
         labels = labels_of(self.classes, names, model.num_classes)
 
-        records: list[dict[str, Any]] = []
+        pictures: dict[int, Path] = {}  # by index of the image's record
+
+        def make_room(records: list[dict[str, Any]]) -> int | None:
+            """On a full disk: removes the last picture, so that the detections have room."""
+            if not pictures:
+                return None
+            index, picture = pictures.popitem()
+            picture.unlink(missing_ok=True)
+            del records[index]["picture"]
+            message = f"{picture}: removed, since the disk is full and the detections need its room"
+            tqdm.write(message, file=sys.stderr)
+            written.failed.append({"file": records[index]["file"], "error": message})
+            return index
+
+        target = self.out / "detections.json"
+        written = DetectionsFile(target, "demo" if self.demo else self.weights, make_room=make_room)
+        written.failed.extend(failed)
         # a picture must not replace a photo, as would happen in `detect . --out .`
         taken = {path.name.casefold() for path in paths if path.resolve().parent == self.out.resolve()}
         images: dict[int, np.ndarray] = {}  # the images in progress, to draw the pictures on
@@ -146,28 +164,28 @@ class Detect:
                     selected = np.isin(detection["labels"], sorted(labels))
                     detection = {field: values[selected] for field, values in detection.items()}
                 record: dict[str, Any] = {"file": str(path), "height": image.shape[0], "width": image.shape[1]}
+                rows = {"detections": _rows(detection, names)}
+                written.add({**record, **rows})  # before the picture, for which the disk may have no room
                 if self.pictures:
-                    target = self.out / _picture_name(path, taken)
+                    picture = self.out / _picture_name(path, taken)
                     drawn = Image.fromarray(draw_detections(image, detection, categories=names))
-                    with replacing(target) as file:
-                        drawn.save(file, format="PNG" if target.suffix == ".png" else "JPEG", quality=92)
-                    record["picture"] = str(target)
-                records.append({**record, "detections": _rows(detection, names)})
+                    with replacing(picture) as file:
+                        drawn.save(file, format="PNG" if picture.suffix == ".png" else "JPEG", quality=92)
+                    pictures[len(written.images) - 1] = picture
+                    written.replace_last({**record, "picture": str(picture), **rows})
             except (ImageError, ValueError, OSError) as error:  # only this image failed: continue with the others
                 message = str(error) if str(path) in str(error) else f"{path}: {error}"
-                failed.append({"file": str(path), "error": message})
                 tqdm.write(message, file=sys.stderr)
+                written.fail({"file": str(path), "error": message})
 
-        result = {"weights": "demo" if self.demo else self.weights, "images": records, "failed": failed}
-        target = self.out / "detections.json"
-        with replacing(target) as file:
-            file.write(json.dumps(result, indent=1).encode())
+        written.close()
+        count, records, failed = len(paths) + len(failed), written.images, written.failed
         total = sum(len(record["detections"]) for record in records)
         print(f"{total} detections in {len(records)} images -> {target}")
         if failed:
-            print(f"{len(failed)} of {len(failed) + len(records)} failed (listed in {target})", file=sys.stderr)
+            print(f"{len({row['file'] for row in failed})} of {count} failed (listed in {target})", file=sys.stderr)
         if self.demo:
-            print_next([Path(record["picture"]) for record in records if self.pictures])
+            print_next([Path(record["picture"]) for record in records if "picture" in record])
         return 1 if failed else 0
 
     def _find(self) -> tuple[list[Path], list[dict[str, str]]]:

@@ -40,7 +40,8 @@ class Eval:
     """The annotations: a COCO JSON file."""
 
     weights: str = "COCO_V1"
-    """A file (.safetensors or .pth, flaxdet's or torchvision's), or the name of published weights (downloaded once)."""
+    """A file (.safetensors or .pth, flaxdet's or torchvision's), the folder of a run of flaxdet train, or the name of
+    published weights (downloaded once)."""
 
     key: Key = None
     """Which state_dict in the file: its name there (model_ema), or a prefix of keys (teacher). Default: the only one,
@@ -104,10 +105,13 @@ class Eval:
             workers=self.workers,
             progress=self.progress,
         )
-        print(result.table())
+        try:
+            print(result.table())
+        finally:  # the files are written even if nobody reads the table
+            if self.out is not None:
+                for name, text in (("metrics.json", result.to_json()), ("detections.json", json.dumps(rows))):
+                    with replacing(self.out / name) as file:
+                        file.write(text.encode())
         if self.out is not None:
-            for name, text in (("metrics.json", result.to_json()), ("detections.json", json.dumps(rows))):
-                with replacing(self.out / name) as file:
-                    file.write(text.encode())
             print(f"\n-> {self.out / 'metrics.json'}, {self.out / 'detections.json'}")
         return 0

@@ -34,7 +34,8 @@ class Export:
     """Folder to write to."""
 
     weights: str = "COCO_V1"
-    """A file (.safetensors or .pth, flaxdet's or torchvision's), or the name of published weights (downloaded once)."""
+    """A file (.safetensors or .pth, flaxdet's or torchvision's), the folder of a run of flaxdet train, or the name of
+    published weights (downloaded once)."""
 
     key: Key = None
     """Which state_dict in the file: its name there (model_ema), or a prefix of keys (teacher). Default: the only one,

@@ -1,14 +1,16 @@
 """Entry point: runs a command, and turns every expected error into one line and an exit status.
 
 Exit status: 0 success; 1 an image failed, or the verdict is "different"; 2 the command could not run (no command, bad
-option, file or weights); 130 interrupted.
+option, file or weights); 130 interrupted; 141 whoever reads the output has gone (``flaxdet eval ... | head -3``).
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
+import select
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -40,21 +42,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:  # run as a program: the next run of the program can use what this run compiles
         keep_compiled(cache_dir() / "compiled")
-    if not given:
-        with contextlib.redirect_stdout(sys.stderr):  # not output: nothing was done
-            _parse(["--help"])
-        return 2
-    command = _parse(given)
-    if isinstance(command, int):
-        return command
     try:
-        return command.run()
+        if not given:
+            with contextlib.redirect_stdout(sys.stderr):  # not output: nothing was done
+                _parse(["--help"])
+            return 2
+        command = _parse(given)
+        status = command if isinstance(command, int) else command.run()
+        sys.stdout.flush()  # here, and not at exit, where Python can't be kept from printing the error
+        return status
     except KeyboardInterrupt:
         print("flaxdet: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError as error:
+        if _drop_unread_output():
+            return 141  # what a shell reports of a program that SIGPIPE ended
+        print(f"flaxdet {given[0]}: error: {error}", file=sys.stderr)
+        return 2
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
         print(f"flaxdet {given[0]}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _drop_unread_output() -> bool:
+    """Whether stdout or stderr is a pipe without a reader. Sends further output of such a stream to nowhere."""
+    if not hasattr(select, "poll"):  # Windows: the pipes of a program are these
+        return True
+    unread = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            descriptor = stream.fileno()
+        except (AttributeError, OSError, ValueError):  # no file, or closed
+            continue
+        poll = select.poll()
+        poll.register(descriptor, select.POLLOUT)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            unread = True
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
+    return unread
 
 
 def _parse(given: list[str]) -> Any:

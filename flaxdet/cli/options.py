@@ -68,6 +68,34 @@ def is_file_name(weights: str) -> bool:
     return path.suffix != "" or path.exists() or os.sep in weights
 
 
+def model_file(weights: str) -> str:
+    """The file that ``--weights`` names: of a folder, the model in it.
+
+    Args:
+        weights: a file, or the folder of a run of ``flaxdet train`` or of ``flaxdet.save_pretrained``.
+
+    Returns:
+        The argument; for a folder, model.safetensors in the folder, or if a run stopped before there was a best model,
+        last.safetensors.
+
+    Raises:
+        ValueError: for a folder without such a file.
+    """
+    folder = Path(weights)
+    if not folder.is_dir():
+        return weights
+    for name in ("model.safetensors", "last.safetensors"):
+        if (folder / name).is_file():
+            return str(folder / name)
+    if (folder / "checkpoints").is_dir():
+        raise ValueError(
+            f"{weights}: this run has no model yet; the first checkpoint comes with one (--save-every STEPS)"
+        )
+    raise ValueError(
+        f"{weights}: is a folder without model.safetensors; expected a file, or the folder of a run of flaxdet train"
+    )
+
+
 def published(weights: str, model: str | None = None) -> tuple[str, Any]:
     """The builder and the weights for a name of published weights.
 
@@ -126,7 +154,7 @@ def load_model(
 
     Args:
         model: name of the builder, or None. A file states the builder, which must then be this one.
-        weights: name of published weights, or a file.
+        weights: name of published weights, a file, or the folder of a run.
         key: which state_dict of the file, as for ``flaxdet.load``.
         progress: shows a progress bar while downloading.
         **options: options of the model; options with the value None are ignored. ``threshold`` is the score threshold
@@ -146,6 +174,7 @@ def load_model(
     threshold = options.pop("threshold", None)
     member, file = None, None
     if is_file_name(weights):
+        weights = model_file(weights)
         file = read_weights(weights, key)
         builder = file.builder
         if model not in (None, builder):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
-import json
+import importlib.util
 import math
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,23 +16,24 @@ import numpy as np
 from flaxdet import registry
 from flaxdet.cli.options import load_model, make_folder
 from flaxdet.cli.train_options import TrainOptions
+from flaxdet.cli.train_report import Report, say
+from flaxdet.cli.train_resume import check_images, check_options, note_broken_image, say_more_epochs
 
 if TYPE_CHECKING:
     from flaxdet.data import Batches, CocoDataset
-    from flaxdet.train import Checkpoints, TrainState
-
-PICTURED = 4  # images in predictions.png
+    from flaxdet.train import Checkpoints
 
 
 @dataclass(frozen=True)
 class Train(TrainOptions):
     """Fine-tune a detector on your own images.
 
-    Annotations are COCO JSON. Files in OUT: model.safetensors (the model with the best AP on the validation images, or
-    without validation the last; for `flaxdet detect --weights`), model.pth (the same model for torchvision),
-    curves.png, predictions.png (predictions beside the ground truth), metrics.json, log.jsonl, tensorboard/ and
-    checkpoints/. Ctrl-C saves first. With --resume an interrupted run continues, and ends with the same model as a run
-    without interruption.
+    Annotations are COCO JSON. Files in OUT: model.safetensors (the model with the best AP on the validation images so
+    far, or without validation the last that was saved; `flaxdet detect --weights OUT` takes it), model.pth (the same
+    model for torchvision), metrics.json (the figures of this model), last.safetensors (the last model, at the end and
+    at Ctrl-C), curves.png, predictions.png (predictions beside the ground truth), log.jsonl (losses, and every
+    evaluation with the AP of each class and the validation losses), tensorboard/ and checkpoints/. Ctrl-C saves first.
+    With --resume an interrupted run continues, and ends with the same model as a run without interruption.
 
     The class layers are new, unless the weights have exactly the class names of the data set.
 
@@ -54,13 +56,15 @@ class Train(TrainOptions):
             raise ValueError(f"{self.out}: holds a run already; expected --resume to continue it, or another --out")
         if self.resume and not begun:
             raise ValueError(f"{self.out}: expected checkpoints to resume from, found none")
-        model, variables, train, val = self.starting_point()
-        checkpoints = Checkpoints(self.out / "checkpoints", config=self.config())
+        checkpoints = Checkpoints(self.out / "checkpoints", config=self.config())  # the only run in this folder
         try:
-            checkpoints.check_config()
-            self._fit(model, variables, train, val, checkpoints)
+            before = check_options(self, checkpoints)
+            model, variables, train, val = self.starting_point()
+            _check_evaluation(val)
+            check_images(self, checkpoints, {"train": train, "val": val})
+            self._fit(model, variables, train, val, checkpoints, before)
         except InterruptedTrainingError as stop:
-            _say(f"{stop}. To continue: {self.resume_command()}")
+            say(f"{stop}. To continue: {self.resume_command()}")
             return 130
         finally:
             checkpoints.close()
@@ -99,11 +103,11 @@ class Train(TrainOptions):
             if not self.keep_classes and names != train.categories:
                 copy = match_classes(names or [], train.categories, self.copy_classes)
                 model, variables = replace_classes(model, variables, len(train.categories), copy=copy, key=key)
-                _say(f"new class layers for {_counted(len(train.categories) - 1, 'class')}, {len(copy)} of them copied")
+                say(f"new class layers for {_counted(len(train.categories) - 1, 'class')}, {len(copy)} of them copied")
         val = None if self.val is None else read_coco(*self.val, categories=train.categories)
         for kind, data in (("train", train), ("val", val)):
             if data is not None:
-                _say(f"{kind}: {_summary(data.report, len(data.categories) - 1)}")
+                say(f"{kind}: {_summary(data.report, len(data.categories) - 1)}")
         return model, variables, train, val
 
     def _fit(
@@ -113,10 +117,19 @@ class Train(TrainOptions):
         train: CocoDataset,
         val: CocoDataset | None,
         checkpoints: Checkpoints,
+        epochs_before: int | None,
     ) -> None:
         import jax
 
-        from flaxdet.train import create_state, fit, make_mesh, make_train_step, replicate, split_trainable
+        from flaxdet.train import (
+            InterruptedTrainingError,
+            create_state,
+            fit,
+            make_mesh,
+            make_train_step,
+            replicate,
+            split_trainable,
+        )
 
         steps_per_epoch = math.ceil(len(train) / self.batch_size)
         steps = self.epochs * steps_per_epoch
@@ -125,39 +138,70 @@ class Train(TrainOptions):
             raise ValueError(f"--batch-size should be a multiple of the {devices} devices, got {self.batch_size}")
         mesh = make_mesh() if devices > 1 else None
         batches = self.batches(model, train, steps)
-        tx, schedule = self.optimiser(registry.nearest(model).training, steps_per_epoch)
+        training = registry.nearest(model).training
+        tx, schedule = self.optimiser(training, steps_per_epoch)
         state = create_state(model, variables, tx, key=jax.random.key(self.seed), ema=self.ema is not None)
         if mesh is not None:
             state = replicate(state, mesh)
         if self.resume:
+            if checkpoints.stored_config != checkpoints.config:  # more epochs, or options that are new in flaxdet
+                checkpoints.replace_config()
             state, position, _ = checkpoints.restore(state)
             batches.set_state(position)
-            _say(f"continuing after step {int(state.step)}")
+            step = int(state.step)
+            say(f"continuing after step {step}")
+            if epochs_before is not None:
+                _, old = dataclasses.replace(self, epochs=epochs_before).optimiser(training, steps_per_epoch)
+                update = step // self.accumulate
+                say_more_epochs(self, epochs_before, step, (float(old(update)), float(schedule(update))))
         trained = len(jax.tree.leaves(split_trainable(model, state.params)[0]))
-        _say(f"{steps} steps of {self.batch_size} images on {_counted(devices, 'device')}; {trained} tensors train")
+        say(f"{steps} steps of {self.batch_size} images on {_counted(devices, 'device')}; {trained} tensors train")
 
         writers = self._writers(int(state.step)) if jax.process_index() == 0 else []
-        report = _Report(self, model, train, val)
+        report = Report(self, model, train, val, checkpoints)
         try:
-            state = fit(
-                make_train_step(model, tx, mesh=mesh, ema_decay=self.ema),
-                state,
-                batches,
-                steps=steps,
-                mesh=mesh,
-                schedule=lambda step: schedule(step // self.accumulate),
-                evaluate=None if val is None else report.evaluate,
-                evaluate_every=max(1, round(self.eval_every * steps_per_epoch)),
-                checkpoints=checkpoints,
-                save_every=self.save_every,
-                writers=writers,
-                log_every=self.log_every,
-                progress=self.progress,
-            )
+            with self._failing_well(checkpoints, {"train": train, "val": val}):
+                state = fit(
+                    make_train_step(model, tx, mesh=mesh, ema_decay=self.ema),
+                    state,
+                    batches,
+                    steps=steps,
+                    mesh=mesh,
+                    schedule=lambda step: schedule(step // self.accumulate),
+                    evaluate=None if val is None else report.evaluate,
+                    evaluate_every=max(1, round(self.eval_every * steps_per_epoch)),
+                    checkpoints=checkpoints,
+                    save_every=self.save_every,
+                    after_save=report.after_save,
+                    writers=writers,
+                    log_every=self.log_every,
+                    progress=self.progress,
+                )
+        except InterruptedTrainingError as stop:
+            report.write_last(stop.state)
+            raise
         finally:
             for writer in writers:
                 writer.close()
-        report.finish(state, checkpoints)
+        report.finish(state)
+
+    @contextlib.contextmanager
+    def _failing_well(self, checkpoints: Checkpoints, data: Mapping[str, CocoDataset | None]) -> Iterator[None]:
+        """After an error, prints which step is saved and how to continue. A broken image may then be mended."""
+        from flaxdet.train import InterruptedTrainingError, NonFiniteLossError
+
+        try:
+            yield
+        except (InterruptedTrainingError, NonFiniteLossError):  # their messages say it
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            with contextlib.suppress(Exception):  # the first error counts
+                checkpoints.wait()
+            if isinstance(error, Exception):
+                note_broken_image(checkpoints, data, error)
+            if checkpoints.last is not None:
+                say(f"step {checkpoints.last} is saved. To continue: {self.resume_command()}")
+            raise
 
     def batches(self, model: Any, train: CocoDataset, steps: int) -> Batches:
         """The batches of a run: the rows of this process."""
@@ -225,62 +269,15 @@ class Train(TrainOptions):
         return writers
 
 
-class _Report:
-    """Writes the results of a run: metrics, pictures, the best model."""
+def _check_evaluation(val: CocoDataset | None) -> None:
+    """Finds before the first step what would stop the first evaluation: missing packages, faulty annotations."""
+    from flaxdet.evaluation.coco_metrics import read_annotations, require_pycocotools
 
-    def __init__(self, options: Train, model: Any, train: CocoDataset, val: CocoDataset | None):
-        self.options, self.model, self.train, self.val = options, model, train, val
-        self.out = options.out
-
-    def evaluate(self, variables: Mapping[str, Any], step: int) -> dict[str, float]:
-        """COCO's figures on the validation images; also writes metrics.json and the pictures."""
-        from flaxdet.evaluation.evaluate import evaluate
-        from flaxdet.xla.memory import give_memory_back
-
-        assert self.val is not None
-        give_memory_back()  # the train step's temporary buffers, on CPUs
-        result = evaluate(
-            self.model, variables, self.val, batch_size=self.options.batch_size, progress=self.options.progress
-        )
-        figures = {"AP": result.ap or 0.0, "AP50": result.ap50 or 0.0, "AP75": result.ap75 or 0.0}
-        if _primary():
-            _write_json(self.out / "metrics.json", {"step": step, **result.to_dict()})
-            self.draw(variables, {"step": step, **figures})
-            _say(f"step {step}: " + ", ".join(f"{name} {value:.4f}" for name, value in figures.items()))
-        return figures
-
-    def finish(self, state: TrainState, checkpoints: Checkpoints) -> None:
-        """Writes the best model, or the last model if there was no evaluation."""
-        import flaxdet
-        from flaxdet.train import evaluation_variables
-
-        step = int(state.step)
-        if checkpoints.best is not None:
-            state, _, info = checkpoints.restore(state, step="best")
-            step = info["step"]
-        if not _primary():
-            return
-        variables = evaluation_variables(state)
-        for name in ("model.safetensors", "model.pth"):
-            flaxdet.save(self.out / name, self.model, variables, categories=self.train.categories)
-        self.draw(variables, {})
-        _say(f"{self.out / 'model.safetensors'}: the model of step {step}")
-
-    def draw(self, variables: Mapping[str, Any], latest: dict[str, float]) -> None:
-        """Writes curves.png, from the log and the figures that the log does not have yet, and predictions.png."""
-        from flaxdet.evaluation.evaluate import on_one_device
-        from flaxdet.inference.predict import predict
-        from flaxdet.train.logs import read_log
-        from flaxdet.train.pictures import draw_curves, draw_predictions
-
-        data = self.train if self.val is None else self.val
-        chosen = np.linspace(0, len(data) - 1, min(PICTURED, len(data))).astype(int).tolist()
-        images = [data.read_image(i) for i in chosen]
-        predictions = predict(self.model, on_one_device(variables), images)
-        truths = [{"boxes": data[i].boxes, "labels": data[i].labels} for i in chosen]
-        draw_predictions(images, truths, predictions, self.train.categories, self.out / "predictions.png")
-        rows = read_log(self.out / "log.jsonl")
-        draw_curves([*rows, latest] if latest else rows, self.out / "curves.png")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("pictures of training need matplotlib: pip install 'flaxdet[train]'")
+    if val is not None:
+        require_pycocotools()
+        read_annotations(val.annotations)
 
 
 def _summary(report: Mapping[str, int], classes: int) -> str:
@@ -300,21 +297,3 @@ def _summary(report: Mapping[str, int], classes: int) -> str:
 def _counted(count: int, thing: str) -> str:
     plural = thing + ("es" if thing.endswith(("x", "s")) else "s")
     return f"{count} {thing if count == 1 else plural}"
-
-
-def _primary() -> bool:
-    import jax
-
-    return jax.process_index() == 0
-
-
-def _say(text: str) -> None:
-    if _primary():
-        print(text, file=sys.stderr, flush=True)
-
-
-def _write_json(path: Any, content: Any) -> None:
-    from flaxdet.files.checkpoint import replacing
-
-    with replacing(path) as file:
-        file.write(json.dumps(content, indent=1).encode())

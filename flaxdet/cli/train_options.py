@@ -38,11 +38,12 @@ class TrainOptions:
     """The detector. Default: the detector in the file WEIGHTS, else fcos_resnet50_fpn."""
 
     weights: str = "COCO_V1"
-    """Initial weights: a file (.safetensors or .pth), published weights (downloaded once), 'backbone' (a ResNet-50
-    pretrained on ImageNet, downloaded once), or 'none' (from scratch: needs far more data and time)."""
+    """Initial weights: a file (.safetensors or .pth), the folder of a run, published weights (downloaded once),
+    'backbone' (a ResNet-50 pretrained on ImageNet, downloaded once), or 'none' (from scratch: needs far more data and
+    time)."""
 
     resume: bool = False
-    """Continue from the last checkpoint in OUT. The other options must be the same."""
+    """Continue from the last checkpoint in OUT. The other options must be the same, but EPOCHS may be more."""
 
     epochs: int = 12
     """Number of passes over the training images."""
@@ -163,15 +164,15 @@ class TrainOptions:
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and value < low:
-                raise ValueError(f"{_flag(name)} should be at least {low}, got {value}")
+                raise ValueError(f"{flag(name)} should be at least {low}, got {value}")
         for name in ("learning_rate", "clip", "eval_every"):
             value = getattr(self, name)
             if value is not None and not value > 0:
-                raise ValueError(f"{_flag(name)} should be above 0, got {value}")
+                raise ValueError(f"{flag(name)} should be above 0, got {value}")
         for name in ("momentum", "ema", "flip"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{_flag(name)} should be from 0 to 1, got {value}")
+                raise ValueError(f"{flag(name)} should be from 0 to 1, got {value}")
         if self.trainable_layers is not None and not 0 <= self.trainable_layers <= 5:
             raise ValueError(f"--trainable-layers should be from 0 to 5, got {self.trainable_layers}")
         if self.crop is not None and self.multi_scale:
@@ -196,10 +197,9 @@ class TrainOptions:
         values: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             if field.name not in _FREE_ON_RESUME:
-                value = getattr(self, field.name)
-                values[field.name] = value if isinstance(value, (int, float, type(None))) else str(value)
+                values[field.name] = stored_value(getattr(self, field.name))
         for name, pair in (("train", self.train), ("val", self.val)):
-            values[name] = None if pair is None else f"sha256 {hashlib.sha256(pair[1].read_bytes()).hexdigest()[:16]}"
+            values[name] = None if pair is None else f"sha256 {hashlib.sha256(_content(pair[1])).hexdigest()[:16]}"
         return values
 
     def resume_command(self) -> str:
@@ -208,5 +208,21 @@ class TrainOptions:
         return shlex.join(["flaxdet", *(word for word in given if word != "--resume"), "--resume"])
 
 
-def _flag(name: str) -> str:
+def stored_value(value: Any) -> Any:
+    """The value of an option as ``config`` has it."""
+    return value if isinstance(value, (int, float, type(None))) else str(value)
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        from flaxdet.data.coco_json import load_json
+
+        load_json(path)  # raises the same error as reading the data set does
+        raise
+
+
+def flag(name: str) -> str:
+    """The option on the command line."""
     return "--" + name.replace("_", "-")

@@ -19,6 +19,7 @@ from flaxdet.cli.options import (
     free_name,
     is_file_name,
     make_folder,
+    model_file,
     published,
     read_weights,
 )
@@ -50,7 +51,8 @@ class Verify:
     """The detector."""
 
     weights: str = "random"
-    """random, COCO_V1 (downloaded once), or a file (.pth or .safetensors) with torchvision's weights."""
+    """random, COCO_V1 (downloaded once), a file (.pth or .safetensors) with torchvision's weights, or the folder of a
+    run of flaxdet train."""
 
     key: Key = None
     """Which state_dict in the file: its name there (model_ema), or a prefix of keys (teacher). Default: the only one,
@@ -106,7 +108,7 @@ class Verify:
         if self.weights == "random":
             return names, weights
         if is_file_name(self.weights):
-            weights = file = read_weights(self.weights, self.key)
+            weights = file = read_weights(model_file(self.weights), self.key)
             builder = file.builder
         elif "." in self.weights:
             builder, _ = published(self.weights)

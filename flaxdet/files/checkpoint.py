@@ -20,7 +20,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from flaxdet.files import tensor_file, torch_pickle, torch_zip
+from flaxdet.files import checksums, tensor_file, torch_pickle, torch_zip
 from flaxdet.files.messages import one_line
 from flaxdet.files.opening import HEAD, foreign_kind, open_regular
 from flaxdet.files.torch_objects import FLOAT8, Placeholder
@@ -127,9 +127,15 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
         path: the file.
 
     Returns:
-        Texts by name; {} for a file of any other kind.
+        Texts by name, without the checksums that ``write_safetensors`` adds; {} for a file of any other kind.
+
+    Raises:
+        CheckpointError: if a text changed since ``write_safetensors`` wrote the file.
     """
-    return tensor_file.read_metadata(path)
+    try:
+        return checksums.check_texts(tensor_file.read_metadata(path))
+    except ValueError as error:
+        raise error_of(path, error) from error
 
 
 def _read_legacy(path: str | os.PathLike[str], file: BinaryIO, size: int, **which: Any) -> dict[str, Any]:
@@ -204,6 +210,8 @@ def write_safetensors(
 ) -> None:
     """Writes a ``.safetensors`` file atomically: the whole file, or nothing.
 
+    The metadata also gets a checksum of each array, which ``read`` checks. The same content gives the same bytes.
+
     Args:
         path: the file to create or replace.
         state_dict: numpy or jax arrays or torch tensors by torch key.
@@ -215,7 +223,8 @@ def write_safetensors(
     """
     arrays = _contiguous(path, state_dict)
     with replacing(path) as file:
-        file.write(safetensors.numpy.save(arrays, None if metadata is None else dict(metadata)))
+        for part in checksums.ordered(safetensors.numpy.save(arrays, checksums.add(arrays, metadata))):
+            file.write(part)
 
 
 def _contiguous(path: str | os.PathLike[str], state_dict: Mapping[str, Any]) -> dict[str, np.ndarray]:

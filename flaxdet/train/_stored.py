@@ -5,11 +5,13 @@ So a stored state does not depend on classes of optax or flaxdet, and every leaf
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
+
+from flaxdet.files import checksums
 
 Tree = TypeVar("Tree")
 _MAX_NAMED = 3  # leaves that an error names for each kind of difference
@@ -55,6 +57,33 @@ def from_nested(nested: Any, template: Tree) -> Tree:
     """
     placed = [_place(_lookup(nested, parts, leaf), parts, leaf) for parts, leaf in _leaves(template)]
     return jax.tree.unflatten(jax.tree.structure(template), placed)
+
+
+def array_checksums(nested: Any) -> dict[str, str]:
+    """The checksum of each array, by names such as "params/head/bias".
+
+    Args:
+        nested: nested dicts of arrays. If an array is divided over several processes, all must call this together.
+    """
+    return {"/".join(parts): checksums.of_array(_on_host(leaf)) for parts, leaf in _leaves(nested)}
+
+
+def differing(nested: Any, stored: Mapping[str, str]) -> list[str]:
+    """The names of arrays that differ from the arrays whose checksums are stored, and of missing ones."""
+    found = array_checksums(nested)
+    return sorted(name for name in {*found, *stored} if found.get(name) != stored.get(name))
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    if not isinstance(leaf, jax.Array):
+        return np.asarray(leaf)
+    if leaf.is_fully_replicated:
+        return np.asarray(leaf.addressable_data(0))  # not of the leaf itself, which would keep the copy
+    if leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def numpy_template(metadata: Any) -> Any:

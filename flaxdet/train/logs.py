@@ -56,10 +56,12 @@ class JsonLinesWriter:
             for row in rows:
                 if resume_from is not None and row["step"] <= resume_from:
                     file.write(_line(row))
+        # of the last step that is kept: a run that was killed before it saved these numbers measures them again
+        self._written = {(row["step"], frozenset(row)) for row in rows if row["step"] == resume_from}
         self._file = open(self.path, "ab")  # noqa: SIM115  (closed by close)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends a line.
+        """Appends a line, unless the log of the resumed run has a line of this step with these names already.
 
         Args:
             step: number of steps done.
@@ -68,6 +70,8 @@ class JsonLinesWriter:
         Raises:
             OSError: if the line cannot be written (disk full); the message is one line that names the file.
         """
+        if (step, frozenset({"step", *values})) in self._written:
+            return
         try:
             self._file.write(_line({"step": int(step), **{name: float(value) for name, value in values.items()}}))
             self._file.flush()
@@ -104,14 +108,15 @@ class TensorBoardWriter:
         self._writer = SummaryWriter(str(folder), purge_step=None if resume_from is None else resume_from + 1)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one point to each curve.
+        """Adds one point to each curve; none for NaN and infinities.
 
         Args:
             step: number of steps done.
             values: numbers by name.
         """
         for name, value in values.items():
-            self._writer.add_scalar(_tag(name), float(value), int(step))
+            if math.isfinite(value):  # an undefined AP
+                self._writer.add_scalar(_tag(name), float(value), int(step))
 
     def close(self) -> None:
         """Flushes and closes the event file."""
@@ -165,4 +170,4 @@ def _is_finite(value: Any) -> bool:
 def _tag(name: str) -> str:
     if is_loss(name):
         return f"loss/{name}"
-    return f"evaluation/{name}" if name.startswith(("AP", "AR")) else f"training/{name}"
+    return f"evaluation/{name}" if name.startswith(("AP", "AR", "val/")) else f"training/{name}"

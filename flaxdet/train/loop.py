@@ -7,10 +7,7 @@ knows of detection. To change the loop, write another around the same step.
 from __future__ import annotations
 
 import collections
-import contextlib
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from flaxdet.train._signals import stop_requests
 from flaxdet.train.first_batch import look_at_labels
 from flaxdet.train.sharding import shard_batch
 from flaxdet.train.state import TrainState
@@ -57,12 +55,14 @@ class InterruptedTrainingError(KeyboardInterrupt):
     Attributes:
         step: the last step.
         saved: True if the state after the last step was saved.
+        state: the state after the last step.
     """
 
-    def __init__(self, step: int, saved: bool):
+    def __init__(self, step: int, saved: bool, state: TrainState):
         super().__init__(f"interrupted after step {step}" + (", which was saved" if saved else ""))
         self.step = step
         self.saved = saved
+        self.state = state
 
 
 def fit(
@@ -77,6 +77,7 @@ def fit(
     evaluate_every: int | None = None,
     checkpoints: Checkpoints | None = None,
     save_every: int | None = None,
+    after_save: Callable[[dict[str, Any], int], None] | None = None,
     writers: Sequence[Writer] = (),
     log_every: int = 10,
     progress: bool = True,
@@ -86,8 +87,11 @@ def fit(
     Labels are checked against the classes of the model: for batches of ``train_batches``, the labels of the whole data
     set before the first step; for other batches, the labels of each batch before it goes to the device.
 
-    After Ctrl-C or SIGTERM the step in progress finishes, the state is saved, and an error is raised. A second Ctrl-C
-    raises at once.
+    After Ctrl-C or SIGTERM a line on stderr says what is waited for: the end of the step or of the evaluation. Then the
+    state is saved, and an error is raised. A second Ctrl-C raises at once.
+
+    The state is saved before it is evaluated, so that an evaluation that fails loses nothing. A run that ended during
+    an evaluation begins with this evaluation when it is resumed.
 
     Args:
         train_step: the result of ``make_train_step``; it may donate the state. A custom step may have the attribute
@@ -99,10 +103,13 @@ def fit(
         mesh: the mesh that the step was made for.
         schedule: step -> learning rate, for the log.
         evaluate: ``(variables, step) -> {"AP": ..., ...}``, called every ``evaluate_every`` steps and after the last
-            step; with the averaged variables if the state has them. The checkpoint with the best "AP" is kept.
+            step; with the averaged variables if the state has them. Every number is logged; NaN for an undefined one.
+            The checkpoint with the best "AP" is kept.
         evaluate_every: in steps; default only after the last.
-        checkpoints: saves the state every ``save_every`` steps, after each evaluation, and at the end.
+        checkpoints: saves the state every ``save_every`` steps, before each evaluation, and at the end.
         save_every: in steps; default only with the evaluations.
+        after_save: ``(variables, step)``, called after each new save (before the evaluation of that step, if there is
+            one), with the variables that ``evaluate`` gets.
         writers: receive the log: losses, learning rate, images per second (of all processes), AP.
         log_every: in steps. Losses are means over these steps.
         progress: shows a bar with loss, images per second and the time left.
@@ -139,23 +146,57 @@ def fit(
             window.add(step, values, 0 if images is None else len(images) * jax.process_count())
             bar.set_postfix(loss=f"{window.loss:.3f}", images_per_s=f"{window.speed:.1f}", refresh=False)
 
+    saved = first  # the step of the last call of after_save
+
     def save(step: int, metrics: Mapping[str, float] | None = None) -> None:
+        nonlocal saved
         settle()
         write(step, window.take())  # so that a run resumed from here writes the same lines
         if checkpoints is not None:
             position = {} if get_state is None else get_state()
             checkpoints.save(state, position, metrics=metrics)
+            if after_save is not None and saved != step:
+                saved = step
+                after_save(evaluation_variables(state), step)
 
     def write(step: int, values: Mapping[str, float]) -> None:
         if primary and values:
             for writer in writers:
                 writer.scalars(step, dict(values))
 
+    def is_due(step: int) -> bool:
+        return evaluate is not None and (step == steps or bool(evaluate_every and step % evaluate_every == 0))
+
+    def evaluate_saved(step: int) -> None:
+        assert evaluate is not None
+        save(step)
+        if checkpoints is not None:
+            checkpoints.wait()
+        stop.waiting_for = f"the evaluation of step {step}{unless_lost(', which is saved')}" if primary else None
+        scores = evaluate(evaluation_variables(state), step)
+        write(step, scores)
+        save(step, scores)
+        window.restart_clock()
+
+    def stop_if_asked(step: int) -> None:
+        if stop:
+            save(step)
+            if checkpoints is not None:
+                checkpoints.wait()
+            raise InterruptedTrainingError(step, checkpoints is not None, state)
+
+    def unless_lost(text: str) -> str:
+        return "" if checkpoints is None else text
+
     with (
-        _stop_requests() as stop,
+        stop_requests() as stop,
         tqdm(total=steps, initial=first, unit="step", disable=not (progress and primary), dynamic_ncols=True) as bar,
     ):
+        if first and is_due(first) and checkpoints is not None and not checkpoints.is_evaluated(first):
+            evaluate_saved(first)
+            stop_if_asked(first)
         for step in range(first + 1, steps + 1):
+            stop.waiting_for = f"the end of step {step}{unless_lost(' and its checkpoint')}" if primary else None
             try:
                 batch = next(batches)
             except StopIteration:
@@ -170,19 +211,12 @@ def fit(
             if step % log_every == 0 or step == steps:
                 settle()
                 write(step, window.take())
-            if evaluate is not None and (step == steps or (evaluate_every and step % evaluate_every == 0)):
-                settle()
-                scores = evaluate(evaluation_variables(state), step)
-                write(step, scores)
-                save(step, scores)
-                window.restart_clock()
+            if is_due(step):
+                evaluate_saved(step)
             elif save_every and step % save_every == 0:
                 save(step)
-            if stop.is_set():
-                save(step)
-                if checkpoints is not None:
-                    checkpoints.wait()
-                raise InterruptedTrainingError(step, saved=checkpoints is not None)
+            stop_if_asked(step)
+        stop.waiting_for = "the last checkpoint" if primary and checkpoints is not None else None
         save(steps)
     if checkpoints is not None:
         checkpoints.wait()
@@ -258,25 +292,3 @@ def _check_finite(
         f"step {step}: {', '.join(bad)}{named}; {saved}. A lower learning rate, a longer warm-up or clipping may help"
         f"{advice}"
     )
-
-
-@contextlib.contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C or SIGTERM sets; a second signal goes to the previous handler."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # signals can't be caught here
-        return
-    previous: dict[int, Any] = {}
-
-    def request(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(number, previous[number])
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

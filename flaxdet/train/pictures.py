@@ -17,14 +17,14 @@ from flaxdet.train.logs import is_loss, read_log
 
 Rows = Sequence[Mapping[str, float]]
 _SCORES = {"AP": "#1f5fa8", "AP50": "#e08214", "AP75": "#35978f"}
-_TOTAL, _FAINT = "#222222", "#bbbbbb"
+_TOTAL, _FAINT, _VALIDATION = "#222222", "#bbbbbb", "#c51b7d"
 _FEW = 12  # curves of fewer points are not smoothed, and have a mark at each point
 _SIDE = 480  # pixels: the longer side of each image in the sheet
 _MARGIN = 12
 
 
 def draw_curves(log: str | os.PathLike[str] | Rows, path: str | os.PathLike[str]) -> None:
-    """Draws losses, AP and the learning rate over the steps.
+    """Draws losses, the validation loss, AP and the learning rate over the steps.
 
     Args:
         log: the path of a log in JSON lines, or the rows of ``read_log``.
@@ -149,7 +149,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _draw_losses(axis: Any, rows: Rows, names: Sequence[str]) -> None:
-    """The total loss, the smoothed total and, in thin lines, each smoothed loss."""
+    """The total loss, the smoothed total, in thin lines each smoothed loss, and the total on the validation images."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     lowest, highest = math.inf, 0.0
@@ -166,6 +166,10 @@ def _draw_losses(axis: Any, rows: Rows, names: Sequence[str]) -> None:
         else:
             axis.plot(steps, line, linewidth=1.2, marker="." if few else None, label=name, zorder=2)
         lowest, highest = min(lowest, line.min()), max(highest, line.max())
+    steps, values = _points(rows, "val/loss")
+    if len(steps):
+        axis.plot(steps, values, "--", color=_VALIDATION, linewidth=1.5, marker="o", ms=3, label="validation", zorder=4)
+        lowest, highest = min(lowest, values.min()), max(highest, values.max())
     if 0 < lowest < highest / 10:
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

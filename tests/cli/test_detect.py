@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 import flaxdet
-from flaxdet.files import checkpoint
 from tests.cli.conftest import files, results
 
 pytestmark = pytest.mark.xdist_group("detect")
@@ -118,29 +117,42 @@ def test_disk_full(run, quick, weights, photo, out, monkeypatch):
     found = run("detect", photo, "--weights", weights, "--out", out)
     assert found.status == 2
     first, last = found.err.splitlines()
-    assert first == f"{photo}: {out / 'photo.jpg'}: cannot be written: No space left on device; nothing was changed"
+    assert first.startswith(f"{photo}: {out / 'detections.json'}: cannot be written: No space left on device")
     assert "detections.json: cannot be written: No space left on device" in last
     assert files(out) == ["detections.json"]
     assert (out / "detections.json").read_text() == "of an earlier run"
 
 
-def test_disk_full_for_one_picture(run, quick, weights, tmp_path, write_photo, out, monkeypatch):
+def test_a_full_disk_loses_pictures_and_no_detection(run, quick, weights, tmp_path, write_photo, out, monkeypatch):
     paths = [write_photo(tmp_path / name) for name in ("a.jpg", "b.jpg")]
-    disk = FullDisk(monkeypatch, 1)
-    real = checkpoint.replacing
-
-    def freed_for_json(path):
-        disk.room += 10 * (os.path.basename(path) == "detections.json")
-        return real(path)
-
-    monkeypatch.setattr(checkpoint, "replacing", freed_for_json)
+    FullDisk(monkeypatch, 2)  # detections.json, which then grows, and a picture
     found = run("detect", *paths, "--weights", weights, "--out", out, "--no-progress")
     assert found.status == 1
     content = results(out)
-    assert [record["file"] for record in content["images"]] == [str(paths[0])]
+    assert [(record["file"], "picture" in record) for record in content["images"]] == [
+        (str(paths[0]), True),
+        (str(paths[1]), False),
+    ]
+    assert content["images"][0]["detections"] == content["images"][1]["detections"] != []
     assert [row["file"] for row in content["failed"]] == [str(paths[1])]
     assert "No space left on device" in content["failed"][0]["error"]
     assert files(out) == ["a.jpg", "detections.json"]
+
+
+def test_what_is_detected_is_written_at_once(run, quick, weights, tmp_path, write_photo, out, monkeypatch):
+    paths = [write_photo(tmp_path / name) for name in ("a.jpg", "b.jpg")]
+    stream = flaxdet.Predictor.stream
+
+    def interrupted(self, source):
+        detections = stream(self, source)
+        yield next(detections)
+        assert [record["file"] for record in results(out)["images"]] == [str(paths[0])]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(flaxdet.Predictor, "stream", interrupted)
+    found = run("detect", *paths, "--weights", weights, "--out", out, "--no-progress")
+    assert (found.status, found.error) == (130, "flaxdet: interrupted")
+    assert "picture" in results(out)["images"][0]
 
 
 def test_interrupted(run, quick, weights, photo, out, monkeypatch):

@@ -147,7 +147,7 @@ def broken_weights(kind, folder, weights):
         ("code", "is a Python pickle that torch.save did not write; expected a state_dict"),
         ("other architecture", "holds a RetinaNet; expected torchvision's fcos_resnet50_fpn or faster"),
         ("unknown", "holds none of torchvision's detectors; expected"),
-        ("folder", "is a folder; give the file in it"),
+        ("folder", "is a folder without model.safetensors; expected a file, or the folder of a run"),
     ],
 )
 def test_broken_weights(run, photo, out, tmp_path, weights, monkeypatch, kind, message):

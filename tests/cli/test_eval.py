@@ -15,6 +15,7 @@ from tests.cli.conftest import NAMES, files
 
 pytest.importorskip("pycocotools")
 
+from flaxdet.cli.eval import Eval
 from flaxdet.evaluation.evaluate import coco_results, evaluate_results
 from flaxdet.inference import programs
 
@@ -73,6 +74,24 @@ def test_writes_what_it_prints(run, weights, data, out):
     assert {row["category_id"] for row in expected} == {2, 5}
     assert {row["image_id"] for row in expected} == {7, 8}
     assert rows == expected
+
+
+class Gone:
+    """A pipe without a reader."""
+
+    def write(self, text):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
+def test_files_are_written_even_if_nobody_reads_the_table(weights, data, out, monkeypatch):
+    arguments = write(data)
+    command = Eval(images=arguments[2], annotations=arguments[4], weights=str(weights), out=out, progress=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Gone())
+        with pytest.raises(BrokenPipeError):
+            command.run()
+    assert files(out) == ["detections.json", "metrics.json"]
+    assert json.loads((out / "metrics.json").read_text())["images"] == 2
 
 
 def test_writes_nothing_unless_asked(run, weights, data):

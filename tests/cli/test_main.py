@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from flaxdet.cli.main import COMMANDS
 
 
 def program(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "flaxdet.cli.main", *arguments]
+    command = [sys.executable, "-W", "error", "-m", "flaxdet", *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -137,6 +138,30 @@ def test_the_status_reaches_the_shell(tmp_path):
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"flaxdet convert: error: {tmp_path / 'none.pth'}: cannot be read")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="pipes")
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_output_that_nobody_reads_ends_quietly(stream):
+    """As of ``flaxdet ... | head``, and of ``flaxdet ... 2>&1 | head``."""
+    arguments = ["--help"] if stream == "stdout" else []  # without a command, the help goes to stderr
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "flaxdet", *arguments]
+    try:
+        result = subprocess.run(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: writer})
+    finally:
+        os.close(writer)
+    assert result.returncode == 141
+    assert (result.stdout or b"", result.stderr or b"") == (b"", b"")
+
+
+def test_another_broken_pipe_is_an_error(run, monkeypatch):
+    def fail(self):
+        raise BrokenPipeError(32, "Broken pipe")  # such as a worker's that died
+
+    monkeypatch.setattr(COMMANDS["convert"], "run", fail)
+    assert run("convert", "a.pth", "b.pth").error.endswith("flaxdet convert: error: [Errno 32] Broken pipe")
 
 
 def test_is_installed_as_flaxdet():

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import math
+import os
+import shutil
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -16,6 +23,10 @@ import flaxdet
 from flaxdet import registry
 from flaxdet.cli.main import main
 from flaxdet.cli.train import Train
+from flaxdet.cli.train_resume import check_options, say_more_epochs
+from flaxdet.evaluation import evaluate as module
+from flaxdet.train._lock import FolderLock
+from flaxdet.train.logs import read_log
 from tests.tiny import NAMES, build_small_models, write_coco
 from tests.tolerances import HAND_F32
 
@@ -71,9 +82,15 @@ def test_a_run_leaves_everything(trained):
     assert metrics["step"] == 2 * STEPS
     assert 0 <= metrics["ap50"] <= 1
     assert [row["name"] for row in metrics["per_class"]] == NAMES[1:]
+    assert metrics["losses"]["loss"] > 0
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in log if "loss" in row] == list(range(1, 2 * STEPS + 1))
-    assert [row["step"] for row in log if "AP" in row] == [STEPS, 2 * STEPS]
+    evaluations = [row for row in log if "AP" in row]
+    assert [row["step"] for row in evaluations] == [STEPS, 2 * STEPS]
+    classes = {f"AP/{row['name']}": row["ap"] for row in metrics["per_class"]}
+    losses = {f"val/{name}": value for name, value in metrics["losses"].items()}
+    assert (classes | losses).items() <= evaluations[-1].items()
+    assert {"val/loss", "val/classification", "val/bbox_regression"} <= set(losses)
     assert list((out / "tensorboard").iterdir())
     config = json.loads((out / "checkpoints" / "config.json").read_text())
     assert (config["epochs"], config["batch_size"]) == (2, 2)
@@ -99,18 +116,159 @@ def test_the_trained_model_detects_with_its_names(trained, data, run, tmp_path):
     assert "red" in (tmp_path / "detections.json").read_text()
 
 
+def test_commands_take_the_folder(trained, data, run, tmp_path):
+    result = run("convert", trained.out, tmp_path / "model.pth")
+    assert result.status == 0
+    assert (tmp_path / "model.pth").read_bytes() == (trained.out / "model.pth").read_bytes()
+
+
 def test_resume(trained, run, capfd):
     result = run("train", *trained.options)
     assert (result.status, "holds a run already; expected --resume" in result.error) == (2, True)
-    result = run("train", *trained.options, "--resume", "--epochs", "5", "--seed", "1")
+    before = {path: path.read_bytes() for path in trained.out.rglob("*") if path.is_file() and path.suffix != ".png"}
+    result = run("train", *trained.options, "--resume", "--epochs", "1", "--seed", "1", "--clip", "3")
     assert result.status == 2
-    for part in ("other options", "epochs", "2", "5", "seed"):
-        assert part in result.err.splitlines()[-1]
-    before = (trained.out / "log.jsonl").read_bytes()
+    assert "other options: --clip was not given, is 3.0; --epochs was 2, is 1; --seed was 0, is 1. " in result.error
+    assert f"For a new run that begins with its model: --weights {trained.out} --out ANOTHER" in result.error
     capfd.readouterr()
     assert trained("--resume") == 0  # is at its end: nothing changes
     assert f"continuing after step {2 * STEPS}" in capfd.readouterr().err
-    assert (trained.out / "log.jsonl").read_bytes() == before
+    for path, content in before.items():
+        assert path.read_bytes() == content or "tfevents" in path.name, path
+
+
+def test_a_run_of_an_older_flaxdet_goes_on(trained, tmp_path, capfd):
+    """Without checksums of images, and without the options that are new since."""
+    for name in ("config.json", "images.json"):
+        shutil.copy(trained.out / "checkpoints" / name, tmp_path)
+    config = trained.out / "checkpoints" / "config.json"
+    try:
+        config.write_text(json.dumps({k: v for k, v in json.loads(config.read_text()).items() if k != "remat"}))
+        (config.parent / "images.json").unlink()
+        capfd.readouterr()
+        assert trained("--resume") == 0
+        assert "images.json: is missing (an older flaxdet wrote none), so changes" in capfd.readouterr().err
+        assert json.loads(config.read_text())["remat"] is False
+    finally:
+        shutil.copytree(tmp_path, trained.out / "checkpoints", dirs_exist_ok=True)
+
+
+def test_images_that_changed(trained, data, run, capfd):
+    path = data[0] / "001.png"
+    whole, status = path.read_bytes(), path.stat()
+    try:
+        path.write_bytes(whole[:-1] + b"x")
+        result = run("train", *trained.options, "--resume")
+        assert result.status == 2
+        last = result.err.splitlines()[-1]
+        assert "the images are not those of the run: the content of 001.png (train), 001.png (val) changed" in last
+        path.write_bytes(whole)
+        os.utime(path, ns=(1, 1))
+        capfd.readouterr()
+        assert trained("--resume") == 0
+        assert (
+            "warning: the date of 001.png (train), 001.png (val) changed, the content did not" in capfd.readouterr().err
+        )
+    finally:
+        path.write_bytes(whole)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_a_second_run_in_the_folder_is_refused_at_once(trained, run):
+    lock = FolderLock(trained.out / "checkpoints")
+    result = run("train", *trained.options, "--resume")
+    assert (result.status, "is writing to it; wait for its end" in result.error) == (2, True)
+    lock.release()
+
+
+def options_for(trained: Run, **changed: Path) -> list[str]:
+    options = [*trained.options]
+    for name, value in changed.items():
+        options[options.index(f"--{name}") + 1] = str(value)
+    return options
+
+
+def assert_ended_alike(out: Path, other: Path) -> None:
+    for name in ("model.safetensors", "model.pth", "last.safetensors", "metrics.json"):
+        assert (out / name).read_bytes() == (other / name).read_bytes(), name
+    logs = [
+        [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_log(folder / "log.jsonl")]
+        for folder in (out, other)
+    ]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_with_a_broken_photo_ends_like_another(trained, data, run, tmp_path):
+    """The first evaluation fails; mended and resumed, the run ends in the same bits."""
+    val, out = tmp_path / "val", tmp_path / "run"
+    shutil.copytree(data[0], val)
+    whole = (val / "002.png").read_bytes()
+    (val / "002.png").write_bytes(whole[:100])
+    options = options_for(trained, val=val, out=out)
+    with jax.numpy_dtype_promotion("standard"):
+        result = run("train", *options)
+        assert result.status == 2
+        *_, saved, error = result.err.splitlines()
+        assert saved.startswith(f"step {STEPS} is saved. To continue: flaxdet train ")
+        assert saved.endswith("--resume")
+        assert f"{val / '002.png'}: is a broken image" in error
+        assert json.loads((out / "metrics.json").read_text()) == {"step": STEPS}  # of the model beside it
+        assert flaxdet.load(out / "model.safetensors")[0].num_classes == 4
+
+        (val / "002.png").write_bytes(whole)
+        assert run("train", *options, "--resume").status == 0
+        assert_ended_alike(out, trained.out)
+
+
+@pytest.mark.ci  # tests/train/test_loop.py and the tests above hold each part of it
+def test_ctrl_c_in_an_evaluation_and_more_epochs(trained, run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    options = options_for(trained, out=out)
+    evaluate = module.evaluate
+
+    def interrupted(*arguments, **more):
+        os.kill(os.getpid(), signal.SIGINT)
+        return evaluate(*arguments, **more)
+
+    with jax.numpy_dtype_promotion("standard"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "evaluate", interrupted)
+            result = run("train", *options)
+        assert result.status == 130
+        assert f"Ctrl-C: waiting for the evaluation of step {STEPS}, which is saved; another" in result.err
+        assert f"interrupted after step {STEPS}, which was saved. To continue: " in result.err.splitlines()[-1]
+        assert (out / "last.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+        assert run("train", *options, "--resume").status == 0
+        assert_ended_alike(out, trained.out)
+
+        result = run("train", *options, "--resume", "--epochs", "3")
+        assert result.status == 0
+        assert "2 epochs become 3: the schedule 'step' is stretched over all of them" in result.err
+        assert read_log(out / "log.jsonl")[-1]["step"] == 3 * STEPS
+        assert json.loads((out / "checkpoints" / "config.json").read_text())["epochs"] == 3
+        result = run("train", *options, "--resume")
+        assert (result.status, "--epochs was 3, is 2" in result.error) == (2, True)
+
+
+def test_more_epochs_may_follow(tmp_path, capfd):
+    (tmp_path / "train.json").write_text("{}")
+    options = Train(train=(tmp_path, tmp_path / "train.json"), out=tmp_path, epochs=6)
+    for stored, allowed in ((4, 4), (6, None), (8, ValueError)):
+        checkpoints: Any = SimpleNamespace(
+            folder=tmp_path, config=options.config(), stored_config=options.config() | {"epochs": stored}
+        )
+        if allowed is ValueError:
+            with pytest.raises(ValueError, match=r"--epochs was 8, is 6\. To continue"):
+                check_options(options, checkpoints)
+        else:
+            assert check_options(options, checkpoints) == allowed
+    say_more_epochs(options, 4, 28, (0.00025, 0.0025))
+    assert capfd.readouterr().err == (
+        "4 epochs become 6: the schedule 'step' is stretched over all of them, and the learning rate after step 28 is "
+        "0.0025, with 4 epochs it was 0.00025\n"
+    )
+    say_more_epochs(dataclasses.replace(options, schedule="constant"), 4, 28, (0.0025, 0.0025))
+    assert capfd.readouterr().err == "4 epochs become 6\n"
 
 
 def with_annotations(data: tuple[Path, Path], folder: Path, change: Any) -> tuple[Path, Path]:
@@ -144,7 +302,7 @@ def test_bad_annotations(run, data, weights, tmp_path, change, parts):
     assert result.status == 2
     for part in parts:
         assert part in result.error
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != ".lock"]
 
 
 @pytest.mark.parametrize(
@@ -171,6 +329,22 @@ def test_bad_options(run, data, weights, tmp_path, options, parts):
     assert result.status == 2
     for part in parts:
         assert part in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("package", ["pycocotools.cocoeval", "matplotlib"])
+def test_what_an_evaluation_needs_is_looked_for_before_the_first_step(
+    run, data, weights, tmp_path, monkeypatch, package
+):
+    if package == "matplotlib":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setitem(sys.modules, package, None)
+    result = run("train", "--train", *data, "--val", *data, "--out", tmp_path / "run", "--weights", weights, *SIZE)
+    assert result.status == 2
+    last = result.err.splitlines()[-1]
+    assert f"need{'s' if 'coco' in package else ''} {package.partition('.')[0]}" in last
+    assert "pip install 'flaxdet[train]'" in last
+    assert "steps of" not in result.err
 
 
 def test_a_broken_image_is_named(run, data, weights, tmp_path):

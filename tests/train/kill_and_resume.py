@@ -2,9 +2,10 @@
 
     python tests/train/kill_and_resume.py [--trials 10] [--kills 2] [--seed 0]
 
-A tiny FCOS is trained on synthetic images, saving every other step, so that many of the kills fall into a save. Each
-trial begins a run anew, kills it ``--kills`` times, resumes it after each, and compares everything in the last
-checkpoint (parameters, statistics, optimiser, key, place in the data) with that of a run that nothing happened to.
+A tiny FCOS is trained on synthetic images, saving every other step, so that many of the kills fall into a save, and
+evaluated every eighth, so that some fall into an evaluation. Each trial begins a run anew, kills it ``--kills`` times,
+resumes it after each, and compares everything in the last checkpoint (parameters, statistics, optimiser, key, place in
+the data), the best checkpoint's step and the log with those of a run that nothing happened to.
 Exit status 0: every trial ended in the same bits.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import random
 import signal
@@ -20,18 +22,21 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, SAVE_EVERY = 40, 2
+STEPS, SAVE_EVERY, EVALUATE_EVERY = 40, 2, 8
 
 
 def train(data: Path, run: Path) -> None:
     """The run itself: begins, or goes on from what ``run`` holds, and prints a digest of the end."""
     import jax
+    import numpy as np
     import optax
 
     from flaxdet.data import read_coco, train_batches
     from flaxdet.train import Checkpoints, create_state, fit, make_train_step
+    from flaxdet.train.logs import JsonLinesWriter, read_log
     from tests.tiny import FCOS_NAME, tiny_model, tiny_variables
 
     model = tiny_model(FCOS_NAME)
@@ -45,12 +50,23 @@ def train(data: Path, run: Path) -> None:
         batches.set_state(place)
     step = make_train_step(model, tx, ema_decay=0.99)
     print("begin", int(state.step), flush=True)
-    state = fit(step, state, batches, steps=STEPS, checkpoints=checkpoints, save_every=SAVE_EVERY, progress=False)
+
+    def evaluate(variables: Any, at: int) -> dict[str, float]:
+        time.sleep(0.1)  # so that kills fall into it
+        return {"AP": float(np.abs(variables["params"]["backbone"]["conv0"]["bias"]).sum()) % 0.01, "AP/red": math.nan}
+
+    log = JsonLinesWriter(run / "log.jsonl", resume_from=int(state.step))
+    options = {"evaluate": evaluate, "evaluate_every": EVALUATE_EVERY, "save_every": SAVE_EVERY, "writers": [log]}
+    state = fit(step, state, batches, steps=STEPS, checkpoints=checkpoints, log_every=3, progress=False, **options)
+    best = checkpoints.best
     checkpoints.close()
+    log.close()
 
     checkpoints = Checkpoints(run / "checkpoints", config={"steps": STEPS})
     state, place, _ = checkpoints.restore(state)
-    digest = hashlib.sha256(repr(sorted(place.items())).encode())
+    rows = [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_log(run / "log.jsonl")]
+    assert [row["step"] for row in rows if "AP" in row] == list(range(EVALUATE_EVERY, STEPS + 1, EVALUATE_EVERY))
+    digest = hashlib.sha256(repr((sorted(place.items()), best, rows)).encode())
     for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(state)):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode() + leaf.tobytes())
     print("end", int(state.step), digest.hexdigest(), flush=True)

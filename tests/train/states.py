@@ -63,7 +63,8 @@ def assert_same(found, expected) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """The content of a folder of checkpoints, but for the file of its lock."""
+    return sorted(path.name for path in folder.iterdir() if path.name != ".lock")
 
 
 def run(source: str, *arguments: object, devices: int = 1) -> str:

@@ -106,7 +106,8 @@ def test_orbax_reads_it_alone(tmp_path):
         (1, [0.1, 0.2, 0.3], [3], 3),
         (1, [0.3, None, 0.2, None], [1, 4], 1),
         (1, [None, float("nan"), None], [3], None),
-        (1, [0.0, -1.0, None], [1, 3], 1),
+        (1, [0.0, 0.0, 0.0], [3], None),  # AP 0 throughout: the last is as good as any
+        (1, [0.0, 0.1, 0.0], [2, 3], 2),
         (3, [0.5, 0.1, 0.2, 0.3, 0.4], [1, 3, 4, 5], 1),
     ],
 )

@@ -110,11 +110,28 @@ def test_ctrl_c_in_save_waits_until_the_save_is_on_its_way(tmp_path, monkeypatch
     assert_same(checkpoints.restore(make_state())[0], make_state(1))
 
 
+def test_ctrl_c_while_reading_is_not_taken_for_damage(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(make_state(1), wait=True)
+    read = checkpoints._orbax.checkpointables_metadata
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)  # orbax would go on with half of what it reads
+        return read(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._orbax, "checkpointables_metadata", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.restore(make_state())
+    assert_same(checkpoints.restore(make_state())[0], make_state(1))
+
+
 def test_a_folder_that_cannot_be_made_leaves_no_thread_waiting(tmp_path):
     # orbax's default would keep the process for 20 minutes; run() has a timeout
     script = """
 folder = Path(sys.argv[1])
 checkpoints = Checkpoints(folder)
+(folder / ".lock").unlink()
 folder.rmdir()
 folder.write_text("")
 try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ from flaxdet.train import (
     make_train_step,
     sgd,
 )
+from flaxdet.train.logs import JsonLinesWriter, read_log
 from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables, write_coco
 
 pytestmark = pytest.mark.xdist_group("loop")
@@ -129,8 +131,71 @@ def test_the_best_is_that_of_the_highest_ap(training, tmp_path):
         assert (checkpoints.best, checkpoints.last) == (4, 8)
 
 
+def test_without_any_ap_the_last_is_as_good_as_the_best(training, tmp_path):
+    lines = Lines()
+    with Checkpoints(tmp_path) as checkpoints:
+        found = {2: np.nan, 4: 0.0, 6: np.nan, 8: 0.0}
+        training.fit(checkpoints, evaluate=lambda _, step: {"AP": found[step]}, evaluate_every=2, writers=[lines])
+        assert (checkpoints.best, checkpoints.steps) == (None, [8])
+        assert checkpoints._find("best") == 8
+    assert [values["AP"] for _, values in lines.rows if "AP" in values] == pytest.approx([*found.values()], nan_ok=True)
+
+
+def test_a_failing_evaluation_loses_nothing(training, tmp_path):
+    """It is done first when the run is resumed: log, checkpoints and state are those of an undisturbed run."""
+
+    def evaluate(variables: dict[str, Any], step: int) -> dict[str, float]:
+        if step == broken:
+            raise ValueError("a broken photo")
+        return {"AP": float(np.abs(variables["params"]["backbone"]["conv0"]["bias"]).sum())}
+
+    def run(name: str, log: JsonLinesWriter) -> tuple[Any, Checkpoints]:
+        with contextlib.closing(log), Checkpoints(tmp_path / name) as checkpoints:
+            options = {"evaluate": evaluate, "evaluate_every": 3, "log_every": 2, "writers": [log]}
+            return training.fit(checkpoints, after_save=lambda _, step: saved.append(step), **options), checkpoints
+
+    broken, expected = 0, None
+    for name, failing in (("whole", 0), ("third", 3), ("last", 8)):
+        saved: list[int] = []
+        log = tmp_path / f"{name}.jsonl"
+        if broken := failing:
+            with pytest.raises(ValueError, match="a broken photo"):
+                run(name, JsonLinesWriter(log))
+            checkpoints = Checkpoints(tmp_path / name, read_only=True)
+            assert (checkpoints.last, checkpoints.is_evaluated(broken)) == (broken, False)
+            broken = 0
+        state, checkpoints = run(name, JsonLinesWriter(log, resume_from=failing))
+        rows = [{key: value for key, value in row.items() if "per_second" not in key} for row in read_log(log)]
+        found = (rows, checkpoints.steps, checkpoints.best, saved)
+        expected = expected or (state, found)
+        assert found == expected[1], name
+        assert_same(state, expected[0])
+    assert saved == [3, 6, 8]
+    assert [row["step"] for row in rows if "AP" in row] == [3, 6, 8]
+
+
+def test_a_signal_in_an_evaluation_waits_for_it_and_says_so(training, tmp_path, capfd):
+    def evaluate(variables: dict[str, Any], step: int) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGINT)
+        return {"AP": 0.5}
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(InterruptedTrainingError, match="after step 3, which was saved") as caught:
+            training.fit(checkpoints, evaluate=evaluate, evaluate_every=3)
+        assert (checkpoints.last, checkpoints.best) == (3, 3)
+        assert_same(caught.value.state, checkpoints.restore(caught.value.state)[0])
+        said = "Ctrl-C: waiting for the evaluation of step 3, which is saved; another Ctrl-C stops at once"
+        assert said in capfd.readouterr().err
+        checkpoints.folder.joinpath("3", "metrics.json").unlink()  # killed before the figures were saved
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(InterruptedTrainingError, match="after step 3"):  # evaluates first, and stops at once
+            training.fit(checkpoints, evaluate=evaluate, evaluate_every=3)
+        with pytest.raises(InterruptedTrainingError, match="after step 6"):
+            training.fit(checkpoints, evaluate=evaluate, evaluate_every=3)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_stops_after_the_step(training, tmp_path, number):
+def test_a_signal_saves_and_stops_after_the_step(training, tmp_path, number, capfd):
     expected = training.fit()
     taken = 0
 
@@ -149,6 +214,8 @@ def test_a_signal_saves_and_stops_after_the_step(training, tmp_path, number):
         assert isinstance(caught.value, KeyboardInterrupt)
         assert_same(training.fit(checkpoints), expected)
     assert signal.getsignal(number) is usual
+    name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
+    assert f"{name}: waiting for the end of step 3 and its checkpoint; another" in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_stops_at_once(training):

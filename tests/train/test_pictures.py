@@ -49,6 +49,14 @@ def test_curves(tmp_path, steps, monkeypatch):
     assert pixels(alone, (0x22, 0x22, 0x22)) > 20
 
 
+def test_the_validation_loss_is_drawn(tmp_path):
+    found = rows(20)
+    draw_curves([*found, *({"step": step, "val/loss": 2.5, "AP": math.nan} for step in (10, 20))], tmp_path / "a.png")
+    draw_curves(found, tmp_path / "b.png")
+    assert pixels(read(tmp_path / "a.png"), (0xC5, 0x1B, 0x7D)) > 20
+    assert not pixels(read(tmp_path / "b.png"), (0xC5, 0x1B, 0x7D))
+
+
 def test_curves_of_a_file_and_of_its_rows_are_the_same(tmp_path):
     writer = JsonLinesWriter(tmp_path / "log")
     for row in rows(20, evaluate_every=5):
