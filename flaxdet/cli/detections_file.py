@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,16 +24,24 @@ class DetectionsFile:
         failed: the rows of failures so far.
     """
 
-    def __init__(self, path: Path, weights: str, *, make_room: Callable[[list[Row]], int | None]):
+    def __init__(
+        self,
+        path: Path,
+        weights: str,
+        skipped: Sequence[Row] = (),
+        *,
+        make_room: Callable[[list[Row]], int | None],
+    ):
         """Writes nothing yet.
 
         Args:
             path: the file.
             weights: the value of "weights" in the file.
+            skipped: the rows of "skipped" in the file.
             make_room: called with ``images`` if the disk is full. Removes something from the disk and from one of the
                 rows, and returns the index of the row; ``None`` if there is nothing to remove.
         """
-        self.path, self.images, self.failed = path, list[Row](), list[Row]()
+        self.path, self.skipped, self.images, self.failed = path, list(skipped), list[Row](), list[Row]()
         self._head = f'{{\n "weights": {json.dumps(weights)},\n "images": ['
         self._make_room = make_room
         self._file: BinaryIO | None = None
@@ -100,7 +108,9 @@ class DetectionsFile:
             position += len(texts[-1])
         begin = starts[index] if index < len(starts) else position
         last = "\n ]" if self.images else "]"
-        end = f'{last},\n "failed": {_indented(self.failed, 1).lstrip()}\n}}'.encode()
+        others = {"failed": self.failed, "skipped": self.skipped}
+        end = last + "".join(f',\n "{name}": {_indented(rows, 1).lstrip()}' for name, rows in others.items())
+        end = f"{end}\n}}".encode()
         content = b"".join((*texts, end))
         if self._file is None:
             try:

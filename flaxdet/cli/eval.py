@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import tyro
+
+from flaxdet.cli.data_options import DataOptions
 from flaxdet.cli.options import (
     Key,
     ModelName,
@@ -29,6 +32,9 @@ class Eval:
 
     If the weights have label names (published weights and files of flaxdet have), the label of a category is found by
     the category's name. Otherwise the category's id in the annotations is the label, as in torchvision.
+
+    Prints on stderr what was read: boxes of each class, boxes that were clipped or left out, photos with an EXIF
+    orientation, and what looks wrong.
 
     Needs pycocotools: pip install 'flaxdet[train]'.
     """
@@ -77,14 +83,16 @@ class Eval:
     progress: bool = True
     """Show progress bars."""
 
+    data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
+
     def run(self) -> int:
         """Runs the command; returns the exit status."""
         check_threshold(self.threshold)
         check_sizes(self.min_size, self.max_size)
+        self.data.check()
         for name, value in (("--batch-size", self.batch_size), ("--workers", self.workers)):
             if value < 1:
                 raise ValueError(f"{name} should be at least 1, got {value}")
-        from flaxdet.data.coco import read_coco
         from flaxdet.evaluation.coco_metrics import read_annotations, require_pycocotools
         from flaxdet.evaluation.evaluate import evaluate_with_rows
         from flaxdet.files.checkpoint import replacing
@@ -95,7 +103,8 @@ class Eval:
         if self.out is not None:
             make_folder(self.out)
         model, variables, names = load_with_names(self, given)
-        dataset = read_coco(self.images, self.annotations, categories=names, num_classes=model.num_classes)
+        labels = {"categories": names, "num_classes": model.num_classes}
+        dataset = self.data.read("eval", self.images, self.annotations, **labels)
         result, rows = evaluate_with_rows(
             model,
             variables,

@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:  # run as a program: the next run of the program can use what this run compiles
         keep_compiled(cache_dir() / "compiled")
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack letters of class names and paths
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         if not given:
             with contextlib.redirect_stdout(sys.stderr):  # not output: nothing was done

@@ -36,6 +36,14 @@ def check_sizes(min_size: int | None, max_size: int | None) -> None:
             raise ValueError(f"{name} should be at least 1 pixel, got {size}")
 
 
+def check_font(font: Path | None) -> None:
+    """Raises ValueError for a file that is no font."""
+    if font is not None:
+        from flaxdet.results.fonts import load_font
+
+        load_font(font, 12)
+
+
 def make_folder(path: Path) -> None:
     """Creates a folder if it does not exist. Checks, before any work is done, that files can be written to the folder.
 
@@ -333,3 +341,16 @@ def labels_of(names: Sequence[str], categories: Sequence[str] | None, num_classe
             hint = f"did you mean {' or '.join(written)}?" if near else f"it knows {', '.join(written)}"
             raise ValueError(f"class {name!r}: the model knows no such class; {hint}")
     return labels
+
+
+def is_primary() -> bool:
+    """Whether this is the process that writes."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def say(text: str) -> None:
+    """Prints a line on stderr, in the process that writes."""
+    if is_primary():
+        print(text, file=sys.stderr, flush=True)

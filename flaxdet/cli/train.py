@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import math
 from collections.abc import Iterator, Mapping
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from flaxdet import registry
-from flaxdet.cli.options import load_model, make_folder
+from flaxdet.cli.options import load_model, make_folder, say
 from flaxdet.cli.train_options import TrainOptions
-from flaxdet.cli.train_report import Report, say
+from flaxdet.cli.train_report import Report
 from flaxdet.cli.train_resume import check_images, check_options, note_broken_image, say_more_epochs
+from flaxdet.data.summary import counted
 
 if TYPE_CHECKING:
     from flaxdet.data import Batches, CocoDataset
@@ -75,7 +75,6 @@ class Train(TrainOptions):
         import jax
 
         import flaxdet
-        from flaxdet.data import read_coco
         from flaxdet.models.classes import match_classes, replace_classes
 
         options: dict[str, Any] = {
@@ -88,27 +87,34 @@ class Train(TrainOptions):
         }
         options = {name: value for name, value in options.items() if value is not None}
         key = jax.random.key(self.seed)
-        read = functools.partial(read_coco, *self.train, remove_empty=not self.keep_empty)
+        data = None if self.keep_classes else self._data()  # faults show before weights are downloaded
         if not self.pretrained:
-            train = read()
+            assert data is not None
             builder = self.model or registry.names()[0]
             backbone = flaxdet.ResNet50_Weights.IMAGENET1K_V1 if self.weights == "backbone" else None
+            classes = len(data[0].categories)
             model, variables = getattr(flaxdet, builder)(
-                weights_backbone=backbone, num_classes=len(train.categories), key=key, progress=self.progress, **options
+                weights_backbone=backbone, num_classes=classes, key=key, progress=self.progress, **options
             )
         else:
             options = {"trainable_backbone_layers": 3} | options
-            model, variables, names = load_model(self.model, self.weights, progress=self.progress, **options)
-            train = read(categories=names, num_classes=model.num_classes) if self.keep_classes else read()
-            if not self.keep_classes and names != train.categories:
-                copy = match_classes(names or [], train.categories, self.copy_classes)
-                model, variables = replace_classes(model, variables, len(train.categories), copy=copy, key=key)
-                say(f"new class layers for {_counted(len(train.categories) - 1, 'class')}, {len(copy)} of them copied")
-        val = None if self.val is None else read_coco(*self.val, categories=train.categories)
-        for kind, data in (("train", train), ("val", val)):
-            if data is not None:
-                say(f"{kind}: {_summary(data.report, len(data.categories) - 1)}")
+            model, variables, names = load_model(
+                self.model, self.weights, key=self.key, progress=self.progress, **options
+            )
+            data = data or self._data(categories=names, num_classes=model.num_classes)
+            categories = data[0].categories
+            if not self.keep_classes and names != categories:
+                copy = match_classes(names or [], categories, self.copy_classes)
+                model, variables = replace_classes(model, variables, len(categories), copy=copy, key=key)
+                say(f"new class layers for {counted(len(categories) - 1, 'class')}, {len(copy)} of them copied")
+        train, val = data
         return model, variables, train, val
+
+    def _data(self, **labels: Any) -> tuple[CocoDataset, CocoDataset | None]:
+        """The training data, and the validation data; prints the summary of each."""
+        choice = {"remove_empty": not self.keep_empty, "drop_unused": self.drop_unused}
+        train = self.data.read("train", *self.train, **choice, **labels)
+        return train, None if self.val is None else self.data.read("val", *self.val, categories=train.categories)
 
     def _fit(
         self,
@@ -155,7 +161,7 @@ class Train(TrainOptions):
                 update = step // self.accumulate
                 say_more_epochs(self, epochs_before, step, (float(old(update)), float(schedule(update))))
         trained = len(jax.tree.leaves(split_trainable(model, state.params)[0]))
-        say(f"{steps} steps of {self.batch_size} images on {_counted(devices, 'device')}; {trained} tensors train")
+        say(f"{steps} steps of {self.batch_size} images on {counted(devices, 'device')}; {trained} tensors train")
 
         writers = self._writers(int(state.step)) if jax.process_index() == 0 else []
         report = Report(self, model, train, val, checkpoints)
@@ -278,22 +284,3 @@ def _check_evaluation(val: CocoDataset | None) -> None:
     if val is not None:
         require_pycocotools()
         read_annotations(val.annotations)
-
-
-def _summary(report: Mapping[str, int], classes: int) -> str:
-    """The numbers of images, boxes and classes of a data set, and the numbers of boxes and images left out."""
-    dropped = {
-        "without an area": report["no_area"],
-        "outside their image": report["outside"],
-        "of crowds": report["crowd"],
-    }
-    left_out = [f"{_counted(count, 'box')} {why}" for why, count in dropped.items() if count]
-    if report["removed_images"]:
-        left_out.append(f"{_counted(report['removed_images'], 'image')} without boxes")
-    text = f"{_counted(report['images'], 'image')}, {_counted(report['boxes'], 'box')} of {_counted(classes, 'class')}"
-    return text + (f"; left out: {', '.join(left_out)}" if left_out else "")
-
-
-def _counted(count: int, thing: str) -> str:
-    plural = thing + ("es" if thing.endswith(("x", "s")) else "s")
-    return f"{count} {thing if count == 1 else plural}"

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from flaxdet.cli.options import ModelName, Quiet, Size, check_sizes
+from flaxdet.cli.data_options import DataOptions, Flag
+from flaxdet.cli.options import Key, ModelName, Quiet, Size, check_font, check_key, check_sizes, is_file_name
 
 Folder = Path
 Annotations = Path
 # Options that change neither the data nor the arithmetic, and may differ when a run is resumed.
 _FREE_ON_RESUME = {"train", "val", "out", "resume", "workers", "log_every", "save_every", "tensorboard", "progress"}
-_FREE_ON_RESUME |= {"coordinator", "process_count", "process_index"}
+_FREE_ON_RESUME |= {"data", "coordinator", "process_count", "process_index", "max_pixels", "font"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,10 @@ class TrainOptions:
     """Initial weights: a file (.safetensors or .pth), the folder of a run, published weights (downloaded once),
     'backbone' (a ResNet-50 pretrained on ImageNet, downloaded once), or 'none' (from scratch: needs far more data and
     time)."""
+
+    key: Key = None
+    """Which state_dict in the file: its name there (model_ema), or a prefix of keys (teacher). Default: the only one,
+    else model, state_dict or model_state_dict."""
 
     resume: bool = False
     """Continue from the last checkpoint in OUT. The other options must be the same, but EPOCHS may be more."""
@@ -113,6 +117,11 @@ class TrainOptions:
     keep_empty: bool = False
     """Train on images without boxes too."""
 
+    drop_unused: Flag = False
+    """Make no classes of categories that no annotation of the training images uses."""
+
+    data: tyro.conf.OmitArgPrefixes[DataOptions] = field(default_factory=DataOptions)
+
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the computation; parameters stay float32. bfloat16 is faster on GPU and TPU, and takes less memory."""
 
@@ -137,6 +146,9 @@ class TrainOptions:
     tensorboard: bool = True
     """Write OUT/tensorboard."""
 
+    font: Annotated[Path | None, Quiet] = None
+    """Font file (.ttf, .otf) for class names in predictions.png. Default: a font that has the letters."""
+
     progress: bool = True
     """Show progress bars."""
 
@@ -151,6 +163,8 @@ class TrainOptions:
 
     def check(self) -> None:
         """Raises ValueError for values out of range and for options that exclude each other."""
+        self.data.check()
+        check_font(self.font)
         check_sizes(self.min_size, self.max_size)
         least: dict[str, float] = {"epochs": 1, "batch_size": 1, "accumulate": 1, "save_every": 1, "log_every": 1}
         least |= {
@@ -179,8 +193,12 @@ class TrainOptions:
             raise ValueError("--crop resizes by itself: expected --crop or --multi-scale, got both")
         if any(size < 1 for size in self.multi_scale):
             raise ValueError(f"--multi-scale should be sizes of at least 1 pixel, got {list(self.multi_scale)}")
+        if not is_file_name(self.weights):
+            check_key(self.weights, self.key)
         if self.pretrained is False and (self.keep_classes or self.copy_classes):
             raise ValueError("--keep-classes and --copy-classes need trained --weights")
+        if self.keep_classes and self.drop_unused:
+            raise ValueError("--keep-classes keeps every class of the weights: expected no --drop-unused beside it")
         if self.keep_classes and self.copy_classes:
             raise ValueError("expected --keep-classes or --copy-classes, got both")
         together = (self.coordinator, self.process_count, self.process_index)
@@ -195,9 +213,9 @@ class TrainOptions:
     def config(self) -> dict[str, Any]:
         """The options that must be the same when a run is resumed; annotations as a hash of the file's content."""
         values: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            if field.name not in _FREE_ON_RESUME:
-                values[field.name] = stored_value(getattr(self, field.name))
+        for name, value in {**vars(self), **vars(self.data)}.items():
+            if name not in _FREE_ON_RESUME:
+                values[name] = stored_value(value)
         for name, pair in (("train", self.train), ("val", self.val)):
             values[name] = None if pair is None else f"sha256 {hashlib.sha256(_content(pair[1])).hexdigest()[:16]}"
         return values
@@ -217,9 +235,9 @@ def _content(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError:
-        from flaxdet.data.coco_json import load_json
+        from flaxdet.data.coco_json import read_content
 
-        load_json(path)  # raises the same error as reading the data set does
+        read_content(path, text_ids=False)  # raises the same error as reading the data set does
         raise
 
 

@@ -7,13 +7,14 @@ import math
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from flaxdet.cli.options import is_primary, say
 
 if TYPE_CHECKING:
     from flaxdet.cli.train_options import TrainOptions
@@ -118,7 +119,8 @@ class Report:
         images = [data.read_image(i) for i in chosen]
         predictions = predict(self.model, on_one_device(variables), images)
         truths = [{"boxes": data[i].boxes, "labels": data[i].labels} for i in chosen]
-        draw_predictions(images, truths, predictions, self.train.categories, self.out / "predictions.png")
+        names = self.train.categories
+        draw_predictions(images, truths, predictions, names, self.out / "predictions.png", font=self.options.font)
         rows = read_log(self.out / "log.jsonl")
         draw_curves([*rows, latest] if latest else rows, self.out / "curves.png")
 
@@ -172,19 +174,6 @@ def log_row(result: CocoResult, losses: Mapping[str, float]) -> dict[str, float]
     figures |= {f"AP/{row.name}": row.ap for row in result.per_class}
     row = {name: math.nan if value is None else value for name, value in figures.items()}
     return row | {f"val/{name}": value for name, value in losses.items()}
-
-
-def is_primary() -> bool:
-    """Whether this is the process that writes."""
-    import jax
-
-    return jax.process_index() == 0
-
-
-def say(text: str) -> None:
-    """Prints a line on stderr, in the process that writes."""
-    if is_primary():
-        print(text, file=sys.stderr, flush=True)
 
 
 def _shown(value: float) -> str:

@@ -7,8 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from flaxdet.cli.options import is_primary, say
 from flaxdet.cli.train_options import flag, stored_value
-from flaxdet.cli.train_report import is_primary, say
 
 if TYPE_CHECKING:
     from flaxdet.cli.train_options import TrainOptions
@@ -36,7 +36,8 @@ def check_options(options: TrainOptions, checkpoints: Checkpoints) -> int | None
         raise ValueError(f"{checkpoints.folder}: config.json is damaged: expected the options of the run")
     given: dict[str, Any] = options.config()
     # options that an older flaxdet did not have
-    defaults = {field.name: stored_value(field.default) for field in dataclasses.fields(options)}
+    fields = (*dataclasses.fields(options), *dataclasses.fields(options.data))
+    defaults = {field.name: stored_value(field.default) for field in fields}
     before = {name: stored.get(name, defaults[name]) for name in given}
     changed = {name: (before[name], given[name]) for name in given if before[name] != given[name]}
     changed |= {name: (stored[name], None) for name in stored if name not in given}

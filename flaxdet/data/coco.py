@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from flaxdet.data.coco_json import (
-    by_id,
-    category_labels,
-    category_names,
-    check_files,
-    file_name,
-    image_size,
-    integer,
-    load_json,
-    short,
-)
-from flaxdet.images.decode import ImageError, read_image
+from flaxdet.data.coco_boxes import boxes_by_image, clip_boxes
+from flaxdet.data.coco_json import category_labels, category_names, file_name, read_content, stated_size
+from flaxdet.data.orientation import frames, wrong_sizes
+from flaxdet.data.photos import counted_errors, look_at_photos
+from flaxdet.data.summary import Summary, describe, nothing_to_train_on, suspicions, unused_classes
+from flaxdet.images.decode import ImageError, PixelRange, check_pixel_options, decode
 
-_MAX_COORDINATE = 1e9  # pixels: boxes beyond it lose all precision in float32
+
+class DatasetWarning(UserWarning):
+    """A data set is probably not what its user takes it for; the message says why."""
 
 
 class Record(NamedTuple):
@@ -32,8 +30,8 @@ class Record(NamedTuple):
     Attributes:
         image_id: id of the image in the COCO file.
         path: the image file.
-        size: (rows, columns) of the pixels as they are stored.
-        boxes: [N, 4] float32 xyxy in pixels as they are stored, inside the image, each with an area; N may be 0.
+        size: (rows, columns) of the upright image, or of the pixels as they are stored (``upright=False``).
+        boxes: [N, 4] float32 xyxy in pixels of that image, inside the image, each with an area; N may be 0.
         labels: [N] int32.
     """
 
@@ -42,6 +40,21 @@ class Record(NamedTuple):
     size: tuple[int, int]
     boxes: Float[np.ndarray, "N 4"]
     labels: Int[np.ndarray, " N"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the photos of a data set are read.
+
+    Attributes:
+        upright: apply the EXIF orientation.
+        pixel_range: as for ``read_image``.
+        max_pixels: as for ``read_image``.
+    """
+
+    upright: bool = True
+    pixel_range: PixelRange | None = None
+    max_pixels: int | None = None
 
 
 class CocoDataset:
@@ -54,9 +67,14 @@ class CocoDataset:
         annotations: the JSON file.
         categories: the category name of each label.
         category_ids: the file's category id of each label that the file has.
-        report: counts. "images" and "boxes": in this data set. "removed_images": removed by ``remove_empty``. "crowd",
-            "no_area" and "outside" (of the image): boxes that were dropped. "clipped": boxes that reached out of the
-            image, and were clipped.
+        reading: how photos are read.
+        report: counts. "images" and "boxes": in this data set. "removed_images": removed by ``remove_empty``.
+            "skipped_images": removed by ``skip_broken``. "crowd", "no_area" and "outside" (of the image): boxes that
+            were dropped. "clipped": boxes that reached out of the image, and were clipped. "tiny": boxes with a side of
+            at most one pixel. "doubled": boxes that repeat the box and category of another one of their image.
+            "repeated_ids": annotations whose id another one has. "repeated_files": images with the file of another one.
+            "oriented": photos with an EXIF orientation.
+        summary: what to know before a run: ``print(dataset.summary)``.
     """
 
     def __init__(
@@ -72,9 +90,12 @@ class CocoDataset:
         categories: list[str],
         category_ids: dict[int, int],
         report: dict[str, int],
+        reading: Reading,
+        summary: Summary,
     ):
         self.images, self.annotations = images, annotations
         self.categories, self.category_ids, self.report = categories, category_ids, report
+        self.reading, self.summary = reading, summary
         self._ids, self._names, self._sizes = list(ids), list(names), sizes
         self._ends = np.cumsum([0, *(len(image_boxes) for image_boxes in boxes)])
         self._boxes = np.concatenate([np.zeros((0, 4), np.float32), *boxes])
@@ -91,25 +112,26 @@ class CocoDataset:
         return Record(self._ids[i], self.images / self._names[i], (rows, columns), boxes, labels)
 
     def read_image(self, i: int) -> UInt8[np.ndarray, "H W 3"]:
-        """The pixels of an image as they are stored: the EXIF orientation is not applied, since boxes refer to these.
+        """The pixels of an image, upright unless the data set was read with ``upright=False``.
 
         Args:
             i: index of the image in the data set.
 
         Returns:
-            [H, W, 3] RGB.
+            [H, W, 3] RGB, of the record's size.
 
         Raises:
-            ImageError: if the file is broken, or the annotations state another size.
+            ImageError: if the file is broken, or has changed since the data set was read.
         """
-        record = self[i]
-        image = read_image(record.path, upright=False)
+        record, reading = self[i], self.reading
+        image = decode(
+            record.path, upright=reading.upright, pixel_range=reading.pixel_range, max_pixels=reading.max_pixels
+        ).pixels
         size = image.shape[:2]
         if size != record.size:
-            turned = " (is it a photo that was turned when its boxes were drawn?)" if size == record.size[::-1] else ""
             raise ImageError(
-                f"{record.path}: is {size[0]}x{size[1]} pixels (rows x columns), but {self.annotations} "
-                f"says {record.size[0]}x{record.size[1]}{turned}"
+                f"{record.path}: is {size[0]}x{size[1]} pixels (rows x columns), but was "
+                f"{record.size[0]}x{record.size[1]} when {self.annotations} was read"
             )
         return image
 
@@ -121,8 +143,13 @@ def read_coco(
     categories: Sequence[str] | None = None,
     num_classes: int | None = None,
     remove_empty: bool = False,
+    upright: bool | None = None,
+    skip_broken: bool = False,
+    drop_unused: bool = False,
+    pixel_range: PixelRange | None = None,
+    max_pixels: int | None = None,
 ) -> CocoDataset:
-    """Reads a data set in COCO's format.
+    """Reads a data set in COCO's format, and the headers of all photos.
 
     Reproduces ConvertCocoPolysToMask of torchvision's references/detection/coco_utils.py: crowds are dropped, boxes
     are clipped to the image, and boxes without an area are dropped. Images are in the order of their ids.
@@ -131,15 +158,25 @@ def read_coco(
     the category's id, as in torchvision's models. Otherwise labels are 1, 2, ... in the order of the ids, without gaps.
     Categories that no annotation uses need no label.
 
+    Numbers may be written as strings: ``"iscrowd": "0"`` is 0.
+
     Args:
         images: the folder that the images' ``file_name`` are relative to.
         annotations: the JSON file. ``annotations``, ``iscrowd``, ``area`` and ``segmentation`` may be missing, as
-            may the images' ``width`` and ``height`` (which are then read from the image files).
+            may the images' ``width`` and ``height`` (0 and -1 stand for unknown too).
         categories: the name of each label, "__background__" first, as weight enums and checkpoints hold them.
         num_classes: number of classes, background included, of a model whose labels are category ids.
         remove_empty: for training: leave out images without annotations, and images whose boxes all have a side of at
             most one pixel. Reproduces _coco_remove_images_without_annotations in the same file; crowds count as
             annotations.
+        upright: photos with an EXIF orientation are taken upright, and boxes refer to the upright photo, whichever of
+            the two sizes the file states. False: photos and boxes are taken as stored, as torchvision does. True:
+            upright, even if boxes leave the upright photo and fit the stored one, which otherwise is an error.
+        skip_broken: leave out photos that are missing, can't be read, or have another size than stated. ``summary``
+            lists them. Every photo is decoded once. Otherwise such photos are an error.
+        drop_unused: categories that no annotation uses are no classes. Not with ``categories`` or ``num_classes``.
+        pixel_range: of grey images of 16 or 32 bits, as for ``read_image``.
+        max_pixels: as for ``read_image``.
 
     Returns:
         The images, without their pixels, and their boxes.
@@ -149,87 +186,78 @@ def read_coco(
             COCO's; for ids that occur twice or refer to nothing, boxes that are not 4 finite numbers, category names
             that occur twice, categories that ``categories`` or ``num_classes`` don't include, image files that are
             missing (all are looked for), and if there is no image, or with ``remove_empty`` no box.
-        ImageError: if the annotations don't state the size of an image, and the image file can't be read.
+        ImageError: if photos can't be read as far as their headers and lengths tell, have another size than the
+            annotations state, or boxes contradict the orientation.
+
+    Warns:
+        DatasetWarning: once for each of ``summary.warnings``.
     """
+    check_pixel_options(pixel_range, max_pixels)
+    if drop_unused and not (categories is None and num_classes is None):
+        raise ValueError("drop_unused changes the labels: expected it without categories and num_classes")
     folder, path = Path(images), Path(annotations)
-    content = load_json(path)
-    entries = sorted(by_id(path, "image", content["images"]).items())
-    annotated = by_id(path, "annotation", content["annotations"])
-    known = by_id(path, "category", content["categories"])
-    if not entries:
-        raise ValueError(f"{path}: has no images")
+    source = str(path)
+    content = read_content(path, text_ids=False)
+    used = {annotation.category for annotation in content.annotations}
+    every_name = category_names(source, content.categories, used)
+    unused = [name for key, name in every_name.items() if used and key not in used]
+    label_names = {key: name for key, name in every_name.items() if key in used or not drop_unused}
+    names_by_label, label_of = category_labels(source, label_names, used, categories, num_classes)
 
-    used = {integer(annotation.get("category_id")) for annotation in annotated.values()}
-    names = category_names(path, known, used)
-    names_by_label, label_of = category_labels(path, names, used, categories, num_classes)
-    file_names = [file_name(path, key, entry) for key, entry in entries]
-    check_files(path, folder, file_names)
-    sizes = {
-        key: image_size(path, key, entry, folder / name) for (key, entry), name in zip(entries, file_names, strict=True)
+    entries: dict[Any, Any] = dict(sorted(content.images.items()))
+    names = {key: file_name(source, key, entry) for key, entry in entries.items()}
+    stated = {key: stated_size(source, key, entry) for key, entry in entries.items()}
+    photos = look_at_photos(
+        source, folder, names, pixel_range=pixel_range, max_pixels=max_pixels, skip_broken=skip_broken
+    )
+    wrong = wrong_sizes(source, folder, names, photos.headers, stated)
+    headers = {key: header for key, header in photos.headers.items() if key not in wrong}
+    skipped = photos.broken | wrong
+    if wrong and (not skip_broken or not headers):
+        raise ImageError(f"{path}: {counted_errors(list(skipped.values()), len(names), skip_broken)}")
+
+    images_boxes = boxes_by_image(content.annotations, headers, label_of)
+    corners = {key: image.corners for key, image in images_boxes.items()}
+    taken = frames(source, names, headers, stated, corners, upright)
+    clipped = clip_boxes(images_boxes, taken.sizes)
+
+    kept = [key for key in headers if not (remove_empty and images_boxes[key].empty)]
+    report = {
+        "images": len(kept),
+        "boxes": sum(len(clipped.boxes[key]) for key in kept),
+        "removed_images": len(headers) - len(kept),
+        "skipped_images": len(skipped),
+        **clipped.report,
+        "repeated_ids": content.repeated_ids,
+        "repeated_files": len(names) - len(set(names.values())),
+        "oriented": taken.oriented,
     }
-    boxes, labels, empty, report = _boxes(path, annotated, sizes, known, label_of)
-
-    files = list(zip((key for key, _ in entries), file_names, strict=True))
-    if remove_empty:
-        files = [(key, name) for key, name in files if not empty[key]]
-    counts = {"images": len(files), "boxes": sum(len(boxes[key]) for key, _ in files)}
-    if remove_empty and not counts["boxes"]:
-        raise ValueError(f"{path}: nothing to train on, none of its {len(entries)} images has a box that counts")
+    if remove_empty and not report["boxes"]:
+        raise ValueError(nothing_to_train_on(source, len(entries), images_boxes, taken.sizes))
+    per_label = np.bincount(np.concatenate([np.zeros(0, np.int32), *(clipped.labels[key] for key in kept)]))
+    counts = dict.fromkeys((names_by_label[label] for label in sorted(label_of.values())), 0)
+    counts |= {names_by_label[label]: int(count) for label, count in enumerate(per_label) if count}
+    new_classes = categories is None and num_classes is None
+    kept_unused = unused if new_classes and not drop_unused else []
+    summary = Summary(
+        lines=describe(report, counts, taken, upright, [] if kept_unused else unused, drop_unused),
+        warnings=suspicions(images_boxes, taken, upright, photos.narrow),
+        unused=unused_classes(kept_unused) if kept_unused else None,
+        skipped=tuple(skipped.values()),
+    )
+    for text in summary.warnings:
+        warnings.warn(f"{path}: {text}", DatasetWarning, stacklevel=2)
     return CocoDataset(
         images=folder,
         annotations=path,
-        ids=[key for key, _ in files],
-        names=[name for _, name in files],
-        sizes=np.array([sizes[key] for key, _ in files], np.int32),
-        boxes=[boxes[key] for key, _ in files],
-        labels=[labels[key] for key, _ in files],
+        ids=kept,
+        names=[names[key] for key in kept],
+        sizes=np.array([taken.sizes[key] for key in kept], np.int32).reshape(-1, 2),
+        boxes=[clipped.boxes[key] for key in kept],
+        labels=[clipped.labels[key] for key in kept],
         categories=names_by_label,
         category_ids={label: key for key, label in label_of.items()},
-        report={**counts, "removed_images": len(entries) - len(files), **report},
+        report=report,
+        reading=Reading(upright is not False, pixel_range, max_pixels),
+        summary=summary,
     )
-
-
-def _boxes(
-    path: Path,
-    annotated: Mapping[int, Mapping[str, Any]],
-    sizes: Mapping[int, tuple[int, int]],
-    known: Mapping[int, Any],
-    label_of: Mapping[int, int],
-) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray], dict[int, bool], dict[str, int]]:
-    """Boxes, labels and emptiness (as ``remove_empty`` defines it) by image id, and the counts of dropped boxes."""
-    empty, rows = dict.fromkeys(sizes, True), {key: [] for key in sizes}
-    report = {"crowd": 0, "no_area": 0, "outside": 0, "clipped": 0}
-    for key, annotation in annotated.items():
-        image, category = integer(annotation.get("image_id")), integer(annotation.get("category_id"))
-        for what, reference, expected in (("image", image, sizes), ("category", category, known)):
-            if reference not in expected:
-                stated = short(annotation.get(f"{what}_id"))
-                raise ValueError(f"{path}: annotation {key} refers to {what} {stated}, which the file doesn't have")
-        assert image is not None
-        assert category is not None
-        bbox = annotation.get("bbox")
-        if not (
-            isinstance(bbox, list)
-            and len(bbox) == 4
-            and all(type(value) in (int, float) and abs(value) < _MAX_COORDINATE for value in bbox)
-        ):
-            raise ValueError(f"{path}: bbox of annotation {key} should be 4 finite numbers, found {short(bbox)}")
-        empty[image] = empty[image] and min(bbox[2:]) <= 1
-        if annotation.get("iscrowd"):
-            report["crowd"] += 1
-        else:
-            rows[image].append((*bbox, label_of[category]))
-
-    boxes, labels = {}, {}
-    for image, image_rows in rows.items():
-        table = np.array(image_rows, np.float64).reshape(-1, 5)
-        raw = table[:, :4].astype(np.float32)
-        raw[:, 2:] += raw[:, :2]
-        limits = np.array(sizes[image][::-1] * 2, np.float32)  # columns, rows, columns, rows
-        clipped = np.clip(raw, 0, limits)
-        area, inside = ((corners[:, 2:] > corners[:, :2]).all(axis=1) for corners in (raw, clipped))
-        report["no_area"] += int((~area).sum())
-        report["outside"] += int((area & ~inside).sum())
-        report["clipped"] += int((clipped != raw).any(axis=1)[inside].sum())
-        boxes[image], labels[image] = clipped[inside], table[inside, 4].astype(np.int32)
-    return boxes, labels, empty, report

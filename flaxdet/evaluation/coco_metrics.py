@@ -6,18 +6,15 @@ import contextlib
 import dataclasses
 import io
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from flaxdet.data.coco_json import load_json, read_json
+from flaxdet.data.coco_json import read_box, read_content, read_json
+from flaxdet.data.coco_values import Id, identifier, number, short
 
 # The figures in the order of pycocotools' summary.
 _SUMMARY = (
@@ -132,28 +129,30 @@ def evaluate_results(
     Args:
         results: rows {"image_id", "category_id", "bbox": [x, y, width, height], "score"} in pixels of the image, or a
             JSON file with these rows (COCO's format of results).
-        annotations: the content of a COCO annotation file, or the file.
+        annotations: the content of a COCO annotation file, or the file. Ids of images may be strings, as for
+            pycocotools; a string such as "12" is the same id as 12.
         image_ids: the images to evaluate; default all of ``annotations``.
 
     Returns:
         The figures.
 
     Raises:
-        ValueError: for files that can't be read or are not in COCO's format, or rows of an image or a category that
-            the annotations don't have.
+        ValueError: for files that can't be read or are not in COCO's format (annotations are checked as by
+            ``read_coco``), or rows of an image or a category that the annotations don't have.
         ImportError: if pycocotools is not installed.
     """
     require_pycocotools()
     truth = read_annotations(annotations)
-    known = {image["id"] for image in truth["images"]}
-    chosen = known if image_ids is None else set(image_ids)
+    known: list[Id] = [image["id"] for image in truth["images"]]
+    chosen = known if image_ids is None else [identifier(key) for key in image_ids]
     if not chosen:
         raise ValueError("expected at least one image to evaluate, got none")
-    if not chosen <= known:
-        raise ValueError(f"image_ids: expected ids of the annotations, found {_short(sorted(chosen - known))}")
-    rows = _checked_rows(results, truth, known)
-    rows = [row for row in rows if row["image_id"] in chosen]
-    return _pycocotools(truth, rows, chosen)
+    if strange := set(chosen) - set(known):
+        raise ValueError(f"image_ids: expected ids of the annotations, found {short(sorted(strange, key=str))}")
+    evaluated = set(known).intersection(chosen)
+    return _pycocotools(
+        truth, [row for row in _checked_rows(results, truth) if row["image_id"] in evaluated], evaluated
+    )
 
 
 def require_pycocotools() -> None:
@@ -176,72 +175,77 @@ def read_annotations(annotations: Mapping[str, Any] | str | os.PathLike[str]) ->
         {"images", "annotations", "categories"}; annotations renumbered from 1, each with ``area`` and ``iscrowd``.
 
     Raises:
-        ValueError: if the file can't be read, or is not in COCO's format.
+        ValueError: as ``read_coco``, if the file can't be read, or is not in COCO's format.
     """
-    content, source = annotations, "annotations"
-    if isinstance(content, (str, os.PathLike)):
-        content, source = load_json(Path(content)), str(content)
-    if not isinstance(content, Mapping) or not {"images", "categories"} <= content.keys():
-        fault = f"keys {_short(sorted(content))}" if isinstance(content, Mapping) else f"a {type(content).__name__}"
-        raise ValueError(f"{source}: expected COCO's lists of images, annotations and categories, found {fault}")
-    rows: dict[str, list[dict[str, Any]]] = {}
-    for name, keys in (("images", ["id"]), ("annotations", ["image_id", "category_id"]), ("categories", ["id"])):
-        rows[name] = []
-        for i, row in enumerate(content.get(name) or ()):
-            if not isinstance(row, Mapping) or not all(isinstance(row.get(key), Real) for key in keys):
-                raise ValueError(f"{source}: {name}[{i}] should have numbers {' and '.join(keys)}, found {_short(row)}")
-            rows[name].append(dict(row))
-    for i, row in enumerate(rows["annotations"]):
-        if not _is_box(row.get("bbox")):
-            raise ValueError(f"{source}: annotations[{i}]: bbox should be 4 finite numbers, found {_short(row)}")
-        area = row.get("area")
+    content = read_content(annotations, text_ids=True)
+    rows = []
+    for i, row in enumerate(content.annotations):
+        ids = {"id": i + 1, "image_id": row.image, "category_id": row.category}
+        area = row.bbox[2] * row.bbox[3] if row.area is None else row.area
         # pycocotools marks a matched box by its id, and so takes a box with the id 0 for unmatched
-        row["id"] = i + 1
-        row["area"] = area if _is_number(area) else row["bbox"][2] * row["bbox"][3]
-        row["iscrowd"] = int(bool(row.get("iscrowd")))
-    return rows
+        rows.append({**ids, "bbox": list(row.bbox), "area": area, "iscrowd": int(row.crowd)})
+    return {
+        "images": [{"id": key} for key in content.images],
+        "annotations": rows,
+        "categories": [
+            {"id": key, "name": str(category.get("name") or key)} for key, category in content.categories.items()
+        ],
+    }
 
 
-def _checked_rows(results: Any, truth: dict[str, Any], images: set[Any]) -> list[dict[str, Any]]:
+def _checked_rows(results: Any, truth: dict[str, Any]) -> list[dict[str, Any]]:
     """A checked copy of the rows, with the keys that pycocotools' loadRes would add."""
     content, source = results, "results"
     if isinstance(results, (str, os.PathLike)):
         content, source = read_json(Path(results), "COCO results"), str(results)
     if not isinstance(content, Sequence) or isinstance(content, str):
         raise ValueError(f"{source}: expected a list of results, {_ROW}; found a {type(content).__name__}")
-    categories = {category["id"] for category in truth["categories"]}
+    known: dict[str, set[Any]] = {
+        "image_id": {image["id"] for image in truth["images"]},
+        "category_id": {category["id"] for category in truth["categories"]},
+    }
     rows = []
     for i, row in enumerate(content):
-        if not isinstance(row, Mapping) or not _is_box(row.get("bbox")) or not _is_number(row.get("score")):
-            raise ValueError(f"{source}: result {i}: {_ROW}, all numbers finite; found {_short(row)}")
-        for key, known in (("image_id", images), ("category_id", categories)):
-            if not isinstance(row.get(key), Real) or row[key] not in known:
+        box = read_box(row.get("bbox")) if isinstance(row, Mapping) else None
+        score = number(row.get("score")) if isinstance(row, Mapping) else None
+        if box is None or score is None:
+            raise ValueError(f"{source}: result {i}: {_ROW}, all numbers finite; found {short(row)}")
+        ids = {key: identifier(row.get(key)) for key in known}
+        for key, allowed in known.items():
+            if ids[key] is None or ids[key] not in allowed:
                 raise ValueError(f"{source}: result {i}: {key} {row.get(key)!r} is not in the annotations")
-        x, y, width, height = (float(value) for value in row["bbox"])
-        result = {"image_id": row["image_id"], "category_id": row["category_id"], "score": float(row["score"])}
-        rows.append({**result, "id": i + 1, "bbox": [x, y, width, height], "area": width * height, "iscrowd": 0})
+        x, y, width, height = map(float, box)
+        result = {**ids, "score": float(score), "id": i + 1, "bbox": [x, y, width, height]}
+        rows.append({**result, "area": width * height, "iscrowd": 0})
     return rows
 
 
-def _pycocotools(truth: dict[str, Any], rows: list[dict[str, Any]], image_ids: set[Any]) -> CocoResult:
+def _pycocotools(truth: dict[str, Any], rows: list[dict[str, Any]], image_ids: set[Id]) -> CocoResult:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
+    # pycocotools sorts ids by numpy, which makes strings of numbers where there are both
+    ids: list[Id] = [image["id"] for image in truth["images"]]
+    text = any(isinstance(key, str) for key in ids)
+    place = {key: i for i, key in enumerate(sorted(ids, key=str if text else None))}
+
     def indexed(annotations: list[dict[str, Any]]) -> COCO:
         coco = COCO()  # not loadRes, which fails on an empty list of results
-        content: Any = {**truth, "annotations": annotations}  # without some fields that pycocotools' type demands
+        numbered = [{**row, "image_id": place[row["image_id"]]} for row in annotations]
+        # without some fields that pycocotools' type demands
+        content: Any = {**truth, "images": [{"id": i} for i in place.values()], "annotations": numbered}
         coco.dataset = content
         coco.createIndex()
         return coco
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         evaluation = COCOeval(indexed(truth["annotations"]), indexed(rows), "bbox")
-        evaluation.params.imgIds = sorted(image_ids)
+        evaluation.params.imgIds = sorted(place[key] for key in image_ids)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # [IoU, recall, category], all areas, 100 detections
-    names = {category["id"]: str(category.get("name", category["id"])) for category in truth["categories"]}
+    names = {category["id"]: category["name"] for category in truth["categories"]}
     boxes = [row for row in truth["annotations"] if row["image_id"] in image_ids and not row["iscrowd"]]
     counts = Counter(row["category_id"] for row in boxes)
     per_class = []
@@ -262,19 +266,6 @@ def _pycocotools(truth: dict[str, Any], rows: list[dict[str, Any]], image_ids: s
 def _mean(precision: Any) -> float | None:
     defined = precision[precision > -1]
     return float(defined.mean()) if defined.size else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_box(value: Any) -> bool:
-    return isinstance(value, (Sequence, np.ndarray)) and len(value) == 4 and all(map(_is_number, value))
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _shown(value: float | None) -> str:

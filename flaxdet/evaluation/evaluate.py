@@ -108,14 +108,14 @@ def evaluate_with_rows(
 
 def coco_results(
     detections: Sequence[Mapping[str, Any]],
-    image_ids: Sequence[int],
+    image_ids: Sequence[int | str],
     category_ids: Mapping[int, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Converts the result of ``predict`` into rows of COCO's format of results, ready for JSON.
 
     Args:
         detections: for each image {"boxes": [N, 4] xyxy in pixels of the image, "scores": [N], "labels": [N]}.
-        image_ids: COCO's id of each image.
+        image_ids: COCO's id of each image; may be a string.
         category_ids: COCO's category id of each label; detections of other labels are left out. Default: the labels
             themselves are the ids.
 
@@ -134,7 +134,8 @@ def coco_results(
         for box, score, label in zip(boxes.tolist(), detection["scores"], detection["labels"], strict=True):
             category = int(label) if category_ids is None else category_ids.get(int(label))
             if category is not None:
-                row = {"image_id": int(image_id), "category_id": int(category), "bbox": box, "score": float(score)}
+                key = image_id if isinstance(image_id, str) else int(image_id)
+                row = {"image_id": key, "category_id": int(category), "bbox": box, "score": float(score)}
                 rows.append(row)
     return rows
 

@@ -31,7 +31,11 @@ _WANTED = "expected a state_dict saved by torch.save (.pth) or by safetensors"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint can't be read, written or recognised; the message is one line that names the file."""
+    """A checkpoint can't be read, written or recognised.
+
+    Args:
+        *args: the message, which names the file; it becomes one line.
+    """
 
     def __init__(self, *args: object) -> None:
         super().__init__(*(one_line(str(each)) for each in args))

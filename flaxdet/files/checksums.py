@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from flaxdet.files import json_text
+
 METADATA_KEY = "flaxdet_checksums"  # in the metadata of .safetensors files: JSON {"arrays": {name: ...}, "texts": ...}
 _ALIGNMENT = 8  # of the header of a .safetensors file
 
@@ -118,7 +120,7 @@ def ordered(content: bytes) -> Iterator[bytes | memoryview]:
 
 def _stored(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
-        stored = json.loads(metadata[METADATA_KEY])
+        stored = json_text.loads(metadata[METADATA_KEY])
         if isinstance(stored["arrays"], dict) and isinstance(stored["texts"], str):
             return stored
     except (ValueError, KeyError, TypeError):

@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-from flaxdet.files import json_text
-from flaxdet.files.messages import one_line
 
 Check = Callable[[Any, str], None]
 
@@ -232,27 +228,6 @@ SIGNATURE = record(
 
 # Figures by name, null where a figure is undefined.
 METRICS = optional(mapping(optional(number)))
-
-
-def read_metrics(path: str | os.PathLike[str]) -> dict[str, float | None] | None:
-    """Reads the figures of an evaluation by name, as the checkpoints of a training run hold them in metrics.json.
-
-    Args:
-        path: the file.
-
-    Returns:
-        The figures, None where one is undefined; None if nothing was evaluated.
-
-    Raises:
-        OSError: if the file can't be read.
-        ValueError: if it holds anything else; the message names the file.
-    """
-    try:
-        metrics = json_text.read(path)
-        METRICS(metrics, "")
-    except ValueError as error:
-        raise ValueError(one_line(f"{path}: expected figures by name, found something else ({error})")) from None
-    return metrics
 
 
 def check_names(names: Sequence[Any], where: str) -> None:

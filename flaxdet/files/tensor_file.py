@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import ml_dtypes
 import numpy as np
 
-from flaxdet.files import json_text, schema
+from flaxdet.files import checksums, json_text, schema
 from flaxdet.files.opening import open_regular
 
 _METADATA = "__metadata__"
@@ -60,9 +60,10 @@ def read(file: BinaryIO) -> dict[str, np.ndarray]:
         Arrays by name, in the file's order.
 
     Raises:
-        ValueError: if the file is damaged, or a tensor's dtype is one that numpy and ml_dtypes don't have.
+        ValueError: if the file is damaged, which its checksums may tell, or a tensor's dtype is one that numpy and
+            ml_dtypes don't have.
     """
-    header, at, size = _header(file)
+    header, texts, at, size = _header(file)
     arrays: dict[str, np.ndarray] = {}
     begins = at
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -86,6 +87,7 @@ def read(file: BinaryIO) -> dict[str, np.ndarray]:
         arrays[name] = array
     if at != size:
         raise ValueError(f"is damaged: its tensors end at byte {at}, the file at {size}")
+    checksums.check(arrays, texts)
     return arrays
 
 
@@ -120,16 +122,16 @@ def _json(file: BinaryIO) -> tuple[dict[str, Any], int, int]:
     return header, 8 + length, size
 
 
-def _header(file: BinaryIO) -> tuple[dict[str, Any], int, int]:
+def _header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], int, int]:
     header, begins, size = _json(file)
     try:
-        _metadata(header)
+        texts = _metadata(header)
         header.pop(_METADATA, None)
         for name, entry in header.items():
             _ENTRY(entry, name[:80])
     except ValueError as error:
         raise ValueError(f"is damaged: its header is not that of a .safetensors: {error}") from None
-    return header, begins, size
+    return header, texts, begins, size
 
 
 def _metadata(header: dict[str, Any]) -> dict[str, str]:

@@ -1,21 +1,20 @@
-"""Image files: finding them, and reading every kind as upright RGB."""
+"""Image files, read as upright RGB whatever their kind."""
 
 from __future__ import annotations
 
-import glob
 import os
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-# Pillow registers extensions of these formats, but cannot decode them, or only with another program installed
-_UNREADABLE_FORMATS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+from flaxdet.images.opened import ImageError, opened, orientation_of
 
-_ORIENTATION_TAG = 0x0112
+PixelRange = tuple[float, float]
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -25,13 +24,38 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_STORED = _UPRIGHT | {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # 6 and 8 undo each other
+
+_WHOLE = 2**24  # pixels of an image up to which it is converted to RGB as a whole
+_STRIP = 2**20  # pixels of a larger image that are converted at a time
+_SAMPLES = 64  # rows and columns of the pixels whose range is looked at
+_LEAST_USED = 0.01  # share of the range
+_LEAST_SAMPLES = 16  # of fewer pixels nothing is said
 
 
-class ImageError(ValueError):
-    """An image cannot be found or read; the message is one line that names the image and what was expected."""
+class PixelRangeWarning(UserWarning):
+    """An image of 16 or more bits uses so little of its range that hardly any grey levels are left."""
 
 
-def read_image(path: str | os.PathLike[str], *, upright: bool = True) -> UInt8[np.ndarray, "H W 3"]:
+class Decoded(NamedTuple):
+    """An image that was read.
+
+    Attributes:
+        pixels: [H, W, 3] uint8 RGB.
+        narrow: what to warn of, if the image uses under 1% of its range; else None.
+    """
+
+    pixels: UInt8[np.ndarray, "H W 3"]
+    narrow: str | None
+
+
+def read_image(
+    path: str | os.PathLike[str],
+    *,
+    upright: bool = True,
+    pixel_range: PixelRange | None = None,
+    max_pixels: int | None = None,
+) -> UInt8[np.ndarray, "H W 3"]:
     """Reads an image file as RGB.
 
     Grey, 1-bit, palette and CMYK images are converted, and transparency is dropped, by Pillow's
@@ -40,121 +64,160 @@ def read_image(path: str | os.PathLike[str], *, upright: bool = True) -> UInt8[n
 
     Args:
         path: the file, in any format that Pillow decodes; the extension does not matter.
-        upright: if True, applies the EXIF orientation. If False, gives the pixels as they are stored, to which
-            the boxes of a COCO file refer.
+        upright: if True, applies the EXIF orientation. If False, gives the pixels as they are stored.
+        pixel_range: (low, high), the values that become black and white in grey images of 16 or 32 bits a pixel,
+            integers or floats. Values between them are scaled linearly, values beyond them are clipped. Default: the
+            whole range of 16 bits, 0 to 65535. Other images ignore it.
+        max_pixels: largest number of pixels. Default: 178,956,970, twice ``PIL.Image.MAX_IMAGE_PIXELS``, which is
+            the number above which Pillow refuses a file as a decompression bomb.
 
     Returns:
         [H, W, 3] uint8.
 
     Raises:
-        ImageError: if the file is missing, a folder, empty, no image, truncated or otherwise broken, so large
-            that Pillow considers it a decompression bomb, or has 32-bit pixels, whose range is undefined.
+        ImageError: if the file is missing, a folder, empty, no image, truncated or otherwise broken, if it has more
+            than ``max_pixels`` pixels, or 32-bit pixels and no ``pixel_range`` is given.
+        ValueError: for a ``pixel_range`` or ``max_pixels`` out of range.
+
+    Warns:
+        PixelRangeWarning: if 98% of the pixels of an image of 16 or 32 bits lie within 1% of the range.
     """
-    path = Path(path)
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise ImageError(f"{path}: cannot be read ({error.strerror}), expected an image file") from error
-    if path.is_dir():
-        raise ImageError(f"{path}: is a folder, expected an image file")
-    if not path.is_file():
-        raise ImageError(f"{path}: is not a regular file, expected an image file")
-    if not size:
-        raise ImageError(f"{path}: is empty, expected an image file")
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return _rgb(_upright(image) if upright else image)
-    except Image.UnidentifiedImageError as error:
-        raise ImageError(f"{path}: is no image in a format that Pillow can read (JPEG, PNG, ...)") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        limit = Image.MAX_IMAGE_PIXELS
-        raise ImageError(f"{path}: is too large, expected at most {limit} pixels ({_line(error)})") from error
-    except ImageError as error:
-        raise ImageError(f"{path}: {error}") from error
-    except OSError as error:
-        what = f"cannot be read ({error.strerror})" if error.strerror else f"is a broken image ({_line(error)})"
-        raise ImageError(f"{path}: {what}") from error
-    except Exception as error:  # broken files make Pillow's decoders raise SyntaxError, IndexError and others
-        raise ImageError(f"{path}: is a broken image ({_line(error)})") from error
+    decoded = decode(path, upright=upright, pixel_range=pixel_range, max_pixels=max_pixels)
+    if decoded.narrow is not None:
+        warnings.warn(f"{path}: {decoded.narrow}", PixelRangeWarning, stacklevel=2)
+    return decoded.pixels
 
 
-def find_images(arguments: Iterable[str | os.PathLike[str]]) -> list[Path]:
-    """Image files named by files, folders and glob patterns.
+def decode(
+    path: str | os.PathLike[str],
+    *,
+    upright: bool = True,
+    pixel_range: PixelRange | None = None,
+    max_pixels: int | None = None,
+) -> Decoded:
+    """``read_image`` that returns its warning, for callers that read many images.
 
     Args:
-        arguments: each a file (with any extension), a folder (searched with subfolders) or a pattern with ``*``,
-            ``?``, ``[]`` or ``**``. Folders and patterns give only files with an extension that Pillow can
-            decode, without hidden files.
+        path: as for ``read_image``.
+        upright: as for ``read_image``.
+        pixel_range: as for ``read_image``.
+        max_pixels: as for ``read_image``.
 
     Returns:
-        The files, sorted, without duplicates.
+        The pixels, and the text of the warning.
 
     Raises:
-        ImageError: if an argument matches nothing; the message names the argument.
+        ImageError: as ``read_image``.
+        ValueError: as ``read_image``.
     """
-    paths: dict[Path, Path] = {}  # by resolved path
-    for argument in arguments:
-        files = list(_matches(Path(argument).expanduser()))
-        if not files:
-            raise ImageError(f"{argument}: {_why_nothing(Path(argument).expanduser())}")
-        for file in files:
-            paths.setdefault(file.resolve(), file)
-    return sorted(paths.values())
+    check_pixel_options(pixel_range, max_pixels)
+    with opened(path, max_pixels) as image:
+        narrow_colour = _is_deep_colour(image)
+        tiff = orientation_of(image) if image.format == "TIFF" else None  # Pillow turns TIFF while it reads the pixels
+        image.load()
+        turn = None
+        if tiff is None and upright:
+            turn = _UPRIGHT.get(orientation_of(image))
+        elif tiff is not None and not upright:
+            turn = _STORED.get(tiff)
+        if turn is not None:
+            image = image.transpose(turn)
+        if _is_deep_grey(image):
+            return _grey(image, pixel_range)
+        pixels = _rgb(image)
+        return Decoded(pixels, _narrow_colour(pixels) if narrow_colour else None)
 
 
-def _matches(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        yield from _in_folder(path)
-    elif path.exists():  # tested before patterns, since a file may be called "photo[1].jpg"
-        yield path
-    else:
-        for match in map(Path, glob.iglob(str(path), recursive=True)):
-            if match.is_dir():
-                yield from _in_folder(match)
-            elif _has_image_extension(match):
-                yield match
+def check_pixel_options(pixel_range: PixelRange | None, max_pixels: int | None) -> None:
+    """Raises ValueError for a range of pixel values, or a number of pixels, that is none."""
+    if pixel_range is not None:
+        low, high = pixel_range
+        if not -np.inf < low < high < np.inf:
+            raise ValueError(f"pixel_range should be (low, high), two finite numbers, low < high, got ({low}, {high})")
+    if max_pixels is not None and max_pixels < 1:
+        raise ValueError(f"max_pixels should be at least 1, got {max_pixels}")
 
 
-def _in_folder(folder: Path) -> Iterator[Path]:
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for file in (Path(root, name) for name in files if not name.startswith(".")):
-            if _has_image_extension(file):
-                yield file
+def _is_deep_grey(image: Any) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
-def _why_nothing(path: Path) -> str:
-    if path.is_dir():
-        return "holds no image files, expected a folder with some"
-    if glob.has_magic(str(path)):
-        return "matches no image files"
-    return "no such file or folder, expected an image, a folder of images or a pattern"
+def _is_deep_colour(image: Any) -> bool:
+    """Whether Pillow reduces the image from 16 bits a channel to 8 while it reads the pixels."""
+    return image.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
-def _has_image_extension(path: Path) -> bool:
-    known = Image.registered_extensions().get(path.suffix.lower())
-    return known in Image.OPEN and known not in _UNREADABLE_FORMATS
+def _strips(image: Any) -> Iterator[tuple[slice, Any]]:
+    """Parts of an image, from top to bottom, so that the copies of a large image don't exist all at once."""
+    step = max(1, _STRIP // image.width)
+    if image.width * image.height <= _WHOLE:
+        yield slice(0, image.height), image
+        return
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        yield slice(top, bottom), image.crop((0, top, image.width, bottom))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # a picture with malformed EXIF data is still readable
-        orientation = None
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-def _rgb(image: Image.Image) -> np.ndarray:
-    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if sixteen_bits:
-        grey = (np.asarray(image, np.uint32) >> 8).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=-1)
-    if image.mode in ("I", "F"):
-        raise ImageError("has 32-bit pixels, whose range is not defined; expected 8 or 16 bits a channel")
+def _rgb(image: Any) -> np.ndarray:
     image.info.pop("transparency", None)  # convert would warn that RGB has no transparency
-    return np.array(image.convert("RGB"))
+    if image.width * image.height <= _WHOLE:
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    for rows, strip in _strips(image):
+        pixels[rows] = np.asarray(strip if strip.mode == "RGB" else strip.convert("RGB"))
+    return pixels
 
 
-def _line(error: Any) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _grey(image: Any, pixel_range: PixelRange | None) -> Decoded:
+    """A grey image of 16 or 32 bits: the upper 8 of 16 bits, or a range of values."""
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if pixel_range is None and not sixteen_bits:
+        raise ImageError(
+            "has 32-bit pixels, whose range is not defined; expected 8 or 16 bits a channel, or the range "
+            "(pixel_range=(low, high), --pixel-range LOW HIGH)"
+        )
+    low, high = (0, 65535) if pixel_range is None else pixel_range
+    pixels = np.empty((image.height, image.width, 3), np.uint8)
+    samples, least, most = [], np.inf, -np.inf
+    every = max(1, image.height // _SAMPLES), max(1, image.width // _SAMPLES)
+    for rows, strip in _strips(image):
+        values = np.asarray(strip)
+        samples.append(values[:: every[0], :: every[1]].ravel())
+        if pixel_range is None:
+            levels = np.right_shift(values, 8).astype(np.uint8)
+        else:
+            scaled = np.clip((values.astype(np.float64) - low) * 255 / (high - low), 0, 255)
+            levels = np.rint(np.nan_to_num(scaled)).astype(np.uint8)
+        for channel in range(3):  # much quicker than one assignment to all three
+            pixels[rows, :, channel] = levels
+    if not _is_narrow(np.concatenate(samples), high - low):
+        return Decoded(pixels, None)
+    for _, strip in _strips(image):
+        values = np.asarray(strip)
+        least, most = min(least, values.min()), max(most, values.max())
+    left = len(np.unique(pixels[..., 0]))
+    return Decoded(
+        pixels,
+        f"has values from {least:g} to {most:g}, 98% of them in under 1% of the range from {low:g} to {high:g}: "
+        f"{left} grey levels are left; pixel_range=(low, high), or --pixel-range LOW HIGH, sets another range",
+    )
+
+
+def _is_narrow(samples: np.ndarray, extent: float) -> bool:
+    """Whether 98% of the values lie within 1% of the range."""
+    samples = samples[np.isfinite(samples)]
+    if samples.size < _LEAST_SAMPLES:
+        return False
+    low, high = np.percentile(samples, (1, 99))
+    return bool(high - low < _LEAST_USED * extent)
+
+
+def _narrow_colour(pixels: np.ndarray) -> str | None:
+    """What to warn of in an image that had 16 bits a channel."""
+    rows, columns = pixels.shape[:2]
+    if not _is_narrow(pixels[:: max(1, rows // _SAMPLES), :: max(1, columns // _SAMPLES)].ravel(), 255):
+        return None
+    return (
+        f"has 16 bits a channel, 98% of the values in under 1% of the range: {len(np.unique(pixels))} levels are left "
+        "of each channel; write the file with values that fill the range"
+    )

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import colorsys
+import os
+import unicodedata
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from flaxdet.results.fonts import MissingLettersWarning, choose_font, what_is_missing
 
 Colour = tuple[int, int, int]
+
+_LONGEST_NAME = 200  # letters
+_NOT_DRAWN = {"Cc", "Cs", "Zl", "Zp"}  # control characters, halves of characters, ends of lines and paragraphs
 
 
 class _Rectangle(NamedTuple):
@@ -31,6 +39,7 @@ def draw_detections(
     score_threshold: float = 0.0,
     line_width: int | None = None,
     font_size: int | None = None,
+    font: str | os.PathLike[str] | None = None,
 ) -> UInt8[np.ndarray, "H W 3"]:
     """Draws boxes with a caption of class and score, in one colour per class.
 
@@ -43,13 +52,54 @@ def draw_detections(
         score_threshold: draw only detections with at least this score.
         line_width: in pixels. Default: grows with the image.
         font_size: in pixels. Default: grows with the image.
+        font: a font file (.ttf, .otf, .ttc). Default: the font that Pillow carries; for a caption with letters that
+            this font lacks, DejaVu Sans, if matplotlib is installed, which carries it.
 
     Returns:
         [H, W, 3] uint8, the picture. Captions stay inside the picture and don't hide each other: if there is no
         room for all, the detections with the lowest scores get no caption.
 
     Raises:
-        ValueError: if ``image`` is no uint8 [H, W, 3], or boxes, labels and scores don't fit each other.
+        ValueError: if ``image`` is no uint8 [H, W, 3], boxes, labels and scores don't fit each other, or ``font`` is no
+            font file.
+
+    Warns:
+        MissingLettersWarning: if no font has all letters of the captions. These letters are drawn as boxes.
+    """
+    options: dict[str, Any] = {"line_width": line_width, "font_size": font_size, "font": font}
+    picture = draw_picture(image, detection, categories=categories, score_threshold=score_threshold, **options)
+    return np.array(picture)
+
+
+def draw_picture(
+    image: UInt8[np.ndarray, "H W 3"],
+    detection: Mapping[str, Any],
+    *,
+    categories: Sequence[str] | Mapping[int, str] | None = None,
+    score_threshold: float = 0.0,
+    line_width: int | None = None,
+    font_size: int | None = None,
+    font: str | os.PathLike[str] | None = None,
+) -> Image.Image:
+    """``draw_detections`` as Pillow's image, which a large picture need not be copied to for being saved.
+
+    Args:
+        image: as for ``draw_detections``.
+        detection: as for ``draw_detections``.
+        categories: as for ``draw_detections``.
+        score_threshold: as for ``draw_detections``.
+        line_width: as for ``draw_detections``.
+        font_size: as for ``draw_detections``.
+        font: as for ``draw_detections``.
+
+    Returns:
+        The picture, RGB.
+
+    Raises:
+        ValueError: as ``draw_detections``.
+
+    Warns:
+        MissingLettersWarning: as ``draw_detections``.
     """
     image = np.asarray(image)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or not image.size:
@@ -65,7 +115,7 @@ def draw_detections(
     picture = Image.fromarray(image)
     canvas = ImageDraw.Draw(picture)
     line = line_width or max(1, round((height + width) / 700))
-    font = _font(font_size or _default_font_size(height, width))
+    letters = font_size or _default_font_size(height, width)
 
     shown = np.isfinite(boxes).all(axis=1) if len(boxes) else np.zeros(0, bool)
     if scores is not None:
@@ -80,19 +130,23 @@ def draw_detections(
     for i in order[::-1]:  # the best is drawn last, on top
         _draw_frame(canvas, frames[i], _colour(int(labels[i])), line)
 
+    names = {label: _name(label, categories) for label in dict.fromkeys(labels[order].tolist())}
+    if missing := what_is_missing(names.values(), font):
+        warnings.warn(missing, MissingLettersWarning, stacklevel=3)
     taken: list[_Rectangle] = []
     for i in order:  # the best is placed first, where there is most room
         label = int(labels[i])
-        text = _name(label, categories)
-        text, size = _fit(canvas, text if scores is None else f"{text} {scores[i]:.2f}", font, width)
+        text = names[label] if scores is None else f"{names[label]} {scores[i]:.2f}"
+        face = choose_font(text, letters, font)
+        text, size = _fit(canvas, text, face, width)
         place = _place(frames[i], size, (width, height), taken)
         if place is None:
             continue
         taken.append(place)
         canvas.rectangle((place.x1, place.y1, place.x2 - 1, place.y2 - 1), fill=_colour(label))
         centre = ((place.x1 + place.x2) / 2, (place.y1 + place.y2) / 2)
-        canvas.text(centre, text, fill=_text_colour(_colour(label)), font=font, anchor="mm")
-    return np.array(picture)
+        canvas.text(centre, text, fill=_text_colour(_colour(label)), font=face, anchor="mm")
+    return picture
 
 
 def side_by_side(
@@ -110,13 +164,14 @@ def side_by_side(
     """
     height = max(left.shape[0], right.shape[0])
     size = _default_font_size(height, max(left.shape[1], right.shape[1]))
-    font, bar = _font(round(size * 1.2)), round(size * 1.2 * 1.6)
+    bar = round(size * 1.2 * 1.6)
     gap = max(2, size // 2)
     picture = Image.new("RGB", (left.shape[1] + gap + right.shape[1], bar + height), "white")
     canvas = ImageDraw.Draw(picture)
     x = 0
     for image, title in zip((left, right), titles, strict=True):
         picture.paste(Image.fromarray(image), (x, bar))
+        font = choose_font(title, round(size * 1.2), None)
         text, _ = _fit(canvas, title, font, image.shape[1])
         canvas.text((x + image.shape[1] / 2, bar / 2), text, fill="black", font=font, anchor="mm")
         x += image.shape[1] + gap
@@ -126,10 +181,6 @@ def side_by_side(
 def _default_font_size(height: int, width: int) -> int:
     # letters below 9 pixels can't be read, however small the picture is
     return max(9, min(round((height + width) / 90), round(min(height, width) / 12)))
-
-
-def _font(size: int) -> Any:
-    return ImageFont.load_default(size=size)
 
 
 def _colour(label: int) -> Colour:
@@ -147,11 +198,14 @@ def _text_colour(background: Colour) -> Colour:
 
 
 def _name(label: int, categories: Sequence[str] | Mapping[int, str] | None) -> str:
+    """The name of a label in one line: Pillow can't measure text of several."""
+    name = f"class {label}"
     if isinstance(categories, Mapping):
-        return str(categories.get(label, f"class {label}"))
-    if categories is not None and 0 <= label < len(categories):
-        return str(categories[label])
-    return f"class {label}"
+        name = str(categories.get(label, name))
+    elif categories is not None and 0 <= label < len(categories):
+        name = str(categories[label])
+    name = name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+    return "".join(" " if unicodedata.category(letter) in _NOT_DRAWN else letter for letter in name)
 
 
 def _frame(corners: np.ndarray, width: int, height: int) -> _Rectangle:

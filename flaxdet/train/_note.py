@@ -6,13 +6,12 @@ own, which replaces those of the note. Older checkpoints have no checksums, and 
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flaxdet.files import checksums
+from flaxdet.files import checksums, json_text, schema
 from flaxdet.train import _files
 
 METRICS = "metrics.json"
@@ -55,7 +54,7 @@ def from_json(stored: Any) -> Note:
 
 def write_metrics(folder: Path, metrics: Mapping[str, float]) -> None:
     """Writes the metrics of a checkpoint that is saved already, atomically."""
-    content = {"metrics": dict(metrics)}
+    content = {"metrics": {name: value if math.isfinite(value) else None for name, value in metrics.items()}}
     _files.write_json(folder / METRICS, {**content, "checksum": checksums.of_json(content)})
 
 
@@ -69,10 +68,14 @@ def read_metrics(folder: Path) -> Metrics | None:
     path = folder / METRICS
     if not path.is_file():
         return None
-    stored = json.loads(path.read_text())
-    if isinstance(stored, dict) and all(isinstance(value, (int, float)) for value in stored.values()):
-        return stored
-    return _checked(stored, {"metrics"})["metrics"]
+    stored = json_text.read(path)
+    if isinstance(stored, dict) and "checksum" in stored:  # an older flaxdet wrote the figures alone
+        stored = _checked(stored, {"metrics"})["metrics"]
+    try:
+        schema.METRICS(stored, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: expected figures by name, found something else ({error})") from None
+    return None if stored is None else {name: math.nan if value is None else value for name, value in stored.items()}
 
 
 def best_step(metrics: Mapping[int, Mapping[str, float] | None]) -> int | None:

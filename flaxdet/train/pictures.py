@@ -73,6 +73,7 @@ def draw_predictions(
     path: str | os.PathLike[str],
     *,
     score_threshold: float = 0.3,
+    font: str | os.PathLike[str] | None = None,
 ) -> None:
     """Draws a sheet of images, each twice: with the ground truth on the left, with the predictions on the right.
 
@@ -83,6 +84,7 @@ def draw_predictions(
         categories: names by label, or ``None``.
         path: the PNG file, which is written atomically.
         score_threshold: predictions with a lower score are not drawn.
+        font: as for ``draw_detections``.
 
     Raises:
         ValueError: if there is no image, the numbers of images, truths and predictions differ, or an array has
@@ -92,7 +94,7 @@ def draw_predictions(
     if not len(images) or not len(images) == len(truths) == len(predictions):
         counts = f"{len(images)}, {len(truths)} and {len(predictions)}"
         raise ValueError(f"expected as many images as truths and predictions, at least one, got {counts}")
-    pairs = [_pair(*row, categories, score_threshold) for row in zip(images, truths, predictions, strict=True)]
+    pairs = [_pair(*row, categories, score_threshold, font) for row in zip(images, truths, predictions, strict=True)]
     columns = 1 if len(pairs) < 4 else 2
     width = max(pair.shape[1] for pair in pairs)
     lines = [pairs[i : i + columns] for i in range(0, len(pairs), columns)]
@@ -113,7 +115,12 @@ def draw_predictions(
 
 
 def _pair(
-    image: np.ndarray, truth: Mapping[str, Any], prediction: Mapping[str, Any], categories: Any, threshold: float
+    image: np.ndarray,
+    truth: Mapping[str, Any],
+    prediction: Mapping[str, Any],
+    categories: Any,
+    threshold: float,
+    font: str | os.PathLike[str] | None,
 ) -> np.ndarray:
     height, width = image.shape[:2]
     scale = _SIDE / max(height, width)
@@ -125,7 +132,8 @@ def _pair(
 
     def drawn(boxes: Mapping[str, Any], **options: Any) -> np.ndarray:
         scaled = {**boxes, "boxes": np.asarray(boxes["boxes"], np.float64).reshape(-1, 4) * stretch}
-        return draw_detections(shown, scaled, categories=categories, line_width=2, font_size=12, **options)
+        style: dict[str, Any] = {"line_width": 2, "font_size": 12, "font": font}
+        return draw_detections(shown, scaled, categories=categories, **style, **options)
 
     count = int(np.sum(np.asarray(prediction["scores"]) >= threshold))
     titles = (f"truth: {len(truth['labels'])}", f"found: {count} (score {threshold:g} or more)")

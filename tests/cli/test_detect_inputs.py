@@ -20,6 +20,102 @@ pytestmark = pytest.mark.xdist_group("detect")
 # Bad images
 
 
+def test_a_folder_with_everything_in_it(run, quick, weights, tmp_path, write_photo, out):
+    """Loops of links, long names, names that are no UTF-8, formats that Pillow can't read: the others are done."""
+    folder = tmp_path / "photos"
+    photo = write_photo(folder / "good.jpg")
+    long = folder / f"{'n' * 245}.jpg"
+    no_utf8 = folder / os.fsdecode(b"caf\xe9.jpg")
+    try:
+        for path in (long, no_utf8):
+            path.write_bytes(photo.read_bytes())
+    except OSError:
+        pytest.skip("the file system refuses such names")
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "self").symlink_to(".", target_is_directory=True)
+    heic = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic"
+    (folder / "iphone.HEIC").write_bytes(heic)
+    (folder / "renamed.jpg").write_bytes(heic)
+    found = run("detect", folder, "--weights", weights, "--out", out, "--no-progress", "--threshold", 0)
+    assert found.status == 1
+    content = results(out)
+    shown = str(folder / "caf\\xe9.jpg")
+    assert [record["file"] for record in content["images"]] == [shown, str(folder / "good.jpg"), str(long)]
+    assert [len(record["detections"]) > 0 for record in content["images"]] == [True] * 3
+    assert all((out / name).stat().st_size for name in os.listdir(out))
+    assert [row["file"] for row in content["failed"]] == [str(folder / name) for name in ("loop.jpg", "renamed.jpg")]
+    assert "symbolic links" in content["failed"][0]["error"]
+    assert "is HEIC, which Pillow reads only with pillow-heif" in content["failed"][1]["error"]
+    assert content["skipped"] == [
+        {"file": str(folder / "iphone.HEIC"), "reason": "needs pillow-heif, or a conversion to JPEG"},
+        {"file": str(folder / "self"), "reason": "is a link to a folder, which is not followed"},
+    ]
+    assert f"skipped 2 files: {folder / 'iphone.HEIC'} (needs pillow-heif" in found.err
+    assert "2 of 5 failed" in found.err
+    assert len([name for name in os.listdir(out) if name.endswith(".jpg")]) == 3
+
+
+def test_a_folder_of_heic_alone(run, quick, weights, tmp_path, out):
+    (tmp_path / "a.heic").write_bytes(b"x")
+    found = run("detect", tmp_path, "--weights", weights, "--out", out)
+    assert "holds no image files, expected a folder with some (1 skipped: a.heic: needs pillow-heif" in found.error
+
+
+def test_how_photos_are_read(run, quick, weights, tmp_path, write_photo, out):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "turned.png"
+    Image.open(write_photo(tmp_path / "a.png")).save(path, exif=exif)
+    arguments = ["detect", path, "--weights", weights, "--out", out, "--no-progress"]
+    sizes = []
+    for options in ((), ("--as-stored",)):
+        assert run(*arguments, *options).status == 0
+        sizes.append((results(out)["images"][0]["height"], results(out)["images"][0]["width"]))
+    assert sizes == [(80, 60), (60, 80)]
+    assert "4800 pixels, expected at most 4799 (max_pixels, --max-pixels)" in run(*arguments, "--max-pixels", 4799).err
+
+
+def test_16_bits_that_use_little_of_their_range(run, quick, weights, tmp_path, out):
+    for name in ("a.png", "b.png"):
+        Image.fromarray((51000 + np.arange(4800) % 400).reshape(60, 80).astype(np.uint16)).save(tmp_path / name)
+    arguments = ["detect", tmp_path, "--weights", weights, "--out", out, "--no-progress"]
+    found = run(*arguments)
+    assert found.status == 0
+    assert found.err.splitlines() == [
+        f"warning: {tmp_path / 'a.png'}: has values from 51000 to 51399, 98% of them in under 1% of the range from 0 "
+        "to 65535: 2 grey levels are left; pixel_range=(low, high), or --pixel-range LOW HIGH, sets another range",
+        "warning: 2 images use under 1% of the range of their values: --pixel-range LOW HIGH sets another",
+    ]
+    found = run(*arguments, "--pixel-range", 51000, 51400)
+    assert (found.status, found.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--pixel-range", "2", "1"), "--pixel-range should be (low, high), two finite numbers, low < high"),
+        (("--max-pixels", "0"), "--max-pixels should be at least 1, got 0"),
+        (("--font", "none.ttf"), "font none.ttf: no such file, expected a font file"),
+    ],
+)
+def test_bad_options_of_photos(run, quick, weights, photo, out, options, message):
+    found = run("detect", photo, "--weights", weights, "--out", out, *options)
+    assert (found.status, message in found.error) == (2, True)
+
+
+def test_letters_that_no_font_has_are_told_once(run, quick, weights, tmp_path, write_photo, out):
+    folder = tmp_path / "photos"
+    for name in ("a.jpg", "b.jpg"):
+        write_photo(folder / name)
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(["background", "猫", "кошка", "cell"]), encoding="utf-8")
+    arguments = ["detect", folder, "--weights", weights, "--out", out, "--no-progress", "--threshold", 0]
+    found = run(*arguments, "--categories", names)
+    assert found.status == 0
+    assert found.err.count("warning: no font at hand has these letters of class names") == 1
+    assert "--font" in found.err
+
+
 def test_unreadable_images_in_the_middle(run, quick, weights, tmp_path, write_photo, out):
     folder = tmp_path / "photos"
     good = [write_photo(folder / "a.jpg"), write_photo(folder / "z.jpg")]

@@ -36,7 +36,7 @@ def row(i: int, **more: object) -> dict:
 
 
 def content(images: list, failed: list) -> str:
-    return json.dumps({"weights": 'a"b', "images": images, "failed": failed}, indent=1)
+    return json.dumps({"weights": 'a"b', "images": images, "failed": failed, "skipped": []}, indent=1)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import sys
 
 import pytest
+from PIL import Image
 
 import flaxdet
 from flaxdet.data import read_image
@@ -21,6 +22,7 @@ from flaxdet.inference import programs
 
 pytestmark = [pytest.mark.xdist_group("eval"), pytest.mark.usefixtures("quick")]
 
+SUMMARY = "eval: 2 images, 4 boxes of 2 classes\neval: boxes a class: Platelets 2, white cell 2\n"
 IDS = {"white cell": 2, "Platelets": 5}  # other numbers than their labels, and not all of them
 
 
@@ -60,7 +62,7 @@ def write(data, **change):
 
 def test_writes_what_it_prints(run, weights, data, out):
     found = run(*write(data), "--weights", weights, "--out", out)
-    assert (found.status, found.err) == (0, "")
+    assert (found.status, found.err) == (0, SUMMARY)
     assert files(out) == ["detections.json", "metrics.json"]
     rows = json.loads((out / "detections.json").read_text())
     result = evaluate_results(rows, data[0] / "val.json")
@@ -98,7 +100,7 @@ def test_writes_nothing_unless_asked(run, weights, data):
     arguments = write(data)
     before = files(data[0])
     found = run(*arguments, "--weights", weights)
-    assert (found.status, found.err) == (0, "")
+    assert (found.status, found.err) == (0, SUMMARY)
     assert [line.split()[:2] for line in found.out.splitlines()[-3:]] == [
         ["class", "boxes"],
         ["white", "cell"],
@@ -157,7 +159,10 @@ def test_progress(run, weights, data):
         ({"categories": [{"id": 2, "name": "RBC"}, {"id": 5, "name": "Zebra"}]}, 'category 5 "Zebra" is not one of'),
         ({"categories": [{"id": 2, "name": "RBC"}]}, "refers to category 5, which the file doesn't have"),
         ({"annotations": [{"id": 1, "image_id": 9, "category_id": 2, "bbox": [1, 2, 3, 4]}]}, "refers to image 9"),
-        ({"annotations": [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [1, 2, 3]}]}, "bbox should be 4 finite"),
+        (
+            {"annotations": [{"id": 1, "image_id": 7, "category_id": 2, "bbox": [1]}]},
+            "bbox of annotation 1 should be 4",
+        ),
         ({"images": [{"id": 7, "file_name": "no.jpg", "height": 6, "width": 8}]}, "1 of its 1 image files are missing"),
     ],
 )
@@ -242,7 +247,8 @@ def test_output_that_cannot_be_written(run, weights, data, out, monkeypatch):
     (out / "metrics.json").write_text("of an earlier run")
     monkeypatch.setattr(os, "fsync", full)
     found = run(*arguments, out)
-    assert f"{out / 'metrics.json'}: cannot be written: No space left on device; nothing was changed" in found.error
+    message = f"{out / 'metrics.json'}: cannot be written: No space left on device; nothing was changed"
+    assert found.err == f"{SUMMARY}flaxdet eval: error: {message}\n"
     assert "average precision" in found.out  # what took so long to compute is not lost
     assert files(out) == ["metrics.json"]
     assert (out / "metrics.json").read_text() == "of an earlier run"
@@ -261,5 +267,61 @@ def test_interrupted(run, weights, data, out, monkeypatch):
 
     monkeypatch.setattr(programs, "jitted_detect", interrupt)
     found = run(*write(data), "--weights", weights, "--out", out)
-    assert (found.status, found.error) == (130, "flaxdet: interrupted")
+    assert (found.status, found.err) == (130, f"{SUMMARY}flaxdet: interrupted\n")
     assert files(out) == []
+
+
+# How the data set is read
+
+
+def turned(data, weights):
+    """The first photo stored turned, with an EXIF orientation; its boxes upright, the stored size stated."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = data[0] / "images" / "b.jpg"
+    with Image.open(path) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+    data[1]["images"][0] |= {"height": 80, "width": 60}
+    return [*write(data), "--weights", weights]
+
+
+def test_turned_photos(run, weights, data, out):
+    arguments = turned(data, weights)
+    found = run(*arguments, "--out", out)
+    assert found.status == 0
+    assert found.err.splitlines()[2:] == [
+        "eval: 1 of 2 photos carry an EXIF orientation: photos and boxes are taken upright (--as-stored: as stored)",
+        "eval: warning: nothing tells whether the boxes of 1 photo with an EXIF orientation were drawn on the upright "
+        "photo or on the photo as stored; they are taken upright",
+    ]
+    boxes = [row["bbox"] for row in json.loads((out / "detections.json").read_text()) if row["image_id"] == 7]
+    assert max(x + w for x, _, w, _ in boxes) > 60  # of 80 columns upright
+    assert run(*arguments, "--as-stored").err.splitlines()[2].endswith("taken as stored (upright without it)")
+    data[1]["annotations"][0]["bbox"] = [1, 61, 5, 5]
+    error = run(*write(data), "--weights", weights).error
+    assert "boxes leave the upright photo" in error
+    assert "--as-stored" in error
+    assert "--upright" in error
+
+
+def test_skip_broken(run, weights, data, out):
+    path = data[0] / "images" / "deep" / "a.png"
+    path.write_bytes(path.read_bytes()[:2000])
+    found = run(*write(data), "--weights", weights, "--skip-broken")
+    assert found.status == 0
+    assert "eval: 1 image, 4 boxes of 2 classes; left out: 1 image that can't be used" in found.err
+    assert f"eval: left out: {path}: is a broken image" in found.err
+    assert found.out.startswith("1 images, 4 boxes, ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--as-stored", "--upright"), "expected --as-stored or --upright, got both"),
+        (("--pixel-range", "1", "1"), "--pixel-range should be"),
+        (("--max-pixels", "-1"), "--max-pixels should be at least 1, got -1"),
+        (("--max-pixels", "99"), "4800 pixels, expected at most 99"),
+    ],
+)
+def test_bad_options_of_data(run, weights, data, options, message):
+    assert message in run(*write(data), "--weights", weights, *options).error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import io
 import json
 import os
 import subprocess
@@ -167,3 +168,14 @@ def test_another_broken_pipe_is_an_error(run, monkeypatch):
 def test_is_installed_as_flaxdet():
     (entry,) = importlib.metadata.entry_points(group="console_scripts", name="flaxdet")
     assert entry.load() is module.main
+
+
+def test_a_terminal_without_the_letters_loses_none(monkeypatch):
+    """Class names and paths may hold letters that the terminal's encoding lacks."""
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "argv", ["flaxdet", "eval", "--images", "x"])
+    monkeypatch.setattr(module, "keep_compiled", lambda folder: None)
+    assert module.main() == 2
+    print("кошка", flush=True)
+    assert terminal.buffer.getvalue() == b"\\u043a\\u043e\\u0448\\u043a\\u0430\n"

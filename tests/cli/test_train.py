@@ -21,6 +21,7 @@ from PIL import Image
 
 import flaxdet
 from flaxdet import registry
+from flaxdet.cli.data_options import DataOptions
 from flaxdet.cli.main import main
 from flaxdet.cli.train import Train
 from flaxdet.cli.train_resume import check_options, say_more_epochs
@@ -203,7 +204,8 @@ def test_a_run_with_a_broken_photo_ends_like_another(trained, data, run, tmp_pat
     val, out = tmp_path / "val", tmp_path / "run"
     shutil.copytree(data[0], val)
     whole = (val / "002.png").read_bytes()
-    (val / "002.png").write_bytes(whole[:100])
+    middle = len(whole) // 2  # damage that neither the header nor the length tells
+    (val / "002.png").write_bytes(whole[:middle] + bytes(40) + whole[middle + 40 :])
     options = options_for(trained, val=val, out=out)
     with jax.numpy_dtype_promotion("standard"):
         result = run("train", *options)
@@ -291,7 +293,7 @@ def broken(content: dict[str, Any], **annotation: Any) -> None:
         (lambda content: broken(content, category_id=77), ("changed.json", "77")),
         (lambda content: broken(content, bbox=[1, 2, 3]), ("changed.json", "bbox")),
         (lambda content: broken(content, image_id=4711), ("changed.json", "4711")),
-        (lambda content: content["annotations"].append(content["annotations"][0]), ("changed.json", "annotation", "1")),
+        (lambda content: content["images"].append(content["images"][0]), ("changed.json", "image id 10", "twice")),
         (lambda content: content["images"][0].update(file_name="gone.png"), ("gone.png",)),
         (lambda content: content.update(annotations=[]), ("changed.json", "nothing to train on")),
     ],
@@ -321,6 +323,10 @@ def test_bad_annotations(run, data, weights, tmp_path, change, parts):
         (("--resume",), ("expected checkpoints to resume from",)),
         (("--max-boxes", "1"), ("max_boxes",)),
         (("--coordinator", "localhost:1"), ("--process-count",)),
+        (("--as-stored", "--upright"), ("--as-stored", "--upright", "both")),
+        (("--keep-classes", "--drop-unused"), ("--keep-classes", "--drop-unused")),
+        (("--max-pixels", "9"), ("5120 pixels", "at most 9", "--max-pixels")),
+        (("--font", "none.ttf"), ("none.ttf", "font file")),
     ],
 )
 def test_bad_options(run, data, weights, tmp_path, options, parts):
@@ -352,11 +358,26 @@ def test_a_broken_image_is_named(run, data, weights, tmp_path):
     images.mkdir()
     for path in data[0].iterdir():
         (images / path.name).write_bytes(path.read_bytes()[: 200 if path.name == "002.png" else None])
-    result = run(
-        "train", "--train", images, data[1], "--out", tmp_path / "run", "--weights", weights, *SIZE, "--batch-size", 5
-    )
-    assert result.status == 2
-    assert "002.png" in result.err.splitlines()[-1]
+    options = ["--out", tmp_path / "run", "--weights", weights, *SIZE, "--batch-size", 5]
+    for pairs in (["--train", images, data[1]], ["--train", *data, "--val", images, data[1]]):
+        result = run("train", *pairs, *options)
+        assert result.status == 2
+        assert "1 of its 5 images can't be used" in result.err.splitlines()[-1]
+        assert "002.png" in result.err.splitlines()[-1]
+        assert "--skip-broken" in result.err.splitlines()[-1]
+        assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} <= {".lock"}  # before the run
+    known = DataOptions(skip_broken=True).read("train", images, data[1])
+    assert len(known) == 4
+
+
+def test_how_data_is_read_is_part_of_the_run(data):
+    """Resuming with other data is refused; a limit on pixels and a font change nothing."""
+    pair = {"train": data, "out": Path("run")}
+    config = Train(**pair).config()
+    assert config == Train(**pair, data=DataOptions(max_pixels=10**9), font=Path("a.ttf")).config()
+    for change in ({"as_stored": True}, {"upright": True}, {"skip_broken": True}, {"pixel_range": (0.0, 9.0)}):
+        assert config != Train(**pair, data=DataOptions(**change)).config()
+    assert config != Train(**pair, drop_unused=True).config()
 
 
 def test_a_loss_that_becomes_nan_stops(trained, run, tmp_path):

@@ -82,6 +82,7 @@ def check_against_pycocotools(images: Path, path: Path, remove_empty: bool) -> i
     return len(found)
 
 
+@pytest.mark.filterwarnings("ignore:.*boxes reach out of their image")
 @pytest.mark.parametrize("remove_empty", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_messy_files_are_filtered_as_torchvision_does(seed, remove_empty, tmp_path):
@@ -96,7 +97,8 @@ def test_real_photos(shared, split, images, boxes):
     folder = shared / "data" / "bccd"
     assert check_against_pycocotools(folder / "images", folder / f"{split}.json", split == "train") == images
     found = read_coco(folder / "images", folder / f"{split}.json", remove_empty=True)
-    nothing = {"removed_images": 0, "crowd": 0, "outside": 0, "clipped": 0}
+    nothing = dict.fromkeys(("removed_images", "crowd", "outside", "clipped", "tiny", "doubled", "repeated_ids"), 0)
+    nothing |= {"skipped_images": 0, "oriented": 0, "repeated_files": 0}
     assert found.report == {"images": images, "boxes": boxes, "no_area": 1, **nothing}
     assert found.categories == ["__background__", "Platelets", "RBC", "WBC"]
     assert found[-1].size == found.read_image(images - 1).shape[:2] == (480, 640)
@@ -114,18 +116,28 @@ def test_what_is_dropped_is_counted(tmp_path):
         [-9, 3, 9, 4],
         {"bbox": [1, 1, 5, 5], "iscrowd": 1},
         {"bbox": [1, 1, 6, 6], "iscrowd": None},
+        [1, 2, 10, 5],
+        {"bbox": [1, 2, 10, 5], "iscrowd": 1},
     ]
     found = read_coco(*one_image(tmp_path, boxes))
     assert found.report == {
         "images": 1,
-        "boxes": 4,
+        "boxes": 5,
         "removed_images": 0,
-        "crowd": 1,
+        "crowd": 2,
         "no_area": 3,
         "outside": 2,
         "clipped": 2,
+        "tiny": 1,
+        "doubled": 1,
+        "repeated_ids": 0,
+        "repeated_files": 0,
+        "skipped_images": 0,
+        "oriented": 0,
     }
-    np.testing.assert_array_equal(found[0].boxes, [[1, 2, 11, 7], [25, 15, 30, 20], [0, 0, 1, 1], [1, 1, 7, 7]])
+    np.testing.assert_array_equal(
+        found[0].boxes, [[1, 2, 11, 7], [25, 15, 30, 20], [0, 0, 1, 1], [1, 1, 7, 7], [1, 2, 11, 7]]
+    )
 
 
 @pytest.mark.parametrize(

@@ -268,14 +268,15 @@ def test_bad_files(bad, tmp_path):
 @pytest.mark.parametrize(
     ("annotations", "message"),
     [
-        ([], "annotations: expected COCO's lists .*, found a list"),
-        ({"images": []}, r"expected COCO's lists .*, found keys \['images'\]"),
-        ({"images": [{}], "categories": []}, r"images\[0\] should have numbers id, found \{\}"),
-        ({"images": ["a"], "categories": []}, r"images\[0\] should have numbers id, found a"),
-        (truth((1, None, BOX)), r"annotations\[0\] should have numbers image_id and category_id"),
-        (truth((1, 2, BOX), (1, 2, [1, 2])), r"annotations\[1\]: bbox should be 4 finite numbers"),
-        (truth((1, 2, [0, 0, float("nan"), 1])), r"annotations\[0\]: bbox should be 4 finite numbers"),
-        (truth(images=0), "expected at least one image to evaluate, got none"),
+        ([], "annotations: is not COCO's JSON: expected an object of lists, found a list"),
+        ({"images": []}, 'annotations: is not COCO\'s JSON: expected a list "categories", found null'),
+        ({"images": [{}], "categories": []}, r"image number 0 \(from 0\) should have an integer id, found null"),
+        ({"images": ["a"], "categories": []}, r"image number 0 \(from 0\) should be an object, found \"a\""),
+        (truth((1, None, BOX)), r"annotation 1 refers to category null, which the file doesn't have"),
+        (truth((3, 2, BOX)), r"annotation 1 refers to image 3, which the file doesn't have"),
+        (truth((1, 2, BOX), (1, 2, [1, 2])), r"bbox of annotation 2 should be 4 finite numbers"),
+        (truth((1, 2, [0, 0, float("nan"), 1])), r"bbox of annotation 1 should be 4 finite numbers"),
+        (truth(images=0), "annotations: has no images"),
     ],
 )
 def test_bad_annotations(annotations, message):
@@ -291,8 +292,73 @@ def test_unknown_images():
 
 
 def test_read_annotations_fills_in_what_is_missing():
-    rows = read_annotations(truth((1, 2, [1, 2, 3, 4]), (1, 2, BOX, {"iscrowd": True, "area": 7.5})))["annotations"]
-    assert [(row["id"], row["area"], row["iscrowd"]) for row in rows] == [(1, 12, 0), (2, 7.5, 1)]
+    boxes = ((1, 2, [1, 2, 3, 4]), (1, 2, BOX, {"iscrowd": True, "area": 7.5}), (1, 2, BOX, {"iscrowd": "0"}))
+    rows = read_annotations(truth(*boxes))["annotations"]
+    assert [(row["id"], row["area"], row["iscrowd"]) for row in rows] == [(1, 12, 0), (2, 7.5, 1), (3, 10_000, 0)]
+
+
+# Ids and numbers as strings
+
+
+def with_text_ids(annotations, rows, name):
+    """The same data, with names in place of the images' numbers."""
+    annotations, rows = copy.deepcopy(annotations), copy.deepcopy(rows)
+    for entry in annotations["images"]:
+        entry["id"] = name(entry["id"])
+    for row in (*annotations["annotations"], *rows):
+        row["image_id"] = name(row["image_id"])
+    return annotations, rows
+
+
+@pytest.mark.parametrize(
+    "name",
+    [lambda i: f"img_{i:04}", lambda i: f"{i:04}", str, lambda i: f"{i:04}" if i % 2 else f"{i:04} b"],
+    ids=["names", "with zeros", "numbers", "mixed"],
+)
+def test_image_ids_as_strings(name):
+    annotations, rows = random_data(1)
+    expected = evaluate_results(rows, annotations)
+    named, named_rows = with_text_ids(annotations, rows, name)
+    assert evaluate_results(named_rows, named) == expected
+    some = [entry["id"] for entry in annotations["images"]][:5]
+    part = evaluate_results(rows, annotations, image_ids=some)
+    assert evaluate_results(named_rows, named, image_ids=[name(i) for i in some]) == part
+    assert part.images == 5
+
+
+def test_strings_and_numbers_together():
+    """numpy, by which pycocotools sorts ids, would make strings of the numbers."""
+    annotations = truth((1, 2, BOX), (2, 2, BOX), images=2)
+    annotations["images"][1]["id"] = annotations["annotations"][1]["image_id"] = "b"
+    result = evaluate_results([found(1, 2, BOX, 0.9), found("b", 2, BOX, 0.8)], annotations)
+    assert (result.ap, result.images, result.boxes) == (close(1), 2, 2)
+
+
+def test_image_ids_as_strings_against_pycocotools(tmp_path):
+    annotations, rows = with_text_ids(*random_data(1), lambda i: f"img_{i}")  # img_10 comes before img_2
+    file = tmp_path / "truth.json"
+    file.write_text(json.dumps({"info": {}, **annotations}))
+    coco = COCO(str(file))
+    theirs = COCOeval(coco, coco.loadRes(rows), "bbox")
+    theirs.evaluate()
+    theirs.accumulate()
+    theirs.summarize()
+    figures = list(evaluate_results(rows, annotations).to_dict().values())[:12]
+    assert figures == [pytest.approx(value, abs=AP_SAME) for value in theirs.stats]
+
+
+def test_a_number_in_a_string_is_that_number():
+    annotations = truth((1, 2, BOX))
+    annotations["annotations"][0] |= {
+        "image_id": "1",
+        "category_id": "2",
+        "bbox": ["10", "20.0", "1e2", 100],
+        "area": "900",
+    }
+    result = evaluate_results([found("1", "2", ["10", 20, "100", "100"], "0.9")], annotations)
+    assert (result.ap, result.ap_small, result.ap_large) == (close(1), close(1), None)
+    with pytest.raises(ValueError, match="image_id '01' is not in the annotations"):
+        evaluate_results([found("01", 2, BOX, 0.9)], annotations)
 
 
 def test_without_pycocotools(monkeypatch):

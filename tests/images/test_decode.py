@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import io
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from flaxdet.data import ImageError, find_images, read_image
+from flaxdet.data import ImageError, PixelRangeWarning, find_images, read_image
+from flaxdet.images import decode
+from flaxdet.images.find import find
 from tests.tolerances import GIF_LEVELS, JPEG_LEVELS
 
 
@@ -100,6 +105,7 @@ def test_orientation_is_applied(orientation, extension, photo, tmp_path):
     options = {"quality": 100} if extension in ("jpg", "webp") else {}
     Image.fromarray(np.ascontiguousarray(stored)).save(path, exif=exif, **options)
     np.testing.assert_allclose(read_image(path).astype(int), photo, atol=JPEG_LEVELS)
+    np.testing.assert_allclose(read_image(path, upright=False).astype(int), stored, atol=JPEG_LEVELS)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow's own, and welcome
@@ -135,6 +141,9 @@ def jpeg(photo) -> bytes:
     [
         (lambda jpeg: b"", "is empty, expected an image file"),
         (lambda jpeg: b"not a picture\n" * 50, "is no image in a format that Pillow can read"),
+        (lambda jpeg: b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is HEIC, .*pillow-heif: convert it to JPEG"),
+        (lambda jpeg: b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS .*git lfs pull"),
+        (lambda jpeg: b"<!DOCTYPE html>\n<html>not found", "is a web page and not an image"),
         (lambda jpeg: jpeg[: len(jpeg) // 2], "is a broken image .*truncated"),
         (lambda jpeg: jpeg[: len(jpeg) - 40], "is a broken image .*truncated"),
         (lambda jpeg: jpeg[:100], "is (a broken image|no image)"),
@@ -179,16 +188,109 @@ def test_missing_file_folder_pipe_and_forbidden(jpeg, tmp_path):
             read_image(closed)
 
 
-@pytest.mark.parametrize("pixels", [1000, 3000])
-def test_decompression_bomb(pixels, photo, tmp_path, monkeypatch):
-    """Above Pillow's limit it warns (an error in this suite), above twice the limit it raises."""
+def test_the_limit_on_pixels_is_the_number_it_says(photo, tmp_path, monkeypatch):
+    """The default is where Pillow refuses: twice the number at which Pillow warns (an error in this suite)."""
     path = tmp_path / "bomb.png"
-    Image.fromarray(photo).save(path)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", photo.shape[0] * photo.shape[1] - pixels // 2)
-    if pixels == 3000:
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ImageError, match=r"bomb.png: is too large, expected at most \d+ pixels"):
+    Image.fromarray(photo).save(path)  # 2400 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1200)
+    assert read_image(path).shape == (40, 60, 3)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1199)
+    with pytest.raises(ImageError, match=r"bomb\.png: is too large: has 40x60 = 2400 pixels, expected at most 2398 "):
         read_image(path)
+    assert read_image(path, max_pixels=2400).shape == (40, 60, 3)
+    with pytest.raises(ImageError, match=r"2400 pixels, expected at most 2399 \(max_pixels, --max-pixels\)"):
+        read_image(path, max_pixels=2399)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert read_image(path).shape == (40, 60, 3)
+    with pytest.raises(ValueError, match="max_pixels should be at least 1, got 0"):
+        read_image(path, max_pixels=0)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_large_images_are_converted_in_strips(mode, photo, tmp_path, monkeypatch):
+    path = tmp_path / "image.tif"
+    image = Image.fromarray(np.arange(2400, dtype=np.uint16).reshape(40, 60) * 27) if mode == "I;16" else None
+    (image or Image.fromarray(photo).convert(mode)).save(path)
+    expected = read_image(path)
+    monkeypatch.setattr(decode, "_WHOLE", 2399)
+    monkeypatch.setattr(decode, "_STRIP", 60 * 7)  # 5 strips of 7 rows, and one of 5
+    np.testing.assert_array_equal(read_image(path), expected)
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from flaxdet.images.decode import read_image
+def memory(name):  # getrusage's peak would include the process that started this one
+    return 1024 * int(re.search(name + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+before = memory("VmRSS")
+pixels = read_image(sys.argv[1])
+print((memory("VmHWM") - before) / pixels.shape[0] / pixels.shape[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's figures of memory")
+@pytest.mark.parametrize(("mode", "most"), [("1", 5), ("L", 5), ("I;16", 6)])
+def test_memory_of_a_large_image(mode, most, tmp_path):
+    """Bytes a pixel at the peak: Pillow's 1 or 2, the result's 3, and strips."""
+    path = tmp_path / "large.png"
+    if mode == "I;16":
+        Image.fromarray(np.tile(np.arange(6000, dtype=np.uint16) * 10, (5000, 1))).save(path, compress_level=1)
+    else:
+        Image.new(mode, (6000, 5000)).save(path)
+    found = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=True)
+    assert 3 < float(found.stdout) < most
+
+
+# 16 bits and more
+
+
+def grey_file(values, path):
+    Image.fromarray(values).save(path)
+    return path
+
+
+def test_a_range_of_16_bits(tmp_path):
+    path = grey_file(np.array([[51241, 51711, 52181], [0, 65535, 51300]], np.uint16), tmp_path / "thermal.png")
+    found = read_image(path, pixel_range=(51241, 52181))
+    # 470/940 and 59/940 of 255: 127.5 (to even) and 16.005
+    np.testing.assert_array_equal(found[..., 0], [[0, 128, 255], [0, 255, 16]])
+    assert (found[..., :1] == found).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_a_range_of_32_bits(dtype, tmp_path):
+    path = grey_file(np.array([[-10, 0], [5, 10]], dtype), tmp_path / "image.tif")
+    np.testing.assert_array_equal(read_image(path, pixel_range=(0, 10))[..., 0], [[0, 0], [128, 255]])
+    with pytest.raises(ImageError, match=r"32-bit pixels, .*pixel_range=\(low, high\), --pixel-range LOW HIGH"):
+        read_image(path)
+
+
+def test_values_that_are_no_numbers_are_black_or_at_an_end(tmp_path):
+    path = grey_file(np.array([[np.nan, np.inf], [-np.inf, 1]], np.float32), tmp_path / "image.tif")
+    np.testing.assert_array_equal(read_image(path, pixel_range=(0, 1))[..., 0], [[0, 255], [0, 255]])
+
+
+@pytest.mark.parametrize("wrong", [(1, 1), (2, 1), (0, np.inf), (np.nan, 1)])
+def test_a_range_that_is_none(wrong, tmp_path):
+    with pytest.raises(ValueError, match=r"pixel_range should be \(low, high\), two finite numbers"):
+        read_image(tmp_path / "any.png", pixel_range=wrong)
+
+
+def test_a_range_that_is_hardly_used_is_warned_of(tmp_path):
+    rng = np.random.default_rng(0)
+    narrow, wide = (rng.integers(51000, 51000 + width, (50, 60), dtype=np.uint16) for width in (600, 700))
+    path = grey_file(narrow, tmp_path / "narrow.png")
+    text = r"narrow\.png: has values from 51000 to 51599, 98% of them in under 1% of the range from 0 to 65535: 3 grey"
+    with pytest.warns(PixelRangeWarning, match=text):
+        read_image(path)
+    read_image(path, pixel_range=(51000, 51600))
+    with pytest.warns(PixelRangeWarning, match="under 1% of the range from 0 to 1e"):
+        read_image(path, pixel_range=(0, 1e6))
+    narrow[3, 3] = 0  # a dead pixel
+    with pytest.warns(PixelRangeWarning, match="has values from 0 to 51599"):
+        read_image(grey_file(narrow, path))
+    read_image(grey_file(wide, tmp_path / "wide.png"))
 
 
 @pytest.fixture
@@ -249,6 +351,41 @@ def test_home(folder, monkeypatch):
 def test_what_matches_nothing_is_named(argument, message, folder):
     with pytest.raises(ImageError, match=message):
         find_images([folder / "b.jpg", folder / argument])
+
+
+def test_what_is_left_out_is_named(folder, monkeypatch):
+    """Formats that Pillow can't read, linked folders, folders that can't be searched; not text, and hidden files."""
+    (folder / "sub" / "a.heic").write_bytes(b"x")
+    (folder / "b.CR2").write_bytes(b"x")
+    (folder / "link").symlink_to(folder / "sub", target_is_directory=True)
+    scandir = os.scandir
+
+    def forbidden(path):
+        if os.fspath(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", forbidden)
+    found = find([folder])
+    assert names(found.images, folder) == ["a.PNG", "b.jpg", "sub/c.jpeg"]
+    assert [(str(path.relative_to(folder)), reason.split()[0]) for path, reason in found.skipped] == [
+        ("b.CR2", "raw"),
+        ("link", "is"),
+        ("sub/a.heic", "needs"),
+        ("sub/deep", "can't"),
+    ]
+
+
+def test_loops_and_names_too_long(folder):
+    (folder / "loop.jpg").symlink_to("loop.jpg")
+    (folder / "gone.jpg").symlink_to("nowhere.jpg")
+    assert names(find_images([folder]), folder)[2:4] == ["gone.jpg", "loop.jpg"]
+    for name in ("loop.jpg", "gone.jpg"):
+        assert find_images([folder / name]) == [folder / name]
+        with pytest.raises(ImageError, match=rf"{name}: cannot be read"):
+            read_image(folder / name)
+    with pytest.raises(ImageError, match="no such file or folder"):
+        find_images(["x" * 5000])
 
 
 def test_nothing_asked_nothing_found():

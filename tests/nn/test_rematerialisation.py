@@ -49,7 +49,12 @@ def gradient(module, kwargs):
     return jax.jit(run, compiler_options=flaxdet.compiler_options(jnp.float64))
 
 
-@pytest.mark.parametrize("name", list(parts(jnp.float32)))
+SMALLER = {"body": "frozen body", "FCOS head": "FCOS head without convolutions"}  # those run outside of CI too
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.ci] if name in SMALLER else []) for name in parts(jnp.float32)]
+)
 def test_same_numbers(name, x64, monkeypatch):
     for depth in (18, 50):
         monkeypatch.setitem(resnet.STAGE_SIZES, depth, (1, 1, 1, 1))
@@ -86,7 +91,7 @@ def test_save_for_backward_is_the_identity():
     )
 
 
-@pytest.mark.parametrize("part", ["FCOS head", "box head"])
+@pytest.mark.parametrize("part", [pytest.param("FCOS head", marks=pytest.mark.ci), "box head"])
 def test_takes_less_memory(part, monkeypatch):
     """Of the compiled gradient, where maps are large enough to count."""
     if part == "FCOS head":

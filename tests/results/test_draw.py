@@ -89,8 +89,8 @@ def test_the_best_gets_its_caption_where_there_is_room_for_one(captions):
 
 def test_line_and_font_grow_with_the_image(monkeypatch):
     sizes = []
-    load = draw._font
-    monkeypatch.setattr(draw, "_font", lambda size: sizes.append(size) or load(size))
+    choose = draw.choose_font
+    monkeypatch.setattr(draw, "choose_font", lambda text, size, font: sizes.append(size) or choose(text, size, font))
     widths = []
     for side in (64, 640, 4000):
         image = draw_detections(np.zeros((side, side, 3), np.uint8), detection([[side / 4] * 2 + [side] * 2]))
