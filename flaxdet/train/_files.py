@@ -7,8 +7,10 @@ import json
 import logging
 import os
 import re
+import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -133,3 +135,12 @@ class QuietOrbax(logging.Filter):
         """Whether a record is shown."""
         verbose = logging.getLogger("absl").getEffectiveLevel() <= logging.INFO
         return verbose or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder into which other threads, of a save that failed, may still write for a moment."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            return
+        time.sleep(0.05)

@@ -389,5 +389,5 @@ class Checkpoints(contextlib.AbstractContextManager):
             raise
         except Exception as error:
             if failed is not None and self._primary:  # frees the space on the disk
-                shutil.rmtree(self.folder / f"{failed}.orbax-checkpoint-tmp", ignore_errors=True)
+                _files.remove_folder(self.folder / f"{failed}.orbax-checkpoint-tmp")
             raise _files.explain(f"{self.folder}: {what}", error) from error

@@ -108,6 +108,7 @@ def moved(variables):
     mean["mean"] = mean["mean"].at[7].add(0.5)
 
 
+@pytest.mark.ci  # a whole ResNet-50
 @pytest.mark.xdist_group("verify_fcos")
 @pytest.mark.parametrize(("fault", "stage"), [(swapped, "bbox_regression"), (moved, "c4")])
 def test_a_wrong_weight_gives_another_verdict(run, photo, tmp_path, monkeypatch, fault, stage):

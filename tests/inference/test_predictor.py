@@ -88,6 +88,7 @@ def test_a_new_size_compiles_nothing(fcos):
     assert predictor.compile_count == models + len(BUCKETS)
 
 
+@pytest.mark.ci  # compiles two programs more
 def test_on_a_gpu_a_batch_that_fills_the_bucket_has_no_masks(fcos):
     """The second and third image have canvases of 64x96, which is the bucket; the first canvas is 32x96."""
     images = noise((30, 99), (64, 80), (40, 55))

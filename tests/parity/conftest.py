@@ -32,7 +32,8 @@ def routes() -> Iterator[None]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``name`` is each registered builder's; the tests of a file and a model run in one worker and share programs.
 
-    Tests marked ``costly`` run outside of CI for one detector of each class alone, tests marked ``whole`` in CI alone.
+    Tests marked ``costly`` run outside of CI for one detector of each class alone, with ``costly(one=True)`` for the
+    tiny one alone; tests marked ``whole`` run in CI alone.
     """
     if "name" not in metafunc.fixturenames:
         return
@@ -43,7 +44,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = []
     for name in sides.whole_names() if whole else sides.NAMES:
         marks = [pytest.mark.xdist_group(f"{file} {name}")]
-        if whole or (costly and name != sides.representative(registry.get(name).kind)):
+        outside = (
+            sides.TINY_NAME if costly and costly.kwargs.get("one") else sides.representative(registry.get(name).kind)
+        )
+        if whole or (costly and name != outside):
             marks.append(pytest.mark.ci)
         cases.append(pytest.param(name, marks=marks))
     metafunc.parametrize("name", cases)

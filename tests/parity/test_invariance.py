@@ -94,7 +94,7 @@ def test_every_stage(name, in_company, x64):
     np.testing.assert_array_equal(own["labels"], expected["labels"])
 
 
-@pytest.mark.costly
+@pytest.mark.costly(one=True)
 def test_float32_in_a_bucket(name):
     """float32, of uint8 pixels and of the same as floats in [0, 1]."""
     model, variables, theirs = sides.both(name, **SMALL, **sides.known(name, FEW))
@@ -108,7 +108,7 @@ def test_float32_in_a_bucket(name):
         assert found["labels"].dtype == np.int32
 
 
-@pytest.mark.costly
+@pytest.mark.costly(one=True)
 def test_bfloat16(name):
     """bfloat16 computes, but boxes and scores are float32, and the answer stays near torchvision's in float32."""
     _, variables, theirs = sides.both(name, **SMALL, **sides.known(name, FEW))

@@ -13,7 +13,9 @@ from flaxdet.convert.lively import make_lively
 from tests.parity import sides
 
 KINDS = [
-    (name, frozen) for name in sides.NAMES for frozen in ([True, False] if registry.get(name).freezable else [False])
+    pytest.param(name, frozen, marks=[] if name == sides.TINY_NAME else [pytest.mark.ci])  # whole ResNet-50s
+    for name in sides.NAMES
+    for frozen in ([True, False] if registry.get(name).freezable else [False])
 ]
 SMALL = {"min_size": 96, "max_size": 160}
 
