@@ -107,6 +107,7 @@ class _Inference:
         self.images, self.boxes = photos(batch, *SIZE), 8 if options["small"] else POOLED
         self.model, self.programs = self.predictor.model, self.predictor._programs
         (self.bucket,) = self.predictor.buckets
+        self.masked = all(self.programs.variants())  # the photos fill the bucket
         network = jax.jit(self._network, compiler_options=flaxdet.compiler_options(self.model.dtype))
         shapes = jax.eval_shape(lambda: self._batch(*self._some())), jax.eval_shape(self._pooled)
         self.lowered = network.lower(self.programs.variables, *shapes)
@@ -132,8 +133,7 @@ class _Inference:
 
     def _batch(self, pixels: Any, size: Any, new_size: Any) -> ImageBatch:
         """A batch as the predictor makes it."""
-        masked = self.programs.masked(self.bucket)
-        canvas = jnp.tile(jnp.asarray([self.bucket], jnp.int32), (len(size), 1)) if masked else None
+        canvas = jnp.tile(jnp.asarray([self.bucket], jnp.int32), (len(size), 1)) if self.masked else None
         return ImageBatch(pixels, new_size, size, canvas)
 
     def _pooled(self) -> Any:
@@ -166,7 +166,7 @@ class _Inference:
     def runs(self) -> dict[str, Run]:
         """What is measured, by name; inputs on the device are made when first used, since their memory counts."""
         resize = self.programs.resize(self.bucket, *self.predictor.raw_sizes)
-        detect = self.programs.detect(self.bucket, False)
+        detect = self.programs.detect(self.bucket, self.masked)
         raw = functools.cache(self._raw)
         sized = functools.cache(lambda: [self._batch(None, *call[1:]) for call in raw()])
         batch, pooled = functools.cache(lambda: self._batch(*self._some())), functools.cache(self._pooled)

@@ -28,9 +28,9 @@ def test_detect(run, real_weights, photo, out):
     found = run("detect", photo, "--weights", real_weights, "--out", out)
     assert (found.status, found.err) == (0, "")
     content = results(out)
-    assert content.keys() == {"weights", "images", "failed"}
+    assert content.keys() == {"weights", "images", "failed", "skipped"}
     assert content["weights"] == str(real_weights)
-    assert content["failed"] == []
+    assert content["failed"] == content["skipped"] == []
     (record,) = content["images"]
     assert record["file"] == str(photo)
     assert (record["height"], record["width"]) == (60, 80)
