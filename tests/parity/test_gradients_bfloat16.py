@@ -58,7 +58,7 @@ def relative_errors(narrow: list[dict[str, np.ndarray]], wide: list[dict[str, np
     }
 
 
-@pytest.mark.ci  # minutes, since CPUs compute convolutions in bfloat16 slowly
+@pytest.mark.whole  # minutes, since CPUs compute convolutions in bfloat16 slowly
 def test_errors_are_those_of_autocast(name, monkeypatch):
     options: dict[str, Any] = SMALL | sides.known(name, EXHAUSTIVE)
     model, variables, theirs = sides.both(name, **options)
