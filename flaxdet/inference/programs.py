@@ -137,7 +137,9 @@ class CompiledPrograms:
 
     def variants(self) -> Sequence[bool]:
         """For each program of a bucket, whether the program has masks."""
-        return (True,) if self._masked and routes.platform() == "cpu" else (True, False) if self._masked else (False,)
+        if not self._masked:
+            return (False,)
+        return (True,) if routes.platform() == "cpu" else (True, False)
 
     def _raw_size(self, sample: Sample) -> int | None:
         """The side of the smallest raw square that holds the image; None for an image that the host resizes."""

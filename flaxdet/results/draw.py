@@ -81,7 +81,7 @@ def draw_picture(
     font_size: int | None = None,
     font: str | os.PathLike[str] | None = None,
 ) -> Image.Image:
-    """``draw_detections`` as Pillow's image, which a large picture need not be copied to for being saved.
+    """``draw_detections``, but returns Pillow's image, which can be saved without a copy of the pixels.
 
     Args:
         image: as for ``draw_detections``.

@@ -235,7 +235,7 @@ def changed(copy, **changes):
         ({"categories": [1]}, r"categories\[0\] should be a text"),
         ({"date": "yesterday"}, "date should be a date"),
         (
-            {"compiler_options": {"cpu": {"xla_dump_to": "/tmp/x"}}},
+            {"compiler_options": {"cpu": {"xla_dump_to": "dump"}}},
             r".*cpu\.xla_dump_to is no option that flaxdet sets",
         ),
     ],

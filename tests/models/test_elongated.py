@@ -19,6 +19,7 @@ from tests.tolerances import BOXES_F64, SCORES_F64
 
 pytestmark = pytest.mark.xdist_group("strips")
 # rows of the resized image: a torchvision that sees 1 to 22, 33 to 45 or 65 to 67 rows first infers another scale
+# Each height compiles programs of its own, so these are ends of the ranges, and not more.
 FEW, MANY = (33,), (1, 22, 45, 67)
 COLUMNS = 320
 
