@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import Image
 
+from flaxdet.files.opening import HEAD, foreign_kind
+
 _ORIENTATION_TAG = 0x0112
 _HEIC = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1"}
 SWAPPING = frozenset({5, 6, 7, 8})  # EXIF orientations that exchange rows and columns
@@ -95,18 +97,16 @@ def _open(file: Any, path: Path) -> Any:
                     return factory(file, os.fspath(path))
             except (SyntaxError, IndexError, TypeError, struct.error):  # how Pillow's readers say "not mine"
                 continue
-    raise ImageError(f"is {_what_else(prefix)}")
+    file.seek(0)
+    raise ImageError(_what_else(file.read(HEAD)))
 
 
-def _what_else(prefix: bytes) -> str:
+def _what_else(head: bytes) -> str:
     """What a file is whose first bytes are of no image that Pillow can read."""
-    if prefix[4:8] == b"ftyp" and prefix[8:12] in _HEIC:
-        return "HEIC, which Pillow reads only with pillow-heif: convert it to JPEG"
-    if prefix.startswith(b"version https://"):
-        return "a pointer of Git LFS and not the image: expected the file that git lfs pull fetches"
-    if prefix.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        return "a web page and not an image: the download has failed"
-    return "no image in a format that Pillow can read (JPEG, PNG, ...)"
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC:
+        return "is HEIC, which Pillow reads only with pillow-heif: convert it to JPEG"
+    other = None if head.lstrip().startswith(b"<?xml") else foreign_kind(head)  # XML may be a drawing in SVG
+    return other or "is no image in a format that Pillow can read (JPEG, PNG, ...)"
 
 
 def _line(error: Any) -> str:
