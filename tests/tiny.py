@@ -81,7 +81,7 @@ def tiny_variables(model: FCOS | FasterRCNN, seed: int = 0) -> dict[str, Any]:
 _make_model = registry.make_model
 
 
-def small_model(builder: str, **options: Any) -> FCOS | FasterRCNN:
+def small_model(builder: str, /, **options: Any) -> FCOS | FasterRCNN:
     """What ``make_model`` makes, on a ResNet-10 and two levels of 32 channels: it compiles in a fifth of the time."""
     model = _make_model(builder, **options)
     backbone: Any = model.backbone
@@ -112,7 +112,7 @@ def build_small_models(monkeypatch: pytest.MonkeyPatch, **defaults: Any) -> None
         **defaults: options of every model, where the caller gives no others.
     """
 
-    def make_model(builder: str, **options: Any) -> FCOS | FasterRCNN:
+    def make_model(builder: str, /, **options: Any) -> FCOS | FasterRCNN:
         if registry.get(builder).private:  # small by itself
             return _make_model(builder, **options)
         return small_model(builder, **{**defaults, **options})

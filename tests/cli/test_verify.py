@@ -128,6 +128,7 @@ def test_a_wrong_weight_gives_another_verdict(run, photo, tmp_path, monkeypatch,
     assert (tmp_path / "out" / f"verify_{FCOS}.png").exists()  # to see what is wrong
 
 
+@pytest.mark.ci  # whole ResNet-50s
 @pytest.mark.xdist_group("verify_file")
 def test_a_file_of_weights_in_float64(run, shared, reads, tmp_path):
     """A trained checkpoint on photos of its own kind; with both models asked for, the file says which it is."""

@@ -61,6 +61,7 @@ def test_figures_of_the_whole_set(shared, tmp_path, name):
     assert [row["name"] for row in metrics["per_class"]] == ["Platelets", "RBC", "WBC"]
 
 
+@pytest.mark.ci  # whole ResNet-50s; test_detect_demo.py evaluates the shipped weights everywhere
 @pytest.mark.parametrize("name", MODELS)
 def test_every_detection_of_a_few_photos(shared, tmp_path, name):
     """Beside torchvision itself, whose detections also give the average precision to expect."""

@@ -18,6 +18,7 @@ from flaxdet.files import checkpoint
 from tests.drawn import drawn
 from tests.models.cases import NAMES, equal
 from tests.parity.sides import FCOS_NAME, V2_NAME, flax_detector, known
+from tests.tiny import build_small_models
 
 FILES = pytest.mark.xdist_group("fcos_files")
 
@@ -139,9 +140,10 @@ def test_a_model_of_no_builder(name, folder):
         flaxdet.load(folder / "m.pth")
 
 
-@FILES
-def test_tampered_metadata(folder, drawn_models):
-    model, variables = drawn_models(FCOS_NAME, 4)
+def test_tampered_metadata(folder, monkeypatch):
+    build_small_models(monkeypatch)
+    model = registry.make_model(FCOS_NAME, num_classes=4)
+    variables = drawn(abstract_variables(model))
     # shapes and keys are enough for most faults: constant tensors are quick to make
     state = {key: np.zeros(value.shape, np.float16) for key, value in to_torchvision(model, variables).items()}
     state = {key: np.zeros((), np.int64) if key.endswith("tracked") else value for key, value in state.items()}
@@ -194,10 +196,11 @@ def test_tampered_metadata(folder, drawn_models):
         load({**good, "options": {"num_classes": 5}})
 
 
-@FILES
-def test_the_format_is_versioned(folder, drawn_models):
+def test_the_format_is_versioned(folder, monkeypatch):
     """Files say which format they have; those of before it was written still load, newer ones are refused by name."""
-    model, variables = drawn_models(FCOS_NAME, 4)
+    build_small_models(monkeypatch)
+    model = registry.make_model(FCOS_NAME, num_classes=4)
+    variables = drawn(abstract_variables(model))
     path = folder / "model.safetensors"
     flaxdet.save(path, model, variables)
     state, metadata = checkpoint.read(path), checkpoint.read_metadata(path)

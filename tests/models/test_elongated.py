@@ -37,7 +37,7 @@ def undeclared(backbone: BackboneWithFPN) -> BackboneWithFPN:
     ("declared", "heights"),
     [
         (True, FEW),
-        (False, FEW),
+        pytest.param(False, FEW, marks=pytest.mark.ci),
         pytest.param(True, MANY, marks=pytest.mark.ci),
         pytest.param(False, MANY, marks=pytest.mark.ci),
     ],

@@ -46,7 +46,7 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("jitted", [pytest.param(False, marks=pytest.mark.ci), True])
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5)])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_same_numbers(name, shape, jitted, x64):

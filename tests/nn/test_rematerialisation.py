@@ -49,11 +49,11 @@ def gradient(module, kwargs):
     return jax.jit(run, compiler_options=flaxdet.compiler_options(jnp.float64))
 
 
-SMALLER = {"body": "frozen body", "FCOS head": "FCOS head without convolutions"}  # those run outside of CI too
+OUTSIDE_CI = {"FCOS head without convolutions", "box head"}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.ci] if name in SMALLER else []) for name in parts(jnp.float32)]
+    "name", [pytest.param(name, marks=[] if name in OUTSIDE_CI else [pytest.mark.ci]) for name in parts(jnp.float32)]
 )
 def test_same_numbers(name, x64, monkeypatch):
     for depth in (18, 50):

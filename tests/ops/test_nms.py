@@ -15,10 +15,9 @@ from flaxdet.xla.routes import routes_for
 with np.load(Path(__file__).parents[1] / "golden" / "nms.npz") as _file:
     GOLDEN = dict(_file)
 CASES = sorted({key.split("/")[0] for key in GOLDEN})
-DTYPES = ("float32", "float64")
 
 
-@pytest.fixture(params=DTYPES)
+@pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.ci), "float64"])
 def dtype(request):
     with jax.enable_x64(request.param == "float64"):
         yield request.param

@@ -21,7 +21,7 @@ PYRAMID = [GOLDEN[f"pyramid/features_{k}"] for k in range(4)]
 SCALES = (1 / 4, 1 / 8, 1 / 16, 1 / 32)
 
 
-@pytest.fixture(params=["float32", "float64"])
+@pytest.fixture(params=[pytest.param("float32", marks=pytest.mark.ci), "float64"])
 def dtype(request):
     with jax.enable_x64(request.param == "float64"):
         yield request.param

@@ -40,7 +40,7 @@ def rows(kind: str, n: int, dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["distinct", "ties", "all tied", "few above", "infinite", "NaN", "ascending"])
-@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float64", marks=pytest.mark.ci), "float32", "bfloat16"])
 def test_groups(kind, dtype, monkeypatch):
     """Two levels of groups: 5003 values in groups of 16 and of 4, as for a long row."""
     monkeypatch.setattr(module, "SORTED", 200)

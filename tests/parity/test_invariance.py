@@ -53,7 +53,7 @@ def in_company():
     return get
 
 
-@pytest.mark.costly
+@pytest.mark.costly(one=True)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_in_a_bucket_among_others(name, shape, in_company, x64):
     """Each image on its own canvas, its neighbours on theirs: torchvision's answer for the image alone."""
@@ -64,7 +64,7 @@ def test_in_a_bucket_among_others(name, shape, in_company, x64):
     assert match.count >= (1 if shape == "1x1" else 3), match  # 1x1 is one colour throughout
 
 
-@pytest.mark.costly
+@pytest.mark.costly(one=True)
 def test_every_stage(name, in_company, x64):
     """Every stage, cropped to the canvas, equals the stage of the image alone: the first to differ is at fault."""
     model, variables, _, found, sown = in_company(name)

@@ -115,12 +115,12 @@ def part(model, method, shapes, batch, *args):
     return to_original(found, batch) if isinstance(found, Detections) else found
 
 
-@pytest.mark.xdist_group(f"test_options {sides.FCOS_NAME}")
+@pytest.mark.xdist_group(f"test_options {sides.TINY_NAME}")
 @pytest.mark.parametrize("case", FCOS_CASES)
 def test_fcos(case, outputs, x64):
-    model, _, theirs = detector(sides.FCOS_NAME, **FCOS_CASES[case])
+    model, _, theirs = detector(sides.TINY_NAME, **FCOS_CASES[case])
     (expected,), _ = stages.run_reference(theirs, [sides.photo(PHOTO)], keep_stages=False)
-    sown, shapes, batch = outputs(sides.FCOS_NAME)
+    sown, shapes, batch = outputs(sides.TINY_NAME)
     head = {name: sown[name] for name in ("cls_logits", "bbox_regression", "bbox_ctrness")}
     (found,) = unpad(part(model, "postprocess", shapes, batch, head))
     assert (assert_same(found, expected) == 0) == (case == "zero detections")

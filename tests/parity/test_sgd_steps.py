@@ -88,7 +88,7 @@ def torch_steps(model: Any, frozen: bool, batches: list[tuple[Any, Any]], monkey
     return {key: value.numpy() for key, value in model.state_dict().items() if "num_batches" not in key}
 
 
-@pytest.mark.costly(one=True)
+@pytest.mark.ci  # elsewhere test_losses.py compares losses, and their gradients by what the network gives
 def test_ten_steps_and_back(name, x64, monkeypatch):
     frozen = sides.has_proposals(name)
     layers = 5 if frozen else 3

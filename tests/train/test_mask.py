@@ -25,9 +25,9 @@ COUNTS = {
 }
 
 
-def model_of(kind: tuple[str, bool]):
+def model_of(kind: tuple[str, bool], *, small: bool = False):
     name, frozen = kind
-    return make_model(name, num_classes=91, frozen_bn=frozen)
+    return make_model(name, num_classes=91, frozen_bn=frozen, small=small)
 
 
 def torch_names(model, mask) -> set[str]:
@@ -57,11 +57,13 @@ def test_names_are_torchvisions(kind):
 
     split_norms = reference.torchvision().ops._utils.split_normalization_params
     name, frozen = kind
-    model = model_of(kind)
+    model = model_of(kind, small=True)
     params = abstract_variables(model)["params"]
     for layers in range(6):
         # v2's builder trains everything without pretrained weights, so its layers are frozen as the builder does
-        theirs = reference.build(name, frozen=frozen, **({"trainable_backbone_layers": layers} if frozen else {}))
+        theirs = reference.build(
+            name, frozen=frozen, small=True, **({"trainable_backbone_layers": layers} if frozen else {})
+        )
         if not frozen:
             trained = ["layer4", "layer3", "layer2", "layer1", "conv1", "bn1"][: layers + (layers == 5)]
             for key, value in theirs.backbone.body.named_parameters():
