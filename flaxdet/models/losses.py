@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 
 from flaxdet.nn.layers import Array
 from flaxdet.ops.coders import BoxCoder, BoxLinearCoder
-from flaxdet.ops.iou import box_iou
 from flaxdet.ops.losses import (
     binary_cross_entropy_with_logits,
     cross_entropy,
@@ -23,7 +22,7 @@ from flaxdet.ops.losses import (
     sigmoid_focal_loss,
     smooth_l1_loss,
 )
-from flaxdet.ops.matching import BELOW_LOW_THRESHOLD, match
+from flaxdet.ops.matching import BELOW_LOW_THRESHOLD, match_boxes
 from flaxdet.ops.sampling import balanced_sample
 from flaxdet.structures import Proposals, Targets
 from flaxdet.xla.mesh import per_image
@@ -61,7 +60,7 @@ class Sampling(NamedTuple):
             [N], as ``ops.match``.
         """
         thresholds = {"high_threshold": self.fg_iou_thresh, "low_threshold": self.bg_iou_thresh}
-        return match(box_iou(gt, boxes), **thresholds, valid_gt=gt_valid, valid=valid, **options)
+        return match_boxes(gt, boxes, **thresholds, valid_gt=gt_valid, valid=valid, **options)
 
 
 def fcos_losses(

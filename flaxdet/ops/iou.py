@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Num
 from numpy.typing import ArrayLike
 
 from flaxdet.ops.boxes import as_boxes, box_area, box_convert, upcast
+from flaxdet.xla.barriers import materialise
 
 
 def box_iou(boxes1: Num[ArrayLike, "N 4"], boxes2: Num[ArrayLike, "M 4"], fmt: str = "xyxy") -> Float[Array, "N M"]:
@@ -35,6 +36,21 @@ def box_iou(boxes1: Num[ArrayLike, "N 4"], boxes2: Num[ArrayLike, "M 4"], fmt: s
     boxes1, boxes2 = as_boxes("boxes1", boxes1), as_boxes("boxes2", boxes2)
     inter, union = _intersection_and_union(boxes1, boxes2, fmt)
     return _safe_divide(_as_float(inter), _as_float(union))
+
+
+def iou_without_gradient(boxes1: Float[Array, "N 4"], boxes2: Float[Array, "M 4"]) -> Float[Array, "N M"]:
+    """The values of ``box_iou`` for xyxy boxes of one floating dtype, in a form that XLA fuses into a reduction."""
+    boxes1, boxes2 = lax.stop_gradient((boxes1, boxes2))
+    w, h = (  # not [N, M, 2], a slice of which XLA writes to memory
+        _clamp_at_zero(
+            jnp.minimum(boxes1[:, None, high], boxes2[None, :, high])
+            - jnp.maximum(boxes1[:, None, low], boxes2[None, :, low])
+        )
+        for low, high in ((0, 2), (1, 3))
+    )
+    inter = w * h
+    area1, area2 = materialise((box_area(boxes1), box_area(boxes2)))
+    return inter / (area1[:, None] + area2[None, :] - inter)
 
 
 def generalized_box_iou(boxes1: Num[ArrayLike, "N 4"], boxes2: Num[ArrayLike, "M 4"]) -> Float[Array, "N M"]:

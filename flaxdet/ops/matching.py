@@ -8,10 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
 from flaxdet.ops.boxes import as_mask, box_area, upcast_float
+from flaxdet.ops.iou import iou_without_gradient
+from flaxdet.xla.barriers import materialise
+from flaxdet.xla.routes import by_platform
 
 BELOW_LOW_THRESHOLD = -1
 BETWEEN_THRESHOLDS = -2
@@ -52,10 +56,7 @@ def match(
             shape of ``iou``.
         TypeError: if a mask is not boolean.
     """
-    if low_threshold > high_threshold:
-        raise ValueError(
-            f"low_threshold must not exceed high_threshold, found {low_threshold!r} and {high_threshold!r}"
-        )
+    _check_thresholds(high_threshold, low_threshold)
     iou = jnp.asarray(iou)
     if iou.ndim != 2:
         raise ValueError(f"iou must be [G, N], found shape {list(iou.shape)}")
@@ -65,18 +66,103 @@ def match(
     if not (count_gt and count):
         return jnp.where(valid, BELOW_LOW_THRESHOLD, BETWEEN_THRESHOLDS).astype(jnp.int32)
 
+    return _matches(iou, iou, iou, valid_gt, valid, high_threshold, low_threshold, allow_low_quality_matches)
+
+
+def match_boxes(
+    gt: Float[Array, "G 4"],
+    boxes: Float[Array, "N 4"],
+    *,
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality_matches: bool = False,
+    valid_gt: Bool[Array, " G"],
+    valid: Bool[Array, " N"],
+) -> Int[Array, " N"]:
+    """``match`` of ``box_iou(gt, boxes)``, a matrix that is written to memory on CPUs alone.
+
+    Elsewhere each reduction of the matrix computes it again: for a batch of 16 images it would be 1.4 GB. The rule of
+    low-quality matches compares numbers of two reductions, which have the same bits.
+
+    Args:
+        gt: [G, 4] xyxy in pixels of one image, the ground truth.
+        boxes: [N, 4] xyxy in pixels of the same image, the predictions.
+        high_threshold, low_threshold, allow_low_quality_matches, valid_gt, valid: as in ``match``.
+
+    Returns:
+        [N] int32, as ``match``.
+
+    Raises:
+        ValueError: if ``low_threshold`` exceeds ``high_threshold``.
+    """
+    _check_thresholds(high_threshold, low_threshold)
+    options = {
+        "high_threshold": high_threshold,
+        "low_threshold": low_threshold,
+        "allow_low_quality_matches": allow_low_quality_matches,
+    }
+
+    def written(gt: Array, boxes: Array, valid_gt: Array, valid: Array) -> Array:
+        return match(iou_without_gradient(gt, boxes), **options, valid_gt=valid_gt, valid=valid)
+
+    def computed_again(gt: Array, boxes: Array, valid_gt: Array, valid: Array) -> Array:
+        gt, boxes, valid = materialise((gt, boxes, valid))  # not their computation in every kernel
+        # Boxes twice as large have the same IoU to the bit, but XLA doesn't see that it is the same matrix, which it
+        # would compute once (an optimization barrier doesn't hide it).
+        one, two, four = (iou_without_gradient(scale * gt, scale * boxes) for scale in (1, 2, 4))
+        return _matches(one, two, four, valid_gt, valid, **options)
+
+    route = computed_again if len(gt) and len(boxes) else written
+    return by_platform(gt, boxes, valid_gt, valid, cpu=written, default=route)
+
+
+def _check_thresholds(high_threshold: float, low_threshold: float) -> None:
+    if low_threshold > high_threshold:
+        raise ValueError(
+            f"low_threshold must not exceed high_threshold, found {low_threshold!r} and {high_threshold!r}"
+        )
+
+
+def _matches(
+    for_best: Float[Array, "G N"],
+    for_highest: Float[Array, "G N"],
+    for_ties: Float[Array, "G N"],
+    valid_gt: Bool[Array, " G"],
+    valid: Bool[Array, " N"],
+    high_threshold: float,
+    low_threshold: float,
+    allow_low_quality_matches: bool,
+) -> Int[Array, " N"]:
+    """``match`` of a matrix that is given once for each of its reductions."""
     # -1 and not 0: if no anchor overlaps some ground truth, the low-quality rule matches every anchor whose IoU with
     # that ground truth is 0. Such an anchor takes the ground truth of its highest IoU, which must not be padding.
-    real = valid_gt[:, None] & valid[None, :]
-    iou = jnp.where(real, iou, jnp.array(-1, iou.dtype))
-    best_gt = jnp.argmax(iou, axis=0).astype(jnp.int32)
-    overlap = jnp.max(iou, axis=0)
+    # What is found for predictions that don't count is replaced in the end.
+    lowest = jnp.array(-1, for_best.dtype)
+    overlap, best_gt = _best(jnp.where(valid_gt[:, None], for_best, lowest))
     matches = jnp.where(overlap < low_threshold, BELOW_LOW_THRESHOLD, best_gt)
     matches = jnp.where((overlap >= low_threshold) & (overlap < high_threshold), BETWEEN_THRESHOLDS, matches)
     if allow_low_quality_matches:
-        is_best = (iou == jnp.max(iou, axis=1, keepdims=True)) & real
-        matches = jnp.where(jnp.any(is_best, axis=0), best_gt, matches)
+        highest = jnp.where(valid_gt, _highest(jnp.where(valid[None, :], for_highest, lowest)), jnp.nan)
+        matches = jnp.where(jnp.any(for_ties == highest[:, None], axis=0), best_gt, matches)
     return jnp.where(valid, matches, BETWEEN_THRESHOLDS).astype(jnp.int32)
+
+
+def _highest(iou: Float[Array, "G N"]) -> Float[Array, " G"]:
+    """``max`` over N, NaN where there is one: XLA:CPU's own loses it in batches of some shapes."""
+    lowest = jnp.array(-jnp.inf, iou.dtype)
+    return lax.reduce(iou, lowest, lambda a, b: jnp.where((a > b) | jnp.isnan(a), a, b), (1,))
+
+
+def _best(iou: Float[Array, "G N"]) -> tuple[Float[Array, " N"], Int[Array, " N"]]:
+    """``max`` and ``argmax`` over G in one pass; NaN counts as the largest."""
+
+    def better(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
+        (x, i), (y, j) = a, b
+        first = (x > y) | ((x == y) & (i < j)) | (jnp.isnan(x) & ~(jnp.isnan(y) & (j < i)))
+        return jnp.where(first, x, y), jnp.where(first, i, j)
+
+    start = jnp.array(-jnp.inf, iou.dtype), jnp.array(len(iou), jnp.int32)
+    return lax.reduce((iou, lax.broadcasted_iota(jnp.int32, iou.shape, 0)), start, better, (0,))
 
 
 def fcos_match(

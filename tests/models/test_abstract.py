@@ -65,12 +65,12 @@ def test_builders_are_abstract_too(name):
 DTYPES = [
     ("float32", None, "float32"),
     ("float32", "bfloat16", "bfloat16"),
-    ("float32", "float64", "float64"),
+    pytest.param("float32", "float64", "float64", marks=pytest.mark.ci),
     ("bfloat16", None, "float32"),
     ("bfloat16", "bfloat16", "bfloat16"),
     ("float16", "float32", "float32"),
     ("float64", None, "float64"),
-    ("float64", "float32", "float32"),
+    pytest.param("float64", "float32", "float32", marks=pytest.mark.ci),
 ]
 
 

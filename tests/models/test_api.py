@@ -185,9 +185,8 @@ def test_box_takes_proposals_of_ones_own():
 # nnx
 
 
-@pytest.mark.parametrize(
-    "detector", [pytest.param(fcos, marks=FCOS_GROUP), pytest.param(faster_rcnn, marks=pytest.mark.ci)]
-)
+@pytest.mark.ci  # compiles each detector once more
+@DETECTORS
 def test_nnx_users_can_wrap_it(detector):
     model, batch = detector(WithBoth()), batch_of(bucket=(128, 128))
     init = nnx.jit(lambda batch: nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(batch))

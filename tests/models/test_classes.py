@@ -51,7 +51,7 @@ def rows(variables, name):
 
 
 @NAMES
-@pytest.mark.parametrize("num_classes", [2, 4, 9])
+@pytest.mark.parametrize("num_classes", [pytest.param(2, marks=pytest.mark.ci), 4, 9])
 def test_all_else_stays(name, num_classes):
     """The same arrays, not copies; the same model with another number of classes; the old variables untouched."""
     model, variables = trained(name)

@@ -38,8 +38,9 @@ def test_tensors_are_torchvisions(torch, depth, frozen):
     assert {row.key: row.shape for row in rules(body, abstract(body))} == expected
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-@pytest.mark.parametrize("size", [(64, 96), (61, 45), (1, 1)])
+@pytest.mark.parametrize(
+    ("depth", "size"), [*((depth, (64, 96)) for depth in DEPTHS), (18, (61, 45)), (18, (1, 1)), (50, (61, 45))]
+)
 def test_stages_have_torchvisions_sizes(depth, size):
     model = ResNet(depth)
     stages = jax.eval_shape(

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from flaxdet import ops
+from flaxdet.ops.matching import match_boxes
+from flaxdet.xla.routes import routes_for
 from tests.ops.cases import adversarial_boxes, check_transforms, random_boxes, torchvision
 
 RPN = {"high_threshold": 0.7, "low_threshold": 0.3, "allow_low_quality_matches": True}
@@ -66,6 +68,38 @@ def test_padding_changes_no_match(kwargs, dtype, rng):
     assert (np.asarray(ours[60:]) == ops.BETWEEN_THRESHOLDS).all()
     none = run(jnp.asarray(padded), jnp.zeros(9, bool), jnp.asarray(valid))
     np.testing.assert_array_equal(none, np.where(valid, ops.BELOW_LOW_THRESHOLD, ops.BETWEEN_THRESHOLDS))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+@pytest.mark.parametrize("kwargs", [RPN, ROI], ids=["rpn", "roi"])
+def test_boxes_are_matched_as_their_iou(kwargs, platform, dtype, rng):
+    """Every route: anchors on a grid, which tie, boxes that nothing overlaps, and 0 / 0; a second image has padding."""
+    tv = torchvision()
+    import torch
+
+    corner = np.stack(np.meshgrid(np.arange(0, 96, 8), np.arange(0, 64, 8)), axis=-1).reshape(-1, 2)
+    anchors = np.concatenate([np.concatenate([corner, corner + side], axis=1) for side in (16, 47.5, 80)])
+    anchors = np.concatenate([anchors, adversarial_boxes(np.float64)]).astype(dtype)
+    gt = np.concatenate([random_boxes(rng, 4, dtype, 90), [[12, 12, 28, 28], [200, 200, 210, 220], [25, 25, 25, 25]]])
+    gt = gt.astype(dtype)  # the last but two lies in the middle of four anchors
+    valid = np.ones((2, len(anchors)), bool)
+    valid_gt = np.ones((2, len(gt)), bool)
+    valid[1, ::3] = valid_gt[1, ::2] = False
+    with routes_for(platform):
+        found = jax.jit(jax.vmap(partial(_match_boxes, gt, anchors, **kwargs)))(valid_gt, valid)
+    iou = tv.ops.box_iou(torch.tensor(gt), torch.tensor(anchors)).numpy()
+    assert np.isnan(iou).any()
+    best = iou[4].max()
+    assert (iou[4] == best).sum() >= 4
+    assert best < RPN["high_threshold"]
+    np.testing.assert_array_equal(found[0], torchvision_match(iou, **kwargs))
+    fewer = torchvision_match(iou[1::2][:, valid[1]], **kwargs)
+    np.testing.assert_array_equal(np.asarray(found[1])[valid[1]], np.where(fewer < 0, fewer, 2 * fewer + 1))
+    assert (np.asarray(found[1])[~valid[1]] == ops.BETWEEN_THRESHOLDS).all()
+
+
+def _match_boxes(gt, anchors, valid_gt, valid, **kwargs):
+    return match_boxes(gt, anchors, valid_gt=valid_gt, valid=valid, **kwargs)
 
 
 def test_no_ground_truth_and_no_predictions():

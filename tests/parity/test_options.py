@@ -35,7 +35,7 @@ UNUSUAL = {
     "image_std": [0.5, 0.4, 0.3],
 }
 FCOS_CASES = {
-    "thresholds": {"score_thresh": 0.3, "nms_thresh": 0.3},
+    "thresholds": {"score_thresh": 0.2, "nms_thresh": 0.3},
     "every candidate": {"score_thresh": 0.0, "nms_thresh": 0.9, "detections_per_img": 300},
     "top n": {"topk_candidates": 7, "detections_per_img": 5},
     "zero detections": {"score_thresh": 0.999},

@@ -197,6 +197,7 @@ def test_training_detectors_in_bfloat16(name):
     assert norms[jnp.bfloat16] == pytest.approx(norms[jnp.float32], rel=GRADIENT_NORM_BF16)
 
 
+@pytest.mark.ci  # two programs of a whole detector; tests/cli/test_train.py looks at the losses that are logged
 def test_validation_losses():
     """Those of the model itself, which samples by the key 0; weights count in the sum alone."""
     model = tiny_model(V2_NAME)
