@@ -17,6 +17,7 @@ from flaxdet.nn.layers import Array, Conv, Dense, Dtype, Precision, TypedModule
 from flaxdet.nn.names import TorchName
 from flaxdet.nn.norm import BatchNorm
 from flaxdet.nn.options import check_counts, check_sizes
+from flaxdet.nn.relu import relu
 from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
 from flaxdet.structures import Detections, Proposals
@@ -71,8 +72,8 @@ class TwoMLPHead(TypedModule):
             "precision": self.precision,
         }
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(Dense(self.representation_size, name="fc6", **options)(x))
-        return nn.relu(Dense(self.representation_size, name="fc7", **options)(x))
+        x = relu(Dense(self.representation_size, name="fc6", **options)(x))
+        return relu(Dense(self.representation_size, name="fc7", **options)(x))
 
 
 class FastRCNNConvFCHead(TypedModule):
@@ -163,8 +164,7 @@ class FastRCNNConvFCHead(TypedModule):
         x = chain(layers, x, train=train and not self.freeze_bn, rows=mask).value
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate(self.fc_layers):
-            x = Dense(features, precision=self.precision, name=f"fc_{i}", **options)(x)
-            x = nn.relu(x)
+            x = relu(Dense(features, precision=self.precision, name=f"fc_{i}", **options)(x))
         return x
 
 

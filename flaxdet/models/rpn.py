@@ -18,6 +18,7 @@ from flaxdet.nn.initializers import normal_001
 from flaxdet.nn.layers import Array, Conv, Dtype, Precision, TypedModule
 from flaxdet.nn.names import TorchName
 from flaxdet.nn.options import check_counts
+from flaxdet.nn.relu import relu
 from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
 from flaxdet.ops.nms import batched_nms
 from flaxdet.ops.top_k import top_k
@@ -87,7 +88,7 @@ class RPNHead(TypedModule):
         objectness, deltas = [], []
         for name, x in features.items():
             for layer in convs:
-                x = nn.relu(layer(mask_beyond(x, None if extents is None else extents[name])))
+                x = relu(layer(mask_beyond(x, None if extents is None else extents[name])))
             objectness.append(cls_logits(x).reshape(x.shape[0], -1))
             deltas.append(bbox_pred(x).reshape(x.shape[0], -1, 4))
         return objectness, deltas

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from flaxdet.nn.canvas import inside, mask_beyond
 from flaxdet.nn.layers import Array, Conv, Dtype, at_least_float32
-from flaxdet.nn.norm import Norm, ScaleShift, scaled_and_shifted
+from flaxdet.nn.norm import FrozenBatchNorm, Norm, ScaleShift, scaled_and_shifted
+from flaxdet.nn.relu import relu
 from flaxdet.xla.barriers import save_for_backward
 from flaxdet.xla.rematerialisation import rematerialise
 
@@ -36,6 +37,7 @@ class Link:
         norm: the norm as a scale and a shift; None for no norm.
         dtype: dtype of the result of the norm.
         relu: whether a ReLU follows.
+        frozen: whether the norm has no parameters.
         biased: whether the last layer is a convolution with a bias.
     """
 
@@ -44,6 +46,7 @@ class Link:
     norm: ScaleShift | None = None
     dtype: Dtype = None
     relu: bool = False
+    frozen: bool = False
     biased: bool = False
 
     @property
@@ -60,7 +63,10 @@ class Link:
         """
         if norm is not None:
             x = scaled_and_shifted(x, norm, self.dtype)
-        return nn.relu(x) if self.relu else x
+        if not self.relu:
+            return x
+        # the backward pass of a live norm reads x
+        return nn.relu(x) if self.norm is not None and not self.frozen else relu(x)
 
 
 def chain(
@@ -127,7 +133,8 @@ def _normalised(norm: Norm, link: Link, train: bool, rows: Array | None) -> Link
     if rows is not None:
         cells = jnp.broadcast_to(rows[:, None, None], x.shape[:3])
         mask = cells if mask is None else mask & cells
-    return Link(x, link.extent, norm.scale_and_shift(x, train=train, mask=mask), norm.dtype)
+    scale_and_shift = norm.scale_and_shift(x, train=train, mask=mask)
+    return Link(x, link.extent, scale_and_shift, norm.dtype, frozen=isinstance(norm, FrozenBatchNorm))
 
 
 def _composed(function: Callable[[Array], Array], link: Link) -> Callable[..., Any]:

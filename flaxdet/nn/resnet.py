@@ -20,6 +20,7 @@ from flaxdet.nn.names import TorchName
 from flaxdet.nn.norm import BatchNorm, FrozenBatchNorm, Norm
 from flaxdet.nn.options import check_counts, check_numbers
 from flaxdet.nn.pooling import max_pool_3x3
+from flaxdet.nn.relu import relu
 from flaxdet.xla.barriers import materialise
 
 STAGE_SIZES = {
@@ -73,7 +74,7 @@ class _Block(nn.Module):
             x = chain(shortcut, x, extent, train=train).value
         # Without the barrier, XLA:CPU repeats the sums of all earlier blocks in each block, and saves the maps of the
         # earlier blocks for these sums.
-        return materialise(nn.relu(x + y))
+        return materialise(relu(x + y))
 
 
 def _no_norm(*, name: str) -> None:
