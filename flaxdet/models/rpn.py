@@ -15,7 +15,7 @@ from flaxdet.models.levels import Extents
 from flaxdet.nn.canvas import mask_beyond
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.initializers import normal_001
-from flaxdet.nn.layers import Array, Conv, Dtype, Precision, TypedModule
+from flaxdet.nn.layers import Array, Conv, Dtype, Precision, TypedModule, together
 from flaxdet.nn.names import TorchName
 from flaxdet.nn.options import check_counts
 from flaxdet.nn.relu import relu
@@ -89,8 +89,9 @@ class RPNHead(TypedModule):
         for name, x in features.items():
             for layer in convs:
                 x = relu(layer(mask_beyond(x, None if extents is None else extents[name])))
-            objectness.append(cls_logits(x).reshape(x.shape[0], -1))
-            deltas.append(bbox_pred(x).reshape(x.shape[0], -1, 4))
+            logits, offsets = together((cls_logits, bbox_pred), x)
+            objectness.append(logits.reshape(x.shape[0], -1))
+            deltas.append(offsets.reshape(x.shape[0], -1, 4))
         return objectness, deltas
 
 

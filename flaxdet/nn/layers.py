@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Float
 
@@ -54,7 +56,6 @@ class Conv(TypedModule):
     param_dtype: Dtype | None = None
     precision: Precision = None
 
-    @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w N"]:
         """Convolves.
 
@@ -64,19 +65,52 @@ class Conv(TypedModule):
         Returns:
             [B, h, w, features] in ``dtype``, h = ceil(H / strides).
         """
-        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        (y,) = together((self,), x)
+        return y
+
+    @nn.compact
+    def kernel_and_bias(self, channels: int) -> tuple[Float[Array, "k k C N"], Float[Array, " N"] | None]:
+        """The layer's parameters.
+
+        Args:
+            channels: C of the maps.
+
+        Returns:
+            The kernel, and the bias if there is one.
+        """
+        shape = (self.kernel_size, self.kernel_size, channels, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
-        y = conv_general_dilated(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            (self.strides, self.strides),
-            [(self.kernel_size // 2, self.kernel_size // 2)] * 2,
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=self.precision,
-        )
-        if not self.use_bias:
-            return y
-        return add_bias(y, self.param("bias", self.bias_init, (self.features,), self.param_dtype))
+        bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
+        return kernel, bias
+
+
+def together(layers: Sequence[Conv], x: Float[Array, "B H W C"]) -> list[Float[Array, "B h w _"]]:
+    """Convolves maps with several layers at once, which reads the maps once.
+
+    Args:
+        layers: layers that differ in their features, names and initialisers alone.
+        x: [B, H, W, C].
+
+    Returns:
+        Of each layer [B, h, w, features] in its ``dtype``, h = ceil(H / strides).
+    """
+    first = layers[0]
+    kernels, biases = zip(*(layer.kernel_and_bias(x.shape[-1]) for layer in layers), strict=True)
+    y = conv_general_dilated(
+        x.astype(first.dtype),
+        _joined(kernels).astype(first.dtype),
+        (first.strides, first.strides),
+        [(first.kernel_size // 2, first.kernel_size // 2)] * 2,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=first.precision,
+    )
+    if first.use_bias:
+        y = add_bias(y, _joined(biases))
+    return jnp.split(y, np.cumsum([layer.features for layer in layers])[:-1], axis=-1)
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis=-1)
 
 
 class Dense(TypedModule):

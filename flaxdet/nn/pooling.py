@@ -7,26 +7,44 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Float
 
+from flaxdet.xla.routes import by_platform
+
 Array = jax.Array
 
 
+@jax.custom_jvp
 def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """``torch.nn.MaxPool2d(kernel_size=3, stride=2, padding=1)``.
 
-    As in torch, the first of equal values gets the gradient, and a window with a NaN gives NaN. The three columns of a
-    window are compared first, then the three rows. On CPUs this takes less than half the time of ``lax.reduce_window``,
-    and the gradient takes a quarter.
+    As in torch, the first of equal values gets the gradient, and a window with a NaN gives NaN. Where there is a
+    gradient, and on CPUs, the three columns of a window are compared first, then the three rows. On CPUs this takes
+    less than half the time of ``lax.reduce_window``, and the gradient takes a quarter. On others without a gradient,
+    ``lax.reduce_window`` has no maps between the two to write.
     """
+    return by_platform(x, gpu=_windows, default=_columns_then_rows)
 
-    def larger(a: Array, b: Array) -> Array:
-        return jnp.where((b > a) | jnp.isnan(b), b, a)
 
+@max_pool_3x3.defjvp
+def _max_pool_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return jax.jvp(_columns_then_rows, primals, tangents)
+
+
+def _larger(a: Array, b: Array) -> Array:
+    return jnp.where((b > a) | jnp.isnan(b), b, a)
+
+
+def _windows(x: Array) -> Array:
+    lowest, border = jnp.asarray(-jnp.inf, x.dtype), ((0, 0), (1, 1), (1, 1), (0, 0))
+    return lax.reduce_window(x, lowest, _larger, (1, 3, 3, 1), (1, 2, 2, 1), border)
+
+
+def _columns_then_rows(x: Array) -> Array:
     for axis in (2, 1):
         middle = lax.slice_in_dim(x, 0, None, 2, axis)
         if x.shape[axis] > 1:
             odd = lax.slice_in_dim(x, 1, None, 2, axis)
             short = middle.shape[axis] - odd.shape[axis]  # 1 where the last window ends beyond the border
-            x = larger(larger(_padded(odd, axis, 1, short - 1), middle), _padded(odd, axis, 0, short))
+            x = _larger(_larger(_padded(odd, axis, 1, short - 1), middle), _padded(odd, axis, 0, short))
         else:
             x = middle
     return x

@@ -40,7 +40,13 @@ PLAIN_3X3 = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1)), "dimension_n
 
 @pytest.mark.parametrize(
     ("case", "platform"),
-    [*((case, "cpu") for case in CASES), ("1x1", "gpu"), ("1x1 of stride 2", "gpu"), ("7x7 of stride 2", "gpu")],
+    [
+        *((case, "cpu") for case in CASES),
+        ("1x1", "gpu"),
+        ("1x1", "tpu"),
+        ("1x1 of stride 2", "gpu"),
+        ("7x7 of stride 2", "gpu"),
+    ],
 )
 def test_values_and_gradients(case, platform, x64):
     size, stride, (channels, out), groups, shape = CASES[case]

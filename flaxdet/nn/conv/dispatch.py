@@ -24,6 +24,8 @@ _WINOGRAD_CHANNELS = 64
 # by_columns pays only for batches of at most this many images: for the gradient of a kernel, XLA:CPU reads patches in
 # runs of as many numbers as there are images.
 _FEW_IMAGES = 4
+# Convolutions 1x1 to at most so many channels are heads, which several maps share.
+_FEW_OUTPUTS = 16
 # The stem rewrite pays only for inputs of at most this many channels; wider inputs are as quick in XLA's own form.
 _FEW_CHANNELS = 4
 
@@ -66,7 +68,11 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
     if rhs.shape[:2] == (1, 1) and not any(sum(pads, ())):
         one_by_one = functools.partial(_one_by_one, strides=strides, precision=precision)
         if strides == (1, 1):
-            return one_by_one(lhs, rhs)
+            if rhs.shape[3] > _FEW_OUTPUTS:
+                return one_by_one(lhs, rhs)
+            # Of products by one kernel, of all levels of a pyramid, XLA:GPU makes a single one, for which it writes the
+            # maps to memory again.
+            return by_platform(lhs, rhs, gpu=functools.partial(_aligned, plain), default=one_by_one)
         # cuDNN reads every second cell itself; a slice would be written to memory
         return by_platform(lhs, rhs, cpu=one_by_one, default=plain)
     if lhs.dtype not in (jnp.float32, jnp.float64):
@@ -84,6 +90,13 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
     if quick is None:
         return plain(lhs, rhs)
     return by_platform(lhs, rhs, cpu=quick, default=plain)
+
+
+def _aligned(convolve: Any, lhs: Array, rhs: Array) -> Array:
+    """A convolution to a multiple of 8 channels, as tensor cores take them, of which the first are returned."""
+    features = rhs.shape[3]
+    rhs = jnp.pad(rhs, [(0, 0)] * 3 + [(0, -features % 8)])
+    return convolve(lhs, rhs)[..., :features]
 
 
 def _one_by_one(lhs: Array, rhs: Array, *, strides: tuple[int, int], precision: Any) -> Array:
