@@ -106,6 +106,8 @@ GRADIENT_BF16_LARGEST = 1.2
 # A sum over 8410 or 4480 cells in float32 of bfloat16 terms, one rounding of each term to bfloat16 before it: .03 to 3
 # where the sum is bfloat16.
 SUM_BF16 = 1e-3
+# The same convolution of bfloat16 numbers in another program: sums in float32, rounded to 8 bits.
+CONV_BF16 = 2**-7
 
 # benchmarks/accelerator.py at toy size, whose maps have few cells and whose norms divide by small spreads: float32
 # gradients of a whole ResNet-50 against torch's, of each tensor's norm (seen .0019, .0085); and the parts, of the

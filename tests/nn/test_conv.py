@@ -12,7 +12,7 @@ from jax import lax
 
 from flaxdet.nn.conv.dispatch import conv_general_dilated
 from flaxdet.xla.routes import routes_for
-from tests.tolerances import OP_F64, WINOGRAD_F32
+from tests.tolerances import CONV_BF16, OP_F64, WINOGRAD_F32
 
 CASES = {
     "1x1": (1, 1, (3, 5), 1, (6, 9)),
@@ -152,3 +152,24 @@ def test_forward_mode(shape, x64):
     )
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=OP_F64, atol=OP_F64 * np.abs(b).max() * 100)
+
+
+def test_channels_of_bfloat16_are_aligned_on_gpus():
+    """Of tensor cores, whose sums are float32: the result of the channels asked for, and their gradients."""
+    x, kernel = maps(1, 6, 9, 16, dtype="bfloat16"), maps(3, 3, 16, 5, dtype="bfloat16")
+
+    @jax.jit
+    def run(x, kernel):
+        y, pull = jax.vjp(functools.partial(conv_general_dilated, **PLAIN_3X3), x, kernel)
+        return y, pull(jnp.cos(y))
+
+    expected = run(x, kernel)
+    with routes_for("gpu"):
+        found = run(x, kernel)
+        shapes = str(jax.make_jaxpr(functools.partial(conv_general_dilated, **PLAIN_3X3))(x, kernel))
+    assert "bf16[1,6,9,8]" in shapes
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert a.shape == b.shape
+        a, b = (np.asarray(each, np.float64) for each in (a, b))
+        np.testing.assert_allclose(a, b, rtol=CONV_BF16, atol=CONV_BF16 * np.abs(b).max())

@@ -26,6 +26,8 @@ _WINOGRAD_CHANNELS = 64
 _FEW_IMAGES = 4
 # Convolutions 1x1 to at most so many channels are heads, which several maps share.
 _FEW_OUTPUTS = 16
+# cuDNN's kernels for tensor cores take channels of 16 bytes; XLA pads to that for float16, and not for bfloat16.
+_ALIGNMENT = 8
 # The stem rewrite pays only for inputs of at most this many channels; wider inputs are as quick in XLA's own form.
 _FEW_CHANNELS = 4
 
@@ -34,9 +36,9 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
     """``lax.conv_general_dilated`` for NHWC maps and HWIO kernels, as ``flaxdet.nn.layers.Conv`` calls it.
 
     A 1x1 convolution without padding is computed as a matrix product over the channels, which is quicker on XLA:CPU
-    (the body of a ResNet-50 takes a seventh less time); ``flaxdet.nn.dot`` has the gradients. A strided one is so
-    computed on CPUs alone. On CPUs, these
-    convolutions in float32 or float64 take other forms:
+    (the body of a ResNet-50 takes a seventh less time); ``flaxdet.nn.dot`` has the gradients. On GPUs, a strided one and
+    one to few channels remain convolutions. There, convolutions in bfloat16 or float16 compute a multiple of 8 channels
+    and return those asked for. On CPUs, these convolutions in float32 or float64 take other forms:
 
     - 3x3 of stride 1 on large maps: Winograd's algorithm, with half the multiplications, ``winograd.py``. FCOS takes a
       quarter less time. The rounding error is twice the error of XLA's own sum, and about the error of torch.
@@ -76,7 +78,9 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
         # cuDNN reads every second cell itself; a slice would be written to memory
         return by_platform(lhs, rhs, cpu=one_by_one, default=plain)
     if lhs.dtype not in (jnp.float32, jnp.float64):
-        return plain(lhs, rhs)
+        if rhs.shape[3] % _ALIGNMENT == 0:
+            return plain(lhs, rhs)
+        return by_platform(lhs, rhs, gpu=functools.partial(_aligned, plain), default=plain)
     quick = None
     if (rhs.shape[:2], strides, pads) == ((7, 7), (2, 2), ((3, 3), (3, 3))) and rhs.shape[2] <= _FEW_CHANNELS:
         quick = functools.partial(by_quarters, **kwargs)
@@ -93,9 +97,9 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
 
 
 def _aligned(convolve: Any, lhs: Array, rhs: Array) -> Array:
-    """A convolution to a multiple of 8 channels, as tensor cores take them, of which the first are returned."""
+    """A convolution to a multiple of 8 channels, of which the first are returned."""
     features = rhs.shape[3]
-    rhs = jnp.pad(rhs, [(0, 0)] * 3 + [(0, -features % 8)])
+    rhs = jnp.pad(rhs, [(0, 0)] * 3 + [(0, -features % _ALIGNMENT)])
     return convolve(lhs, rhs)[..., :features]
 
 
