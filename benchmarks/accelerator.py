@@ -56,6 +56,7 @@ for folder in (HERE, ROOT):
 from accelerator_common import Notes  # noqa: E402
 from accelerator_plan import (  # noqa: E402
     MODELS,
+    TINY,
     Group,
     Stage,
     again,
@@ -267,7 +268,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for the JSON, the profile, logs and cache")
     parser.add_argument("--seconds", type=float, default=240, help="for everything, up to 500; 240 by default")
     parser.add_argument("--small", action="store_true", help="toy sizes, one model; on a CPU too")
-    parser.add_argument("--model", choices=MODELS, default=MODELS[0], help="of a small run")
+    parser.add_argument("--model", choices=[*MODELS, TINY], default=MODELS[0], help="of a small run")
     options = parser.parse_args()
     most = 3600 if options.small else 500  # a busy CPU may take long over toys
     if not 1 <= options.seconds <= most:

@@ -91,7 +91,7 @@ def gradients(options: dict[str, Any], notes: Notes) -> str:
     """Each parameter's gradient in bfloat16 against float32, beside torch autocast's; and float32 against torch's."""
     name = options["model"]
     rows, columns = (64, 96) if options["small"] else SHAPE
-    exhaustive = {} if name == "fcos_resnet50_fpn" else EXHAUSTIVE
+    exhaustive = EXHAUSTIVE if name == "fasterrcnn_resnet50_fpn_v2" else {}
     given: dict[str, Any] = {"min_size": rows, "max_size": columns, **exhaustive}
     theirs: Any = reference.build(name, **given)
     theirs.load_state_dict(_state_dict(options, name))

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 MODELS = ("fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2")
-SHORT = {"fcos_resnet50_fpn": "fcos", "fasterrcnn_resnet50_fpn_v2": "v2"}
+TINY = "tiny_fcos"  # flaxdet's own small detector, for a small run that is quick on a CPU
+SHORT = {"fcos_resnet50_fpn": "fcos", "fasterrcnn_resnet50_fpn_v2": "v2", TINY: TINY}
 LEAST = 12.0  # seconds below which a stage is not begun
 EAGER = ["AMP, channels_last", "eager"]  # contenders that compile nothing, the quickest first
 

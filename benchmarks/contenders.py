@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 MODELS = ("fcos_resnet50_fpn", "fasterrcnn_resnet50_fpn_v2")
+TINY = "tiny_fcos"  # flaxdet's own small detector, for tests
 TORCH_MODES = ("torchvision eager", "torchvision channels_last", "torchvision compiled")
 CONTENDERS = ("flaxdet", *TORCH_MODES)
 DTYPES = ("float32", "tf32", "bfloat16")  # tf32: float32 whose products may take TF32; on a CPU it is float32
@@ -45,12 +46,13 @@ def flaxdet_dtype(dtype: str) -> dict[str, Any]:
 def load_flaxdet(weights: str | Path, *, dtype: str, **options: Any) -> tuple[Any, Any]:
     """flaxdet's model and variables; ``options`` as in ``load_torch``.
 
-    In place of a file ``weights`` may be one of ``MODELS``, whose variables are then ones: enough to compile.
+    In place of a file ``weights`` may be one of ``MODELS`` or ``TINY``, whose variables are then ones: enough to
+    compile.
     """
     import flaxdet
 
     options = options if "max_size" in options else geometry(**options)
-    if weights not in MODELS:
+    if weights not in (*MODELS, TINY):
         return flaxdet.load(weights, **flaxdet_dtype(dtype), **options)
     import jax
     import jax.numpy as jnp
@@ -108,7 +110,12 @@ def load_torch(name: str, weights: str | Path, mode: str, *, dtype: str, train: 
 
     allow_tf32(dtype)
     options = options if "max_size" in options else geometry(**options)
-    model = getattr(torchvision_detection(), name)(weights=None, weights_backbone=None, **options)
+    if name == TINY:  # flaxdet's own, for tests
+        from flaxdet.convert import reference
+
+        model: Any = reference.build(name, **options)
+    else:
+        model = getattr(torchvision_detection(), name)(weights=None, weights_backbone=None, **options)
     model.load_state_dict(load_file(weights))
     model = model.train(train).to(torch_device())
     if mode != "torchvision eager":

@@ -36,9 +36,9 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
     """``lax.conv_general_dilated`` for NHWC maps and HWIO kernels, as ``flaxdet.nn.layers.Conv`` calls it.
 
     A 1x1 convolution without padding is computed as a matrix product over the channels, which is quicker on XLA:CPU
-    (the body of a ResNet-50 takes a seventh less time); ``flaxdet.nn.dot`` has the gradients. On GPUs, a strided one and
-    one to few channels remain convolutions. There, convolutions in bfloat16 or float16 compute a multiple of 8 channels
-    and return those asked for. On CPUs, these convolutions in float32 or float64 take other forms:
+    (the body of a ResNet-50 takes a seventh less time); ``flaxdet.nn.dot`` has the gradients. On GPUs, a strided one
+    and one to few channels remain convolutions. There, convolutions in bfloat16 or float16 compute a multiple of 8
+    channels and return those asked for. On CPUs, these convolutions in float32 or float64 take other forms:
 
     - 3x3 of stride 1 on large maps: Winograd's algorithm, with half the multiplications, ``winograd.py``. FCOS takes a
       quarter less time. The rounding error is twice the error of XLA's own sum, and about the error of torch.
