@@ -137,17 +137,17 @@ def _resolve_tile(tile: _Boxes, alive: jax.Array, threshold: jax.Array, earlier:
     Returns:
         [B, T], the boxes that are kept.
     """
-    suppresses = _suppresses(tile, tile, threshold) & earlier[None] & alive[:, :, None]
+    suppressed_by = _suppresses(tile, tile, threshold) & earlier.T[None] & alive[:, None, :]
 
     def body(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         before = after = state[0]
         for _ in range(rounds):
-            before, after = after, alive & ~jnp.any(suppresses & after[:, :, None], axis=1)
+            before, after = after, alive & ~jnp.any(suppressed_by & after[:, None, :], axis=2)
         return after, jnp.any(after != before)
 
     # Box i is decided once all boxes before it are, so each round decides at least one more: T rounds at most,
     # and those of the last turn.
-    keep, _ = lax.while_loop(lambda state: state[1], body, (alive, jnp.any(suppresses)))
+    keep, _ = lax.while_loop(lambda state: state[1], body, (alive, jnp.any(suppressed_by)))
     return keep
 
 
