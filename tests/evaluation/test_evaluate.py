@@ -118,6 +118,7 @@ def test_variables_on_the_host(uniform, fcos):
         jax.tree.map(np.testing.assert_array_equal, own, other)
 
 
+@pytest.mark.ci  # a process that compiles its own
 def test_variables_on_several_devices(tmp_path):
     """As after data-parallel training: computed once, on one of them."""
     images, annotations = write_set(tmp_path, SIZES[:1])

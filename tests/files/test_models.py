@@ -21,6 +21,11 @@ from tests.parity.sides import FCOS_NAME, V2_NAME, flax_detector, known
 from tests.tiny import build_small_models
 
 FILES = pytest.mark.xdist_group("fcos_files")
+# whole detectors: one of them outside of CI
+FCOS_AND_OTHERS = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[FILES] if name == FCOS_NAME else [FILES, pytest.mark.ci]) for name in registry.names()],
+)
 
 
 @pytest.fixture
@@ -44,7 +49,7 @@ OPTIONS = {
 }
 
 
-@NAMES
+@FCOS_AND_OTHERS
 def test_safetensors_round_trip(name, folder, drawn_models):
     """Model, options, names of labels and every bit of every tensor."""
     options = {"min_size": (96, 128), "fixed_size": (64, 32), "trainable_backbone_layers": 2, **known(name, OPTIONS)}
@@ -74,7 +79,7 @@ def test_safetensors_round_trip(name, folder, drawn_models):
         flaxdet.load(path, num_classes=5)
 
 
-@NAMES
+@FCOS_AND_OTHERS
 def test_pth_round_trip(name, folder, drawn_models):
     """What a .pth holds is told from its tensors; the rest has torchvision's defaults, or is given."""
     model, variables = drawn_models(name, 4)

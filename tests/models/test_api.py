@@ -150,6 +150,7 @@ def test_fcos_is_composed_of_its_methods():
     same(found, detections, 1e-3)
 
 
+@pytest.mark.ci  # FCOS is enough elsewhere
 @RCNN_GROUP
 def test_faster_rcnn_is_composed_of_its_methods():
     model = faster_rcnn(WithBoth())

@@ -36,7 +36,7 @@ def undeclared(backbone: BackboneWithFPN) -> BackboneWithFPN:
 @pytest.mark.parametrize(
     ("declared", "heights"),
     [
-        (True, FEW),
+        pytest.param(True, FEW, marks=pytest.mark.ci),
         pytest.param(False, FEW, marks=pytest.mark.ci),
         pytest.param(True, MANY, marks=pytest.mark.ci),
         pytest.param(False, MANY, marks=pytest.mark.ci),

@@ -60,6 +60,11 @@ GEOMETRY = {
 }
 
 
+def some_in_ci(cases: dict[str, Any], *outside: str) -> list[Any]:
+    """The names of cases, of which others than those given run in CI alone."""
+    return [pytest.param(case, marks=[] if case in outside else [pytest.mark.ci]) for case in cases]
+
+
 def assert_same(ours: Any, theirs: Any) -> int:
     """The number of detections, of which every one has its counterpart."""
     match = verify.match_detections(ours, theirs, BOXES_F64, SCORES_F64)
@@ -71,7 +76,7 @@ def detector(name: str, **options: Any) -> Any:
     return sides.both(name, dtype="float64", **(SMALL | sides.known(name, FEW) | options))
 
 
-@pytest.mark.costly
+@pytest.mark.costly(one=True)  # and v2 by its parts below
 def test_the_whole_detector(name, x64):
     compare_whole(name, {})
 
@@ -116,7 +121,7 @@ def part(model, method, shapes, batch, *args):
 
 
 @pytest.mark.xdist_group(f"test_options {sides.TINY_NAME}")
-@pytest.mark.parametrize("case", FCOS_CASES)
+@pytest.mark.parametrize("case", some_in_ci(FCOS_CASES, "every candidate"))
 def test_fcos(case, outputs, x64):
     model, _, theirs = detector(sides.TINY_NAME, **FCOS_CASES[case])
     (expected,), _ = stages.run_reference(theirs, [sides.photo(PHOTO)], keep_stages=False)
@@ -127,7 +132,7 @@ def test_fcos(case, outputs, x64):
 
 
 @pytest.mark.xdist_group(f"test_options {sides.V2_NAME}")
-@pytest.mark.parametrize("case", BOX_CASES)
+@pytest.mark.parametrize("case", some_in_ci(BOX_CASES, "every candidate", "top n of other boxes"))
 def test_box_head(case, outputs, x64):
     model, _, theirs = detector(sides.V2_NAME, **BOX_CASES[case])
     (expected,), _ = stages.run_reference(theirs, [sides.photo(PHOTO)], keep_stages=False)
@@ -139,7 +144,7 @@ def test_box_head(case, outputs, x64):
 
 
 @pytest.mark.xdist_group(f"test_options {sides.V2_NAME}")
-@pytest.mark.parametrize("case", RPN_CASES)
+@pytest.mark.parametrize("case", some_in_ci(RPN_CASES, "top n", "zero proposals"))
 def test_rpn(case, outputs, x64):
     """The proposals; and where there is none, no detection either."""
     model, _, theirs = detector(sides.V2_NAME, **RPN_CASES[case])

@@ -46,7 +46,9 @@ def assert_same(found, expected) -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("form", ["safetensors", "hub", "pth"])
+@pytest.mark.parametrize(
+    "form", ["safetensors", *(pytest.param(form, marks=pytest.mark.ci) for form in ("hub", "pth"))]
+)
 def test_models(version, kind, form, tmp_path):
     builder, options = MODELS[kind]
     name = "model.pth" if form == "pth" else "model.safetensors"

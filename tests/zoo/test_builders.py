@@ -33,7 +33,7 @@ def test_trainable_layers_with_nothing_pretrained(name, layers, abstract_init):
         assert warning.filename == __file__  # points at the caller
 
 
-@pytest.mark.parametrize("layers", [None, *range(6)])
+@pytest.mark.parametrize("layers", [None, 0, 2, 5])
 @NAMES
 def test_trainable_layers_with_weights(name, layers, server, abstract_init, monkeypatch):
     monkeypatch.setattr(build, "backbone_from_torchvision", lambda model, variables, state_dict: variables)
