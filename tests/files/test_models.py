@@ -23,8 +23,7 @@ from tests.tiny import build_small_models
 FILES = pytest.mark.xdist_group("fcos_files")
 # whole detectors: one of them outside of CI
 FCOS_AND_OTHERS = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[FILES] if name == FCOS_NAME else [FILES, pytest.mark.ci]) for name in registry.names()],
+    "name", [pytest.param(name, marks=[] if name == FCOS_NAME else [pytest.mark.ci]) for name in registry.names()]
 )
 
 
@@ -49,6 +48,7 @@ OPTIONS = {
 }
 
 
+@FILES
 @FCOS_AND_OTHERS
 def test_safetensors_round_trip(name, folder, drawn_models):
     """Model, options, names of labels and every bit of every tensor."""
@@ -79,6 +79,7 @@ def test_safetensors_round_trip(name, folder, drawn_models):
         flaxdet.load(path, num_classes=5)
 
 
+@FILES
 @FCOS_AND_OTHERS
 def test_pth_round_trip(name, folder, drawn_models):
     """What a .pth holds is told from its tensors; the rest has torchvision's defaults, or is given."""
