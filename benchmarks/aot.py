@@ -23,6 +23,7 @@ prints the command that makes it.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -208,6 +209,7 @@ def tail(path: str) -> str:
     return path[-80:]
 
 
+@functools.cache  # --json changes a file of the checkout, which is then "dirty"
 def commit() -> str:
     """Of the code that was compiled; "unknown" outside a checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=9", "--exclude", "*"]

@@ -65,7 +65,7 @@ class Link:
             x = scaled_and_shifted(x, norm, self.dtype)
         if not self.relu:
             return x
-        # the backward pass of a live norm reads x
+        # the gradient of a norm with parameters reads x in any case
         return nn.relu(x) if self.norm is not None and not self.frozen else relu(x)
 
 

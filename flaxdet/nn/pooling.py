@@ -16,10 +16,10 @@ Array = jax.Array
 def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
     """``torch.nn.MaxPool2d(kernel_size=3, stride=2, padding=1)``.
 
-    As in torch, the first of equal values gets the gradient, and a window with a NaN gives NaN. Where there is a
-    gradient, and on CPUs, the three columns of a window are compared first, then the three rows. On CPUs this takes
-    less than half the time of ``lax.reduce_window``, and the gradient takes a quarter. On others without a gradient,
-    ``lax.reduce_window`` has no maps between the two to write.
+    As in torch, the first of equal values gets the gradient, and a window with a NaN gives NaN. The three columns of a
+    window are compared first, then the three rows. On CPUs this takes less than half the time of ``lax.reduce_window``,
+    and the gradient takes a quarter. On GPUs, a map of which no gradient is taken goes through ``lax.reduce_window``,
+    which is one kernel.
     """
     return by_platform(x, gpu=_windows, default=_columns_then_rows)
 

@@ -15,8 +15,8 @@ from flaxdet.xla.barriers import materialise
 def relu(x: Array) -> Array:
     """``nn.relu``, for an ``x`` that nothing else saves for the backward pass.
 
-    The next layer saves the result anyway, and off CPUs the gradient reads that. For an ``x`` that is saved too, such
-    as the input of a live BatchNorm, ``nn.relu`` is better: its gradient reads one array less.
+    The next layer saves the result anyway, so off CPUs the gradient reads the result. If another layer saves ``x``, as
+    BatchNorm with parameters does, ``nn.relu`` is better: its gradient then reads one array less.
 
     Args:
         x: any array.

@@ -39,7 +39,15 @@ def box_iou(boxes1: Num[ArrayLike, "N 4"], boxes2: Num[ArrayLike, "M 4"], fmt: s
 
 
 def iou_without_gradient(boxes1: Float[Array, "N 4"], boxes2: Float[Array, "M 4"]) -> Float[Array, "N M"]:
-    """The values of ``box_iou`` for xyxy boxes of one floating dtype, in a form that XLA fuses into a reduction."""
+    """The values of ``box_iou``, in a form that XLA fuses into a reduction.
+
+    Args:
+        boxes1: [N, 4] xyxy in any unit, floating.
+        boxes2: [M, 4] xyxy in the same unit, of the same dtype.
+
+    Returns:
+        [N, M] in [0, 1]; NaN where neither box has an area. No gradient flows through it.
+    """
     boxes1, boxes2 = lax.stop_gradient((boxes1, boxes2))
     w, h = (  # not [N, M, 2], a slice of which XLA writes to memory
         _clamp_at_zero(

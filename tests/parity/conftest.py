@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from flaxdet import registry
 from flaxdet.xla.routes import routes_for
 
 collect_ignore_glob: list[str] = []
@@ -32,8 +31,7 @@ def routes() -> Iterator[None]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``name`` is each registered builder's; the tests of a file and a model run in one worker and share programs.
 
-    Tests marked ``costly`` run outside of CI for one detector of each class alone, with ``costly(one=True)`` for the
-    tiny one alone; tests marked ``whole`` run in CI alone.
+    Tests marked ``costly`` run outside of CI for the tiny detector alone; tests marked ``whole`` run in CI alone.
     """
     if "name" not in metafunc.fixturenames:
         return
@@ -44,10 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = []
     for name in sides.whole_names() if whole else sides.NAMES:
         marks = [pytest.mark.xdist_group(f"{file} {name}")]
-        outside = (
-            sides.TINY_NAME if costly and costly.kwargs.get("one") else sides.representative(registry.get(name).kind)
-        )
-        if whole or (costly and name != outside):
+        if whole or (costly and name != sides.TINY_NAME):
             marks.append(pytest.mark.ci)
         cases.append(pytest.param(name, marks=marks))
     metafunc.parametrize("name", cases)

@@ -28,7 +28,7 @@ def of_kind(kind: type) -> list[str]:
 
 
 def representative(kind: type) -> str:
-    """The one detector of a class that costly tests run outside of CI too."""
+    """The one detector of a class whose targets are compared outside of CI too."""
     names = of_kind(kind)
     return next((name for name in names if name in (TINY_NAME, V2_NAME)), names[0])
 

@@ -76,12 +76,12 @@ def detector(name: str, **options: Any) -> Any:
     return sides.both(name, dtype="float64", **(SMALL | sides.known(name, FEW) | options))
 
 
-@pytest.mark.costly(one=True)  # and v2 by its parts below
+@pytest.mark.costly  # test_rpn and test_box_head compare v2 in parts
 def test_the_whole_detector(name, x64):
     compare_whole(name, {})
 
 
-@pytest.mark.costly(one=True)
+@pytest.mark.costly
 def test_the_whole_detector_of_unusual_options(name, x64):
     compare_whole(name, UNUSUAL)
 

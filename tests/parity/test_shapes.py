@@ -29,7 +29,7 @@ def test_elongated_at_full_size(name, x64):
     assert match.count > 5
 
 
-@pytest.mark.costly(one=True)
+@pytest.mark.costly
 def test_torchvisions_batch(name, x64):
     """canvas="batch" reproduces what torchvision answers for this very list of images."""
     model, variables, theirs = sides.both(name, dtype="float64", min_size=96, max_size=160, **sides.known(name, FEW))
