@@ -94,8 +94,8 @@ for name, value in stages.items():
     print(f"{name:<16}", value.shape)
 
 # %% [markdown]
-# The pyramid as pictures: at each cell of a map the norm over its channels, dark where it is small. The strip beside the
-# image is padding.
+# The pyramid as pictures: at each cell of a map the norm over its channels, dark where it is small. The strip beside
+# the image is padding.
 
 # %%
 levels = [name for name in stages if name[0] == "p"]
@@ -131,8 +131,8 @@ maps = {
 # %% [markdown]
 # Three classes with the highest scores, on the two levels that see most. In training a cell of `p3` answers for an
 # object if no side of its box is more than 64 pixels away (after the resize), one of `p4` if the farthest is 64 to 128
-# away, and so on. So platelets and red blood cells are `p3`'s. Off the centre of the white one, the farther side is more
-# than 64 pixels away: there it is `p4`'s.
+# away, and so on. So platelets and red blood cells are `p3`'s. Off the centre of the white one, the farther side is
+# more than 64 pixels away: there it is `p4`'s.
 
 # %%
 shown_classes = np.sort(np.argsort(scores.max(axis=0))[-3:])

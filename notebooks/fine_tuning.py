@@ -4,8 +4,8 @@
 # A data set in COCO's format, a training step with optax, curves and pictures of how it goes; and in the end a
 # `state_dict` with which torchvision finds the same boxes.
 #
-# To be quick and need no download, the images are small and drawn here, and the detector is the tiny one that comes with
-# flaxdet: it knows blood cells, and learns rectangles. **With COCO weights** on your own data, take
+# To be quick and need no download, the images are small and drawn here, and the detector is the tiny one that comes
+# with flaxdet: it knows blood cells, and learns rectangles. **With COCO weights** on your own data, take
 #
 # ```python
 # dataset = read_coco("images/", "annotations.json")

@@ -177,7 +177,7 @@ def test_every_block_runs(page, quick, capsys):
                         assert main(words) == 0, (words, capsys.readouterr().err)
 
 
-@pytest.mark.ci  # above it runs on a small model
+@pytest.mark.release  # above it runs on a small model; parity/test_models.py has the whole ResNet-50
 @pytest.mark.xdist_group("docs")
 def test_the_first_block_on_the_real_model(prepared, no_downloads, monkeypatch):
     """From image to boxes: ResNet-50, 91 classes and images of 800 pixels."""

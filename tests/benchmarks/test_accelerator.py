@@ -223,7 +223,7 @@ def test_the_table_stays_short(driver):
     assert "and 384 more, in the JSON" in text
 
 
-@pytest.mark.ci
+@pytest.mark.release
 def test_the_whole_command_at_toy_size(tmp_path):
     pytest.importorskip("torch")
     (tmp_path / "sitecustomize.py").write_text(WITHOUT)

@@ -67,9 +67,13 @@ def trained(data, weights, tmp_path_factory) -> Run:
     return run
 
 
-def test_a_run_leaves_everything(trained):
+def test_a_run_leaves_everything(trained, weights):
     out = trained.out
     model, variables = flaxdet.load(out / "model.safetensors")
+    bodies = [either["params"]["backbone"]["body"] for either in (flaxdet.load(weights)[1], variables)]
+    blocks = ("layer1_0", "layer2_0", "layer3_0")
+    moved = [not np.array_equal(*(body[block]["conv1"]["kernel"] for body in bodies)) for block in blocks]
+    assert moved == [False, True, True]  # by default three of the ResNet's stages train
     assert model.num_classes == 4
     assert model.transform.min_size == (64,)
     assert flaxdet.load_categories(out / "model.safetensors") == NAMES  # so that detect shows them
@@ -222,7 +226,7 @@ def test_a_run_with_a_broken_photo_ends_like_another(trained, data, run, tmp_pat
         assert_ended_alike(out, trained.out)
 
 
-@pytest.mark.ci  # tests/train/test_loop.py and the tests above hold each part of it
+@pytest.mark.release  # tests/train/test_loop.py and the tests above hold each part of it
 def test_ctrl_c_in_an_evaluation_and_more_epochs(trained, run, tmp_path, monkeypatch):
     out = tmp_path / "run"
     options = options_for(trained, out=out)

@@ -26,7 +26,7 @@ from flaxdet.convert import reference, stages, verify
 torch.set_num_threads(1)  # as XLA in conftest.py: one thread a worker
 
 SIZE = {"min_size": 256, "max_size": 342}  # as in training
-COUNT = 4
+COUNT = 2
 
 
 def evaluated(shared, out, name, annotations, batch_size):
@@ -50,7 +50,11 @@ MODELS = [
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    # test_every_detection_of_a_few_photos has v2's in CI: two thirds of its minutes are the box head's convolutions
+    [MODELS[0], pytest.param(*MODELS[1].values, marks=[*MODELS[1].marks, pytest.mark.release])],
+)
 def test_figures_of_the_whole_set(shared, tmp_path, name):
     metrics, rows = evaluated(shared, tmp_path, name, shared / "data" / "bccd" / "val.json", batch_size=4)
     detections, *expected = TORCHVISION[name]

@@ -22,6 +22,7 @@ from PIL import Image
 import flaxdet
 from flaxdet.cli.main import main
 from flaxdet.convert.state_dict import abstract_variables
+from flaxdet.inference.export import PLATFORMS
 from flaxdet.inference.exported import ExportError
 from flaxdet.registry import make_model
 from flaxdet.xla.routes import routes_for
@@ -56,18 +57,18 @@ def copy(artifact, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "buckets"),
+    ("name", "options", "buckets", "platforms"),
     [
         # every other test here is of an FCOS
-        pytest.param(FCOS_NAME, {"score_thresh": 0.05}, [(64, 96), (96, 64)], marks=pytest.mark.ci),
-        pytest.param(V2_NAME, {"box_score_thresh": 0.2}, [(96, 96)], marks=pytest.mark.ci),
+        pytest.param(FCOS_NAME, {"score_thresh": 0.05}, [(64, 96), (96, 64)], ("cpu",), marks=pytest.mark.ci),
+        pytest.param(V2_NAME, {"box_score_thresh": 0.2}, [(96, 96)], PLATFORMS, marks=pytest.mark.ci),
     ],
 )
-def test_the_answers_of_predict(name, options, buckets, tmp_path):
+def test_the_answers_of_predict(name, options, buckets, platforms, tmp_path):
     """From two buckets that images fill, and from one that is larger than each."""
     model = tiny_model(name, **options)
     variables = tiny_variables(model)
-    flaxdet.export(tmp_path, model, variables, buckets=buckets, raw_size=128)
+    flaxdet.export(tmp_path, model, variables, buckets=buckets, raw_size=128, platforms=platforms)
     images = [noise(64, 80), noise(100, 70)]
     expected = flaxdet.predict(model, variables, images)
     assert all(len(found["scores"]) > 3 for found in expected)

@@ -186,10 +186,10 @@ def test_box_takes_proposals_of_ones_own():
 # nnx
 
 
-@pytest.mark.ci  # compiles each detector once more
-@DETECTORS
-def test_nnx_users_can_wrap_it(detector):
-    model, batch = detector(WithBoth()), batch_of(bucket=(128, 128))
+@pytest.mark.ci  # compiles the detector once more; to nnx, one Linen module is like another
+@FCOS_GROUP
+def test_nnx_users_can_wrap_it():
+    model, batch = fcos(WithBoth()), batch_of(bucket=(128, 128))
     init = nnx.jit(lambda batch: nnx.bridge.ToNNX(model, rngs=nnx.Rngs(0)).lazy_init(batch))
     wrapped = init(batch)
     variables = variables_of(model)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flaxdet import registry
+from flaxdet.convert.state_dict import abstract_variables
 from flaxdet.models.roi_pool import MultiScaleRoIAlign
 from flaxdet.nn import BackboneWithFPN
 from flaxdet.structures import ImageBatch
@@ -18,9 +20,9 @@ from tests.tiny import V2_NAME, tiny_model
 from tests.tolerances import BOXES_F64, SCORES_F64
 
 pytestmark = pytest.mark.xdist_group("strips")
-# rows of the resized image: a torchvision that sees 1 to 22, 33 to 45 or 65 to 67 rows first infers another scale
-# Each height compiles programs of its own, so these are ends of the ranges, and not more.
-FEW, MANY = (33,), (1, 22, 45, 67)
+# Rows of the resized image: a torchvision that sees 1 to 22, 33 to 45 or 65 to 67 rows first infers another scale.
+# Each height compiles programs of its own, so these are one of each range, and not more.
+HEIGHTS = (1, 33, 67)
 COLUMNS = 320
 
 
@@ -33,27 +35,20 @@ def undeclared(backbone: BackboneWithFPN) -> BackboneWithFPN:
     return Undeclared(backbone.body, backbone.fpn, backbone.returned_stages)
 
 
-@pytest.mark.parametrize(
-    ("declared", "heights"),
-    [
-        pytest.param(True, FEW, marks=pytest.mark.ci),
-        pytest.param(False, FEW, marks=pytest.mark.ci),
-        pytest.param(True, MANY, marks=pytest.mark.ci),
-        pytest.param(False, MANY, marks=pytest.mark.ci),
-    ],
-)
-def test_detections_of_strips(declared, heights, x64):
+# the longer side decides
+OPTIONS: dict[str, Any] = {"size_divisible": 1, "rpn_post_nms_top_n_test": 60, "fixed_size": None}
+OPTIONS |= {"min_size": 10_000, "max_size": COLUMNS, "box_score_thresh": 0.02}
+
+
+@pytest.mark.ci
+def test_detections_of_strips(x64):
     pytest.importorskip("torch")
     from flaxdet.convert import verify
     from tests.parity import sides
 
-    options: dict[str, Any] = {"size_divisible": 1, "rpn_post_nms_top_n_test": 60, "fixed_size": None}
-    options |= {"min_size": 10_000, "max_size": COLUMNS, "box_score_thresh": 0.02}  # the longer side decides
-    model, variables, theirs = sides.both(sides.V2_NAME, dtype="float64", **options)
-    if not declared:
-        model = model.clone(backbone=undeclared(model.backbone))
+    model, variables, theirs = sides.both(sides.V2_NAME, dtype="float64", **OPTIONS)
     counts = []
-    for rows in heights:
+    for rows in HEIGHTS:
         # as wide as its resized image, so that the resize leaves every row
         strip = np.asarray(sides.crop("china", rows, COLUMNS))
         found = verify.compare(model, variables, theirs, [strip])
@@ -63,8 +58,23 @@ def test_detections_of_strips(declared, heights, x64):
         assert match.box_error <= BOXES_F64
         assert match.score_error <= SCORES_F64
         counts.append(match.count)
-    assert sum(counts) > (15 if len(heights) > 1 else 0)  # a single strip of 33 rows has a few
-    assert sum(count > 0 for count in counts) >= len(heights) - 1
+    assert sum(counts) > 15
+    assert sum(count > 0 for count in counts) >= len(HEIGHTS) - 1
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("rows", [1, 22, 33, 45, 67])
+def test_strides_that_are_not_declared_make_the_same_program(rows):
+    """The strides that the shapes of the maps tell are those that the backbone declares."""
+    declared = registry.make_model(V2_NAME, num_classes=3, small=True, **OPTIONS)
+    variables = abstract_variables(declared)
+    size = jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    batch = ImageBatch(jax.ShapeDtypeStruct((1, rows, COLUMNS, 3), jnp.float32), size, size, None)
+    programs = [
+        jax.jit(model.apply).lower(variables, batch).as_text()
+        for model in (declared, declared.clone(backbone=undeclared(declared.backbone)))
+    ]
+    assert programs[0] == programs[1]
 
 
 def test_a_torchvision_that_saw_a_strip_first_is_another(x64):

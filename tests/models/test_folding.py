@@ -17,7 +17,7 @@ from tests.tolerances import INVARIANCE_F64
 
 CASES = [
     pytest.param("tiny_fcos", {"score_thresh": 0.1}, marks=pytest.mark.xdist_group("folding_tiny")),
-    pytest.param(FCOS_NAME, {}, marks=[pytest.mark.xdist_group("folding_fcos"), pytest.mark.ci]),
+    pytest.param(FCOS_NAME, {}, marks=[pytest.mark.xdist_group("folding_fcos"), pytest.mark.release]),
     pytest.param(
         V2_NAME, {"rpn_post_nms_top_n_test": 40}, marks=[pytest.mark.xdist_group("folding_v2"), pytest.mark.ci]
     ),

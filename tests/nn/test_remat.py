@@ -103,7 +103,7 @@ def test_keeps_less_for_the_gradient():
     assert kept[1] < kept[0] / 4, kept
 
 
-@pytest.mark.ci  # test_keeps_less_for_the_gradient compiles nothing
+@pytest.mark.release  # test_keeps_less_for_the_gradient compiles nothing
 def test_takes_less_memory():
     plain, remat = (
         gradient(model, compiler_options=COMPILER_OPTIONS)

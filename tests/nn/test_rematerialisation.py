@@ -91,7 +91,7 @@ def test_save_for_backward_is_the_identity():
     )
 
 
-@pytest.mark.parametrize("part", [pytest.param("FCOS head", marks=pytest.mark.ci), "box head"])
+@pytest.mark.parametrize("part", [pytest.param("FCOS head", marks=pytest.mark.release), "box head"])
 def test_takes_less_memory(part, monkeypatch):
     """Of the compiled gradient, where maps are large enough to count."""
     if part == "FCOS head":

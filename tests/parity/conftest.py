@@ -31,18 +31,20 @@ def routes() -> Iterator[None]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """``name`` is each registered builder's; the tests of a file and a model run in one worker and share programs.
 
-    Tests marked ``costly`` run outside of CI for the tiny detector alone; tests marked ``whole`` run in CI alone.
+    Marks say which detectors run where: see ``markers`` in pyproject.toml.
     """
     if "name" not in metafunc.fixturenames:
         return
     from tests.parity import sides
 
-    file, costly = metafunc.module.__name__.rpartition(".")[2], metafunc.definition.get_closest_marker("costly")
-    whole = metafunc.definition.get_closest_marker("whole")
+    file = metafunc.module.__name__.rpartition(".")[2]
+    costly, repeated, whole = (metafunc.definition.get_closest_marker(kind) for kind in ("costly", "repeated", "whole"))
     cases = []
     for name in sides.whole_names() if whole else sides.NAMES:
         marks = [pytest.mark.xdist_group(f"{file} {name}")]
-        if whole or (costly and name != sides.TINY_NAME):
+        if repeated and name not in sides.REPRESENTATIVES:
+            marks.append(pytest.mark.release)
+        elif whole or ((costly or repeated) and name != sides.TINY_NAME):
             marks.append(pytest.mark.ci)
         cases.append(pytest.param(name, marks=marks))
     metafunc.parametrize("name", cases)

@@ -103,6 +103,7 @@ def test_initialised_as_torchvision_does(name):
 
 
 @pytest.mark.whole
+@pytest.mark.release
 def test_a_whole_resnet_50_is_initialised_as_torchvision_does(name):
     initialised_as_torchvision_does(name, small=False)
 

@@ -22,7 +22,7 @@ from tests.parity import sides
 from tests.parity.test_losses import EXHAUSTIVE, SMALL
 from tests.tolerances import GRADIENT_BF16_LARGEST, GRADIENT_BF16_MEDIAN
 
-BATCHES = 5
+BATCHES = 2
 SIZE = (96, 128)
 
 
@@ -58,8 +58,16 @@ def relative_errors(narrow: list[dict[str, np.ndarray]], wide: list[dict[str, np
     }
 
 
-@pytest.mark.whole  # minutes, since CPUs compute convolutions in bfloat16 slowly
-def test_errors_are_those_of_autocast(name, monkeypatch):
+@pytest.mark.parametrize(
+    "detector",
+    # CPUs compute convolutions in bfloat16 slowly; tests/nn and tests/ops have the other detectors' parts
+    [
+        pytest.param(name, marks=pytest.mark.ci if name == sides.TINY_NAME else pytest.mark.release)
+        for name in sides.NAMES
+    ],
+)
+def test_errors_are_those_of_autocast(detector, monkeypatch):
+    name = detector
     options: dict[str, Any] = SMALL | sides.known(name, EXHAUSTIVE)
     model, variables, theirs = sides.both(name, **options)
     narrow = sides.flax_detector(name, dtype=jnp.bfloat16, **options)

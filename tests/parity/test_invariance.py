@@ -64,7 +64,7 @@ def test_in_a_bucket_among_others(name, shape, in_company, x64):
     assert match.count >= (1 if shape == "1x1" else 3), match  # 1x1 is one colour throughout
 
 
-@pytest.mark.costly
+@pytest.mark.repeated
 def test_every_stage(name, in_company, x64):
     """Every stage, cropped to the canvas, equals the stage of the image alone: the first to differ is at fault."""
     model, variables, _, found, sown = in_company(name)
@@ -94,7 +94,7 @@ def test_every_stage(name, in_company, x64):
     np.testing.assert_array_equal(own["labels"], expected["labels"])
 
 
-@pytest.mark.costly
+@pytest.mark.repeated
 def test_float32_in_a_bucket(name):
     """float32, of uint8 pixels and of the same as floats in [0, 1]."""
     model, variables, theirs = sides.both(name, **SMALL, **sides.known(name, FEW))
@@ -108,7 +108,7 @@ def test_float32_in_a_bucket(name):
         assert found["labels"].dtype == np.int32
 
 
-@pytest.mark.costly
+@pytest.mark.repeated
 def test_bfloat16(name):
     """bfloat16 computes, but boxes and scores are float32, and the answer stays near torchvision's in float32."""
     _, variables, theirs = sides.both(name, **SMALL, **sides.known(name, FEW))

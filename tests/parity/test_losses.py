@@ -87,7 +87,8 @@ def close_losses(found: dict[str, Any], expected: dict[str, float]) -> None:
         np.testing.assert_allclose(float(found[key]), value, rtol=LOSS_F64, atol=LOSS_F64, err_msg=key)
 
 
-@pytest.mark.whole  # test_sgd_steps.py has steps of the small forms
+@pytest.mark.whole
+@pytest.mark.repeated  # test_sgd_steps.py has steps of the small forms
 def test_training_step_of_the_whole_resnet_50(name, x64, monkeypatch):
     """torchvision's canvas lies inside a larger bucket, and the targets have more slots than boxes."""
     options = {"min_size": 64, "max_size": 96} | sides.known(name, EXHAUSTIVE)
@@ -188,10 +189,10 @@ def fcos_step(model, shapes, outputs, batch, targets):
 
 
 def each_of(kind: type) -> Any:
-    """Each detector of a class; outside of CI one."""
+    """Each detector of a class; one of them before a release alone."""
     cases = []
     for name in sides.of_kind(kind):
-        marks = [] if name == sides.representative(kind) else [pytest.mark.ci]
+        marks = [] if name == sides.representative(kind) else [pytest.mark.release]
         cases.append(pytest.param(name, marks=[pytest.mark.xdist_group(f"test_losses {name}"), *marks]))
     return pytest.mark.parametrize("detector", cases)
 

@@ -19,8 +19,12 @@ BARS = {
 AFTER_PROPOSALS = {"roi_features", "class_logits", "box_regression", "class_scores"}
 
 
-@pytest.mark.whole  # test_options.py compares small forms, stage by stage too
-@pytest.mark.parametrize("dtype", BARS)
+@pytest.mark.whole
+@pytest.mark.repeated  # test_options.py compares small forms stage by stage, cli/test_verify.py the whole FCOS
+@pytest.mark.parametrize(
+    "dtype",
+    ["float64", pytest.param("float32", marks=pytest.mark.release)],
+)
 def test_resnet50(name, dtype):
     # few proposals: the box head's convolutions are most of the time
     options = sides.known(name, {"min_size": 160, "max_size": 256, "rpn_post_nms_top_n_test": 150})

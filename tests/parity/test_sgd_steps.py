@@ -88,8 +88,20 @@ def torch_steps(model: Any, frozen: bool, batches: list[tuple[Any, Any]], monkey
     return {key: value.numpy() for key, value in model.state_dict().items() if "num_batches" not in key}
 
 
-@pytest.mark.ci  # elsewhere test_losses.py compares losses, and their gradients by what the network gives
-def test_ten_steps_and_back(name, x64, monkeypatch):
+def each() -> list[Any]:
+    """In CI all but those detectors whose whole ResNet-50 takes a step in test_losses.py; before a release all.
+
+    Outside of CI, test_losses.py compares losses, and their gradients by what the network gives.
+    """
+    marks = {name: pytest.mark.release if name in sides.whole_names() else pytest.mark.ci for name in sides.NAMES}
+    return [
+        pytest.param(name, marks=[pytest.mark.xdist_group(f"test_sgd_steps {name}"), marks[name]]) for name in marks
+    ]
+
+
+@pytest.mark.parametrize("detector", each())
+def test_ten_steps_and_back(detector, x64, monkeypatch):
+    name = detector
     frozen = sides.has_proposals(name)
     layers = 5 if frozen else 3
     low = {registry.get(name).kind.score_field: 0.02}  # so that small images have detections to compare

@@ -18,7 +18,8 @@ def assert_same(ours, theirs):
     return match
 
 
-@pytest.mark.whole  # tests/models/test_elongated.py has smaller ones
+@pytest.mark.whole
+@pytest.mark.repeated  # tests/models/test_elongated.py has smaller ones
 def test_elongated_at_full_size(name, x64):
     """At 67x1333 a first image would teach torchvision other scales of RoIAlign; strides depart from powers of two."""
     model, variables, theirs = sides.both(name, dtype="float64", **sides.known(name, FEW))
@@ -29,7 +30,7 @@ def test_elongated_at_full_size(name, x64):
     assert match.count > 5
 
 
-@pytest.mark.costly
+@pytest.mark.repeated
 def test_torchvisions_batch(name, x64):
     """canvas="batch" reproduces what torchvision answers for this very list of images."""
     model, variables, theirs = sides.both(name, dtype="float64", min_size=96, max_size=160, **sides.known(name, FEW))

@@ -14,8 +14,10 @@ from tests.tiny import FCOS_NAME, V2_NAME, tiny_model, tiny_variables, write_coc
 STEPS = 150
 
 
-@pytest.mark.ci  # test_loop and cli/test_train train for fewer steps
-@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
+# outside of CI, test_loop and cli/test_train train for fewer steps
+@pytest.mark.parametrize(
+    "name", [pytest.param(FCOS_NAME, marks=pytest.mark.release), pytest.param(V2_NAME, marks=pytest.mark.ci)]
+)
 def test_eight_images(name, tmp_path):
     dataset = read_coco(*write_coco(tmp_path, count=8))
     model = tiny_model(name, **({"score_thresh": 0.05} if name == FCOS_NAME else {}))
