@@ -60,7 +60,7 @@ def copy(artifact, tmp_path):
     ("name", "options", "buckets", "platforms"),
     [
         # every other test here is of an FCOS
-        pytest.param(FCOS_NAME, {"score_thresh": 0.05}, [(64, 96), (96, 64)], ("cpu",), marks=pytest.mark.ci),
+        pytest.param(FCOS_NAME, {"score_thresh": 0.05}, [(64, 96), (96, 64)], ("cpu",), marks=pytest.mark.release),
         pytest.param(V2_NAME, {"box_score_thresh": 0.2}, [(96, 96)], PLATFORMS, marks=pytest.mark.ci),
     ],
 )

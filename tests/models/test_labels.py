@@ -99,7 +99,7 @@ def test_losses_and_gradients_are_nan_under_jit(name):
             assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(leaves)), (label, part)
 
 
-@pytest.mark.parametrize("name", [FCOS_NAME, pytest.param(V2_NAME, marks=pytest.mark.ci)])
+@pytest.mark.parametrize("name", [FCOS_NAME, pytest.param(V2_NAME, marks=pytest.mark.release)])
 def test_a_box_without_anchors_is_looked_at_too(name):
     targets = inputs(name)[-1]
     speck = targets.boxes.at[1, 2].set(jnp.asarray([3.2, 3.2, 3.3, 3.3]))

@@ -21,7 +21,6 @@ TARGETS = [
     {"boxes": np.asarray([[10.0, 12, 60, 50], [30.5, 20.25, 78, 58]]), "labels": np.asarray([1, 3])},
     {"boxes": np.asarray([[5.0, 5, 55, 75]]), "labels": np.asarray([2])},
 ]
-NAMES = pytest.mark.parametrize("name", [FCOS_NAME, pytest.param(V2_NAME, marks=pytest.mark.ci)])
 
 
 @functools.cache
@@ -46,7 +45,7 @@ def step(model, variables, batch, targets):
     return model.apply(variables, batch, targets, rngs={"sampling": jax.random.key(0)}, **options)
 
 
-@NAMES
+@pytest.mark.parametrize("name", [FCOS_NAME, pytest.param(V2_NAME, marks=pytest.mark.ci)])
 def test_bucket_and_padding(name, x64):
     model, variables = model_and_variables(name)
     results = []
@@ -66,7 +65,7 @@ def test_bucket_and_padding(name, x64):
     assert int(detections.valid.sum()) > 10
 
 
-@NAMES
+@pytest.mark.parametrize("name", [FCOS_NAME, pytest.param(V2_NAME, marks=pytest.mark.release)])
 def test_validation_losses_and_detections(name, x64):
     """train=False: running statistics, nothing written, and the detections are those without targets."""
     model, variables = model_and_variables(name)

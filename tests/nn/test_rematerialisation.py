@@ -49,11 +49,16 @@ def gradient(module, kwargs):
     return jax.jit(run, compiler_options=flaxdet.compiler_options(jnp.float64))
 
 
-OUTSIDE_CI = {"FCOS head without convolutions", "box head"}
+# all others are CI's
+MARKS: dict[str, list[pytest.MarkDecorator]] = {
+    "FCOS head without convolutions": [],
+    "box head": [],
+    "frozen body": [pytest.mark.release],
+}
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in OUTSIDE_CI else [pytest.mark.ci]) for name in parts(jnp.float32)]
+    "name", [pytest.param(name, marks=MARKS.get(name, [pytest.mark.ci])) for name in parts(jnp.float32)]
 )
 def test_same_numbers(name, x64, monkeypatch):
     for depth in (18, 50):

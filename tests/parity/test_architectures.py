@@ -97,7 +97,7 @@ def test_shapes_and_stages_without_computing(name):
     assert all(len(values) == 1 for values in sown.values()), "each is sown once"
 
 
-@pytest.mark.costly  # tests/models/test_init.py compares the heads
+@pytest.mark.repeated  # tests/models/test_init.py compares the heads
 def test_initialised_as_torchvision_does(name):
     initialised_as_torchvision_does(name, small=True)
 

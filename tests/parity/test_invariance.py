@@ -53,7 +53,7 @@ def in_company():
     return get
 
 
-@pytest.mark.costly
+@pytest.mark.repeated
 @pytest.mark.parametrize("shape", SHAPES)
 def test_in_a_bucket_among_others(name, shape, in_company, x64):
     """Each image on its own canvas, its neighbours on theirs: torchvision's answer for the image alone."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -12,15 +14,21 @@ from flaxdet.convert import from_torchvision, reference, stages, to_torchvision
 from flaxdet.convert.lively import make_lively
 from tests.parity import sides
 
-KINDS = [
-    pytest.param(name, frozen, marks=[] if name == sides.TINY_NAME else [pytest.mark.ci])  # whole ResNet-50s
-    for name in sides.NAMES
-    for frozen in ([True, False] if registry.get(name).freezable else [False])
-]
+
+def kinds() -> list[Any]:
+    """Each detector, with frozen and live BatchNorm where it has frozen ones; whole ResNet-50s in CI once."""
+    cases = []
+    for name in sides.NAMES:
+        for frozen in (True, False) if registry.get(name).freezable else (False,):
+            once = pytest.mark.ci if frozen == registry.get(name).freezable else pytest.mark.release
+            cases.append(pytest.param(name, frozen, marks=[] if name == sides.TINY_NAME else [once]))
+    return cases
+
+
 SMALL = {"min_size": 96, "max_size": 160}
 
 
-@pytest.mark.parametrize(("builder", "frozen"), KINDS)
+@pytest.mark.parametrize(("builder", "frozen"), kinds())
 def test_bit_for_bit_and_the_same_answer(builder, frozen, tmp_path):
     name = builder
     theirs = make_lively(reference.build(name, frozen=frozen, num_classes=7, **SMALL), seed=3)
