@@ -26,7 +26,7 @@ from flaxdet.convert import reference, stages, verify
 torch.set_num_threads(1)  # as XLA in conftest.py: one thread a worker
 
 SIZE = {"min_size": 256, "max_size": 342}  # as in training
-COUNT = 2
+COUNT = 2  # photos; each takes v2 seconds, here and in torchvision
 
 
 def evaluated(shared, out, name, annotations, batch_size):
@@ -52,7 +52,7 @@ MODELS = [
 @pytest.mark.ci
 @pytest.mark.parametrize(
     "name",
-    # test_every_detection_of_a_few_photos has v2's in CI: two thirds of its minutes are the box head's convolutions
+    # v2 takes minutes here; in CI, the next test compares each of its detections on a few photos
     [MODELS[0], pytest.param(*MODELS[1].values, marks=[*MODELS[1].marks, pytest.mark.release])],
 )
 def test_figures_of_the_whole_set(shared, tmp_path, name):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flaxdet import registry
 from flaxdet.xla.routes import routes_for
 
 collect_ignore_glob: list[str] = []
@@ -42,7 +43,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = []
     for name in sides.whole_names() if whole else sides.NAMES:
         marks = [pytest.mark.xdist_group(f"{file} {name}")]
-        if repeated and name not in sides.REPRESENTATIVES:
+        if repeated and name != sides.representative(registry.get(name).kind):
             marks.append(pytest.mark.release)
         elif whole or ((costly or repeated) and name != sides.TINY_NAME):
             marks.append(pytest.mark.ci)

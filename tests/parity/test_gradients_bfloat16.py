@@ -22,7 +22,7 @@ from tests.parity import sides
 from tests.parity.test_losses import EXHAUSTIVE, SMALL
 from tests.tolerances import GRADIENT_BF16_LARGEST, GRADIENT_BF16_MEDIAN
 
-BATCHES = 2
+BATCHES = 2  # seen with two: median ratios of .87 (tiny_fcos) and .81 (v2), of which the bound is 1.2
 SIZE = (96, 128)
 
 

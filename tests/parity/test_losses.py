@@ -189,7 +189,7 @@ def fcos_step(model, shapes, outputs, batch, targets):
 
 
 def each_of(kind: type) -> Any:
-    """Each detector of a class; one of them before a release alone."""
+    """Each detector of a class; all but one run before a release alone."""
     cases = []
     for name in sides.of_kind(kind):
         marks = [] if name == sides.representative(kind) else [pytest.mark.release]

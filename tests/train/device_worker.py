@@ -3,7 +3,8 @@
 python device_worker.py OUT.npz [PORT PROCESS_COUNT PROCESS]
 
 Alone, a process trains both detectors, on one device and on all: Faster R-CNN has all that devices tell each other,
-BatchNorm in the box head too, and sampling. One of several trains FCOS, which compiles in half the time.
+BatchNorm in the box head too, and sampling. One of several trains FCOS alone: what differs is that each process gives
+its own images.
 """
 
 from __future__ import annotations
