@@ -186,7 +186,7 @@ def test_box_takes_proposals_of_ones_own():
 # nnx
 
 
-@pytest.mark.ci  # compiles the detector once more; to nnx, one Linen module is like another
+@pytest.mark.release  # README wraps an FCOS in CI, tests/results/test_bridges.py a Faster R-CNN
 @FCOS_GROUP
 def test_nnx_users_can_wrap_it():
     model, batch = fcos(WithBoth()), batch_of(bucket=(128, 128))

@@ -65,7 +65,7 @@ def test_the_same_key_gives_the_same_values(short):
 @pytest.mark.parametrize(
     ("depth", "train", "canvas", "options"),
     [
-        pytest.param(50, True, [[32, 64], [64, 32]], {}, marks=pytest.mark.ci),
+        pytest.param(50, True, [[32, 64], [64, 32]], {}, marks=pytest.mark.release),
         (18, True, None, {"freeze_bn": True}),
     ],
 )

@@ -49,17 +49,14 @@ def gradient(module, kwargs):
     return jax.jit(run, compiler_options=flaxdet.compiler_options(jnp.float64))
 
 
-# all others are CI's
 MARKS: dict[str, list[pytest.MarkDecorator]] = {
-    "FCOS head without convolutions": [],
-    "box head": [],
+    "body": [pytest.mark.release],  # parity/test_losses.py has the gradients of a whole v2 beside torchvision's
     "frozen body": [pytest.mark.release],
+    "FCOS head": [pytest.mark.ci],
 }
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=MARKS.get(name, [pytest.mark.ci])) for name in parts(jnp.float32)]
-)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in parts(jnp.float32)])
 def test_same_numbers(name, x64, monkeypatch):
     for depth in (18, 50):
         monkeypatch.setitem(resnet.STAGE_SIZES, depth, (1, 1, 1, 1))

@@ -109,7 +109,7 @@ def test_frozen_statistics_in_training(option):
     jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
 
 
-@pytest.mark.ci  # tests/models/test_losses_invariance.py trains whole detectors in a bucket
+@pytest.mark.release  # tests/models/test_losses_invariance.py trains whole detectors in a bucket
 def test_bucket_in_training(x64):
     """In a bucket of 96x96 every stage is that in 64x64, inside the canvases of 64x32 and 32x64.
 

@@ -209,7 +209,7 @@ class TestMultiscale:
         np.testing.assert_array_equal(result, wide.astype(jnp.bfloat16))
         assert_near(result, GOLDEN["pyramid_224/float32"], "bfloat16")
 
-    @pytest.mark.parametrize("samples", [pytest.param(2, marks=pytest.mark.ci), 3])  # 3 is a loop
+    @pytest.mark.parametrize("samples", [pytest.param(2, marks=pytest.mark.release), 3])  # 3 is a loop
     def test_the_routes_of_gpus_and_tpus(self, samples):
         """The bits of a CPU, under vmap too; the sums of a GPU's gradient are of other chunks."""
         maps = [jax.random.normal(jax.random.key(i), (2, 40 >> i, 56 >> i, 6), jnp.bfloat16) for i in range(4)]

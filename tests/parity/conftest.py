@@ -39,13 +39,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     from tests.parity import sides
 
     file = metafunc.module.__name__.rpartition(".")[2]
-    costly, repeated, whole = (metafunc.definition.get_closest_marker(kind) for kind in ("costly", "repeated", "whole"))
+    repeated, whole = (metafunc.definition.get_closest_marker(kind) for kind in ("repeated", "whole"))
     cases = []
     for name in sides.whole_names() if whole else sides.NAMES:
         marks = [pytest.mark.xdist_group(f"{file} {name}")]
         if repeated and name != sides.representative(registry.get(name).kind):
             marks.append(pytest.mark.release)
-        elif whole or ((costly or repeated) and name != sides.TINY_NAME):
+        elif whole or (repeated and name != sides.TINY_NAME):
             marks.append(pytest.mark.ci)
         cases.append(pytest.param(name, marks=marks))
     metafunc.parametrize("name", cases)

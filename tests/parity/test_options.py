@@ -76,7 +76,7 @@ def detector(name: str, **options: Any) -> Any:
     return sides.both(name, dtype="float64", **(SMALL | sides.known(name, FEW) | options))
 
 
-@pytest.mark.costly  # test_rpn and test_box_head compare v2 in parts
+@pytest.mark.repeated  # test_rpn and test_box_head compare v2 in parts
 def test_the_whole_detector(name, x64):
     compare_whole(name, {})
 

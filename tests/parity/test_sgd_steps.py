@@ -89,11 +89,11 @@ def torch_steps(model: Any, frozen: bool, batches: list[tuple[Any, Any]], monkey
 
 
 def each() -> list[Any]:
-    """In CI all but those detectors whose whole ResNet-50 takes a step in test_losses.py; before a release all.
+    """In CI the tiny detector, since a step of a whole ResNet-50 is in test_losses.py; before a release all.
 
     Outside of CI, test_losses.py compares losses, and their gradients by what the network gives.
     """
-    marks = {name: pytest.mark.release if name in sides.whole_names() else pytest.mark.ci for name in sides.NAMES}
+    marks = {name: pytest.mark.ci if name == sides.TINY_NAME else pytest.mark.release for name in sides.NAMES}
     return [
         pytest.param(name, marks=[pytest.mark.xdist_group(f"test_sgd_steps {name}"), marks[name]]) for name in marks
     ]

@@ -79,7 +79,7 @@ def test_supervision_missing(monkeypatch):
         flaxdet.to_supervision(FOUND)
 
 
-@pytest.mark.ci  # tests/models/test_api.py wraps a smaller one
+@pytest.mark.ci  # two programs of a whole detector
 def test_nnx():
     """Loaded into flax.nnx.bridge.ToNNX as the README does (with an FCOS), a model detects, trains and goes back."""
     model = tiny_model(V2_NAME, box_score_thresh=0.0)

@@ -2,9 +2,9 @@
 
 python device_worker.py OUT.npz [PORT PROCESS_COUNT PROCESS]
 
-Alone, a process trains both detectors, on one device and on all: Faster R-CNN has all that devices tell each other,
-BatchNorm in the box head too, and sampling. One of several trains FCOS alone: what differs is that each process gives
-its own images.
+Alone, a process trains Faster R-CNN on one device and on all: it has all that devices tell each other, BatchNorm in the
+box head too, and sampling. It trains FCOS on one device, for comparison with two processes that train FCOS on a device
+each, where each process gives its own images.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def main() -> None:
         jax.distributed.initialize(f"127.0.0.1:{port}", int(count), int(process))
         assert jax.process_count() == int(count)
     found: dict[str, Any] = {}
-    meshes = {"mesh": make_mesh()} | ({} if cluster else {"alone": None})
-    for name in (FCOS_NAME,) if cluster else (FCOS_NAME, V2_NAME):
-        with jax.enable_x64(True):
+    mesh, alone = {"mesh": make_mesh()}, {"alone": None}
+    with jax.enable_x64(True):
+        for name, meshes in {FCOS_NAME: mesh if cluster else alone, V2_NAME: {} if cluster else mesh | alone}.items():
             found |= on_each(meshes, name)
     if not cluster:
         try:
-            shard_batch(random_batch(ROWS + 1), meshes["mesh"])
+            shard_batch(random_batch(ROWS + 1), mesh["mesh"])
         except ValueError as error:
             found["uneven"] = str(error)
     np.savez(out, **found)

@@ -13,7 +13,7 @@ from flaxdet.train.checkpoints import Checkpoints
 from tests.train.states import assert_same, make_state
 
 CONFIG = {"epochs": 3, "seed": 0}
-FLIPS = 60 if os.environ.get("FLAXDET_CI") else 3  # of each file
+FLIPS = {None: 3, "release": 60}.get(os.environ.get("FLAXDET_CI"), 12)  # of each file; each takes two restores
 # tensorstore answers late, when orbax has closed the loop it should answer to
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

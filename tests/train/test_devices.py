@@ -57,9 +57,7 @@ def of(values: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.xdist_group("devices")
-@pytest.mark.parametrize(
-    ("source", "name"), [("one", FCOS_NAME), ("one", V2_NAME), ("process 0", FCOS_NAME), ("process 1", FCOS_NAME)]
-)
+@pytest.mark.parametrize(("source", "name"), [("one", V2_NAME), ("process 0", FCOS_NAME), ("process 1", FCOS_NAME)])
 def test_any_devices(found, name, source):
     expected = of(found["one"], f"alone/{name}/")
     actual = of(found[source], f"mesh/{name}/")
