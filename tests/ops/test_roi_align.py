@@ -236,6 +236,20 @@ class TestMultiscale:
         for gpu, cpu in zip(gradients["gpu"], gradients["cpu"], strict=True):
             np.testing.assert_allclose(*(g.astype(jnp.float32) for g in (gpu, cpu)), rtol=2**-7, atol=1e-3)
 
+    def test_the_tiles_of_a_tpu(self):
+        """The bits of a CPU with channels that fill tiles; nothing is read beyond the extents or from another row."""
+        maps = [jax.random.normal(jax.random.key(i), (12 >> i, 14 >> i, 256)) for i in range(2)]
+        corner, size = jax.random.uniform(jax.random.key(9), (2, 40, 2)) * 50 - 2
+        boxes = jnp.concatenate([corner, corner + size], axis=-1)
+        extents = ((10, 11), (5, 5))
+        options = {"scales": SCALES[:2], "sampling_ratio": 2, "canonical_scale": 56}
+        align = jax.jit(lambda *maps: multiscale_roi_align(maps, boxes, 3, **options, extents=extents))
+        beyond = [level.at[h:].set(jnp.nan).at[:, w:].set(jnp.nan) for level, (h, w) in zip(maps, extents, strict=True)]
+        with routes_for("tpu"):
+            found = align(*beyond)
+        with routes_for("cpu"):
+            np.testing.assert_array_equal(found, align(*maps))
+
     def test_gradient_reaches_every_level_and_no_box(self, x64):
         """The output is linear in the features, so <g, f(x)> = <grad, x> for every x."""
         features, boxes = pyramid("float64")
