@@ -18,10 +18,10 @@ def max_pool_3x3(x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
 
     As in torch, the first of equal values gets the gradient, and a window with a NaN gives NaN. The three columns of a
     window are compared first, then the three rows. On CPUs this takes less than half the time of ``lax.reduce_window``,
-    and the gradient takes a quarter. On GPUs, a map of which no gradient is taken goes through ``lax.reduce_window``,
-    which is one kernel.
+    and the gradient takes a quarter. Elsewhere, a map of which no gradient is taken goes through ``lax.reduce_window``:
+    one kernel of a GPU, and .11 GB less traffic for an image of 800x1088 in bfloat16, by a TPU v5e compiler's count.
     """
-    return by_platform(x, gpu=_windows, default=_columns_then_rows)
+    return by_platform(x, cpu=_columns_then_rows, default=_windows)
 
 
 @max_pool_3x3.defjvp

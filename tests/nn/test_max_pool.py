@@ -13,7 +13,7 @@ from flaxdet.xla.routes import routes_for
 torch = pytest.importorskip("torch")
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (7, 8), (9, 5)])
 @pytest.mark.parametrize("levels", [2, 1000])  # with 2 nearly every window has a tie, and the first takes the gradient
 def test_values_and_gradient(size, levels, platform):
@@ -32,7 +32,7 @@ def test_values_and_gradient(size, levels, platform):
     np.testing.assert_array_equal(gradient, theirs.grad.numpy().transpose(0, 2, 3, 1))
 
 
-@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
 def test_nan_and_infinity_as_torch_has_them(platform):
     x = np.zeros((1, 6, 6, 1), np.float32)
     x[0, 0, 0], x[0, 3, 3], x[0, 5, 0] = np.nan, np.inf, -np.inf
