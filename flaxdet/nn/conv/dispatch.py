@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from flaxdet.nn.conv.columns import by_columns
-from flaxdet.nn.conv.stem import by_quarters
+from flaxdet.nn.conv.stem import by_pairs, by_quarters
 from flaxdet.nn.conv.taps import by_taps
 from flaxdet.nn.conv.winograd import winograd
 from flaxdet.nn.dot import bilinear, product
@@ -38,7 +38,8 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
     A 1x1 convolution without padding is computed as a matrix product over the channels, which is quicker on XLA:CPU
     (the body of a ResNet-50 takes a seventh less time); ``flaxdet.nn.dot`` has the gradients. On GPUs, a strided one
     and one to few channels remain convolutions. There, convolutions in bfloat16 or float16 compute a multiple of 8
-    channels and return those asked for. On CPUs, these convolutions in float32 or float64 take other forms:
+    channels and return those asked for. On TPUs, the stem of a ResNet is a convolution over cells of 2x4 pixels,
+    ``stem.py``, where no gradient is taken. On CPUs, these convolutions in float32 or float64 take other forms:
 
     - 3x3 of stride 1 on large maps: Winograd's algorithm, with half the multiplications, ``winograd.py``. FCOS takes a
       quarter less time. The rounding error is twice the error of XLA's own sum, and about the error of torch.
@@ -77,13 +78,15 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
             return by_platform(lhs, rhs, gpu=functools.partial(_aligned, plain), default=one_by_one)
         # cuDNN reads every second cell itself; a slice would be written to memory
         return by_platform(lhs, rhs, cpu=one_by_one, default=plain)
-    if lhs.dtype not in (jnp.float32, jnp.float64):
-        if rhs.shape[3] % _ALIGNMENT == 0:
-            return plain(lhs, rhs)
-        return by_platform(lhs, rhs, gpu=functools.partial(_aligned, plain), default=plain)
-    quick = None
+    wide = lhs.dtype in (jnp.float32, jnp.float64)
+    aligned = plain if wide or rhs.shape[3] % _ALIGNMENT == 0 else functools.partial(_aligned, plain)
     if (rhs.shape[:2], strides, pads) == ((7, 7), (2, 2), ((3, 3), (3, 3))) and rhs.shape[2] <= _FEW_CHANNELS:
-        quick = functools.partial(by_quarters, **kwargs)
+        cells, pairs = (functools.partial(form, **kwargs) for form in (by_quarters, by_pairs))
+        quick = {"cpu": cells if wide else plain, "gpu": aligned, "tpu": _without_gradient(pairs, plain)}
+        return by_platform(lhs, rhs, default=plain, **quick)
+    if not wide:
+        return plain(lhs, rhs) if aligned is plain else by_platform(lhs, rhs, gpu=aligned, default=plain)
+    quick = None
     if (rhs.shape[:2], strides, pads) == ((3, 3), (1, 1), ((1, 1), (1, 1))):
         if 9 * rhs.shape[3] < rhs.shape[2]:
             quick = functools.partial(by_taps, precision=precision)
@@ -94,6 +97,13 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
     if quick is None:
         return plain(lhs, rhs)
     return by_platform(lhs, rhs, cpu=quick, default=plain)
+
+
+def _without_gradient(quick: Any, plain: Any) -> Any:
+    """``quick``, or ``plain`` under differentiation."""
+    chosen = jax.custom_jvp(quick)
+    chosen.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return chosen
 
 
 def _aligned(convolve: Any, lhs: Array, rhs: Array) -> Array:
