@@ -56,6 +56,7 @@ def of(values: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {key.removeprefix(prefix): value for key, value in values.items() if key.startswith(prefix)}
 
 
+# FCOS on several devices is compared by the two processes alone
 @pytest.mark.xdist_group("devices")
 @pytest.mark.parametrize(("source", "name"), [("one", V2_NAME), ("process 0", FCOS_NAME), ("process 1", FCOS_NAME)])
 def test_any_devices(found, name, source):

@@ -100,7 +100,7 @@ def conv_general_dilated(lhs: Array, rhs: Array, window_strides: Any, padding: A
 
 
 def _without_gradient(quick: Any, plain: Any) -> Any:
-    """``quick``, or ``plain`` under differentiation."""
+    """A function that is ``quick`` where no gradient is taken, and ``plain`` with its gradients where one is."""
     chosen = jax.custom_jvp(quick)
     chosen.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
     return chosen
