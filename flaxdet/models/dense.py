@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from flaxdet.models.backbones import check_backbone
 from flaxdet.models.detector import Detector, call_part, gather_detections, no_detections
 from flaxdet.models.labels import check_targets, label_range, refuse_labels
-from flaxdet.models.levels import Shapes, batch_anchors, feature_extents, level_shapes
+from flaxdet.models.levels import Shapes, batch_anchors, feature_extents, filled_extents, level_shapes
 from flaxdet.nn.layers import Array
 from flaxdet.nn.options import check_counts, check_numbers
 from flaxdet.ops import AnchorGenerator, BoxCoder, BoxLinearCoder, clip_boxes_to_image
@@ -213,28 +213,30 @@ class DenseDetector(Detector):
         Returns:
             Detections in the pixels of the resized images.
         """
-        anchors, admitted = batch_anchors(self._anchors(), batch, shapes, self.box_dtype)
+        canvas, extents = filled_extents(self._anchors(), batch, shapes)
         if self.is_initializing():
             return no_detections(len(batch.size), self.detections_per_img, self.box_dtype)
         outputs = {name: x.astype(self.box_dtype) for name, x in outputs.items()}
-        return per_image(self._postprocess_image)(outputs, batch.size, anchors, admitted)
+        image = functools.partial(self._postprocess_image, shapes=shapes)
+        return per_image(image)(outputs, canvas, extents, batch.size)
 
     def _postprocess_image(
-        self, outputs: dict[str, Array], size: Array, anchors: tuple[Array, ...], admitted: tuple[Array, ...]
+        self, outputs: dict[str, Array], canvas: Array, extents: Array, size: Array, *, shapes: Shapes
     ) -> Detections:
         num_classes = outputs["cls_logits"].shape[-1]
         threshold = jnp.asarray(self.score_thresh, self.box_dtype)
         candidates: list[tuple[Array, ...]] = []
         start = 0
-        for level_anchors, level_admitted in zip(anchors, admitted, strict=True):
-            level = slice(start, start + len(level_anchors))
-            start = level.stop
-            scores = self.scores({name: x[level] for name, x in outputs.items()})
-            passes = (scores > threshold) & level_admitted[:, None]
+        for level, admitted in enumerate(self._anchors().valid(extents, shapes)):
+            rows = slice(start, start + len(admitted))
+            start = rows.stop
+            scores = self.scores({name: x[rows] for name, x in outputs.items()})
+            passes = (scores > threshold) & admitted[:, None]
             scores = jnp.where(passes, scores, -1).reshape(-1)
             best, index = top_k(scores, min(self.topk_candidates, scores.shape[0]))
             anchor = index // num_classes
-            candidates.append((outputs["bbox_regression"][level][anchor], level_anchors[anchor], best, index))
+            boxes = self._anchors().at(level, anchor, canvas, extents[level], shapes[level], self.box_dtype)
+            candidates.append((outputs["bbox_regression"][rows][anchor], boxes, best, index))
 
         regression, chosen, scores, index = (jnp.concatenate(parts) for parts in zip(*candidates, strict=True))
         boxes = clip_boxes_to_image(self.box_coder.decode(regression, chosen), size)

@@ -30,6 +30,30 @@ def feature_extents(features: Features, batch: ImageBatch) -> Extents:
     return {name: level_extent(canvas, bucket, x.shape[1:3]) for name, x in features.items()}
 
 
+def filled_extents(
+    generator: AnchorGenerator, batch: ImageBatch, shapes: Shapes
+) -> tuple[Int[Array, "B 2"], Int[Array, "B L 2"]]:
+    """The canvases, and the part of every map that each fills, also where every canvas is the whole bucket.
+
+    Args:
+        generator: generator of the anchors.
+        batch: the images, whose canvases are read.
+        shapes: (h, w) of each level's map.
+
+    Returns:
+        (rows, columns) of each canvas in pixels, and of each canvas on each of the L maps; int32.
+
+    Raises:
+        ValueError: if the generator has another number of levels.
+    """
+    generator.check_levels(shapes, shapes)
+    count, bucket, canvas = batch.pixels.shape[0], batch.pixels.shape[1:3], batch.canvas
+    if canvas is None:
+        canvas = jnp.broadcast_to(jnp.asarray(bucket, jnp.int32)[None], (count, 2))
+        return canvas, jnp.broadcast_to(jnp.asarray(shapes, jnp.int32)[None], (count, len(shapes), 2))
+    return canvas, jnp.stack([level_extent(canvas, bucket, shape) for shape in shapes], axis=1)
+
+
 def batch_anchors(
     generator: AnchorGenerator, batch: ImageBatch, shapes: Shapes, dtype: Dtype
 ) -> tuple[tuple[Float[Array, "B n 4"], ...], tuple[Bool[Array, "B n"], ...]]:
@@ -44,15 +68,8 @@ def batch_anchors(
     Returns:
         For each level the anchors, xyxy in pixels of each canvas, and a mask, True for the anchors inside the canvas.
     """
-    count, bucket = batch.pixels.shape[0], batch.pixels.shape[1:3]
-    canvas = batch.canvas
-    if canvas is None:
-        canvas = jnp.broadcast_to(jnp.asarray(bucket, jnp.int32)[None], (count, 2))
-        extents = jnp.broadcast_to(jnp.asarray(shapes, jnp.int32)[None], (count, len(shapes), 2))
-    else:
-        extents = jnp.stack([level_extent(canvas, bucket, shape) for shape in shapes], axis=1)
 
     def image(canvas: Array, extents: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         return generator(canvas, extents, shapes, dtype), generator.valid(extents, shapes)
 
-    return per_image(image)(canvas, extents)
+    return per_image(image)(*filled_extents(generator, batch, shapes))

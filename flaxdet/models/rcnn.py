@@ -17,7 +17,7 @@ from jaxtyping import Float
 from flaxdet.models.backbones import check_backbone
 from flaxdet.models.detector import Detector, call_part
 from flaxdet.models.labels import check_targets, refuse_labels
-from flaxdet.models.levels import Shapes, batch_anchors, feature_extents, level_shapes
+from flaxdet.models.levels import Shapes, batch_anchors, feature_extents, filled_extents, level_shapes
 from flaxdet.models.losses import Sampling, rpn_losses
 from flaxdet.models.rpn import RPNHead, filter_proposals, no_proposals
 from flaxdet.nn.fpn import Features
@@ -158,17 +158,15 @@ class RCNN(Detector):
             batch: the images of the feature maps.
 
         Returns:
-            Per level the objectness logits [B, hwA] and the offsets [B, hwA, 4].
+            Per level the objectness logits [B, hwA] and the offsets [B, hwA, 4], in the dtype of the head.
         """
         objectness, deltas = call_part(
             self.rpn_head, features, role="rpn_head", extents=feature_extents(features, batch)
         )
-        objectness = [x.astype(self.box_dtype) for x in objectness]
-        deltas = [x.astype(self.box_dtype) for x in deltas]
         self.sow_all(
             {
-                "objectness": jnp.concatenate(objectness, axis=1),
-                "pred_bbox_deltas": jnp.concatenate(deltas, axis=1),
+                "objectness": jnp.concatenate(objectness, axis=1).astype(self.box_dtype),
+                "pred_bbox_deltas": jnp.concatenate(deltas, axis=1).astype(self.box_dtype),
             }
         )
         return objectness, deltas
@@ -202,15 +200,18 @@ class RCNN(Detector):
         Returns:
             Proposals in the pixels of the resized images.
         """
-        anchors, admitted = batch_anchors(self._anchors(), batch, shapes, self.box_dtype)
+        canvas, extents = filled_extents(self._anchors(), batch, shapes)
         if self.is_initializing():
             return no_proposals(len(batch.size), self.box_dtype)
         return filter_proposals(
             objectness,
             deltas,
-            anchors,
-            admitted,
+            canvas,
+            extents,
             batch.size,
+            generator=self._anchors(),
+            shapes=shapes,
+            dtype=self.box_dtype,
             pre_nms_top_n=self.rpn_pre_nms_top_n_train if train else self.rpn_pre_nms_top_n_test,
             post_nms_top_n=self.rpn_post_nms_top_n_train if train else self.rpn_post_nms_top_n_test,
             nms_thresh=self.rpn_nms_thresh,
@@ -251,8 +252,8 @@ class RCNN(Detector):
         check_targets(targets.labels, targets.valid, self.target_labels)
         anchors, admitted = batch_anchors(self._anchors(), batch, level_shapes(features), self.box_dtype)
         proposal_losses = rpn_losses(
-            jnp.concatenate(objectness, axis=1),
-            jnp.concatenate(deltas, axis=1),
+            jnp.concatenate(objectness, axis=1).astype(self.box_dtype),
+            jnp.concatenate(deltas, axis=1).astype(self.box_dtype),
             jnp.concatenate(anchors, axis=1),
             jnp.concatenate(admitted, axis=1),
             targets,

@@ -9,9 +9,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
-from flaxdet.models.levels import Extents
+from flaxdet.models.levels import Extents, Shapes
 from flaxdet.nn.canvas import mask_beyond
 from flaxdet.nn.fpn import Features
 from flaxdet.nn.initializers import normal_001
@@ -19,7 +19,8 @@ from flaxdet.nn.layers import Array, Conv, Dtype, Precision, TypedModule, togeth
 from flaxdet.nn.names import TorchName
 from flaxdet.nn.options import check_counts
 from flaxdet.nn.relu import relu
-from flaxdet.ops import BoxCoder, clip_boxes_to_image, remove_small_boxes
+from flaxdet.ops import AnchorGenerator, BoxCoder, clip_boxes_to_image, remove_small_boxes
+from flaxdet.ops.anchors import select_anchor
 from flaxdet.ops.nms import batched_nms
 from flaxdet.ops.top_k import top_k
 from flaxdet.structures import Proposals
@@ -98,10 +99,13 @@ class RPNHead(TypedModule):
 def filter_proposals(
     objectness: list[Float[Array, "B hwA"]],
     deltas: list[Float[Array, "B hwA 4"]],
-    anchors: tuple[Float[Array, "B hwA 4"], ...],
-    admitted: tuple[Bool[Array, "B hwA"], ...],
+    canvas: Int[Array, "B 2"],
+    extents: Int[Array, "B L 2"],
     size: Int[Array, "B 2"],
     *,
+    generator: AnchorGenerator,
+    shapes: Shapes,
+    dtype: Dtype,
     pre_nms_top_n: int,
     post_nms_top_n: int,
     nms_thresh: float,
@@ -112,9 +116,12 @@ def filter_proposals(
     Args:
         objectness: logits of each level.
         deltas: offsets from the anchors, of each level.
-        anchors: of each level, xyxy in pixels of each canvas.
-        admitted: of each level, True for anchors inside the canvas.
-        size: [B, 2] (rows, columns) of the resized images, to which boxes are clipped.
+        canvas: (rows, columns) of each canvas.
+        extents: (rows, columns) of each of the L maps that each canvas fills.
+        size: (rows, columns) of the resized images, to which boxes are clipped.
+        generator: generator of the anchors.
+        shapes: (h, w) of each level's map.
+        dtype: dtype of scores and boxes.
         pre_nms_top_n: largest number of candidates per level.
         post_nms_top_n: largest number of proposals per image.
         nms_thresh: IoU above which NMS, within each level, suppresses a box.
@@ -126,12 +133,15 @@ def filter_proposals(
     """
     select = functools.partial(
         _filter_image,
+        generator=generator,
+        shapes=shapes,
+        dtype=dtype,
         pre_nms_top_n=pre_nms_top_n,
         post_nms_top_n=post_nms_top_n,
         nms_thresh=nms_thresh,
         score_thresh=score_thresh,
     )
-    return per_image(select)(lax.stop_gradient((objectness, deltas)), anchors, admitted, size)
+    return per_image(select)(lax.stop_gradient((objectness, deltas)), canvas, extents, size)
 
 
 def no_proposals(images: int, dtype: Dtype) -> Proposals:
@@ -142,24 +152,34 @@ def no_proposals(images: int, dtype: Dtype) -> Proposals:
 
 def _filter_image(
     outputs: tuple[list[Array], list[Array]],
-    anchors: tuple[Array, ...],
-    admitted: tuple[Array, ...],
+    canvas: Array,
+    extents: Array,
     size: Array,
     *,
+    generator: AnchorGenerator,
+    shapes: Shapes,
+    dtype: Dtype,
     pre_nms_top_n: int,
     post_nms_top_n: int,
     nms_thresh: float,
     score_thresh: float,
 ) -> Proposals:
-    dtype = outputs[0][0].dtype
+    admitted = generator.valid(extents, shapes)
     candidates: list[tuple[Array, ...]] = []
-    for level, (logits, deltas, boxes, inside) in enumerate(zip(*outputs, anchors, admitted, strict=True)):
+    for level, (logits, deltas, inside) in enumerate(zip(*outputs, admitted, strict=True)):
         count = min(pre_nms_top_n, logits.shape[0])
+        logits = logits.astype(dtype)
         # -inf ranks padding last, after all anchors of the canvas. A score can't mark padding later on, since
         # sigmoid(-inf) = 0 passes a threshold of 0; the mask `inside` does.
         _, index = top_k(jnp.where(inside, logits, -jnp.inf), count)
+        # On TPUs an array [..., 4] takes 32 times its size: only the chosen offsets and anchors are brought into that
+        # form, the offsets from the rows of all anchors at a location.
+        cell, anchor = jnp.divmod(index, generator.num_anchors_per_location()[level])
+        offsets = deltas.reshape(shapes[level][0] * shapes[level][1], -1)[cell].astype(dtype)
+        offsets = select_anchor(offsets.reshape(count, -1, 4), anchor)
+        boxes = generator.at(level, index, canvas, extents[level], shapes[level], dtype)
         levels = jnp.full((count,), level, jnp.int32)
-        candidates.append((deltas[index], boxes[index], logits[index], levels, inside[index]))
+        candidates.append((offsets, boxes, logits[index], levels, inside[index]))
 
     offsets, chosen, logits, levels, inside = (jnp.concatenate(parts) for parts in zip(*candidates, strict=True))
     boxes = clip_boxes_to_image(BoxCoder().decode(offsets, chosen), size)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 from numpy.typing import ArrayLike
 
 LevelNumbers = Sequence[Sequence[float]] | Sequence[float] | np.ndarray  # as AnchorGenerator's constructor takes them
@@ -115,19 +115,42 @@ class AnchorGenerator:
         Raises:
             ValueError: if ``extents`` or ``shapes`` have another number of levels than ``sizes``.
         """
-        self._check_levels(extents, shapes)
-        dtype = jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32
-        canvas = jnp.asarray(canvas, jnp.int32)
+        self.check_levels(extents, shapes)
         levels = []
         for base, extent, (h, w) in zip(self.base_anchors(), extents, shapes, strict=True):
-            # an empty padding slot of a batch has extent 0; any finite anchor will do there
-            stride = canvas // jnp.maximum(jnp.asarray(extent, jnp.int32), 1)
-            y = jnp.broadcast_to((jnp.arange(h, dtype=jnp.int32) * stride[0])[:, None], (h, w))
-            x = jnp.broadcast_to((jnp.arange(w, dtype=jnp.int32) * stride[1])[None, :], (h, w))
-            shifts = jnp.stack((x, y, x, y), axis=-1).astype(dtype)
-            anchors = shifts[:, :, None, :] + jnp.asarray(base, dtype)[None, None]
+            y = jnp.broadcast_to(jnp.arange(h, dtype=jnp.int32)[:, None], (h, w))
+            x = jnp.broadcast_to(jnp.arange(w, dtype=jnp.int32)[None, :], (h, w))
+            centres = _centres(y, x, canvas, extent, dtype)
+            anchors = centres[:, :, None, :] + jnp.asarray(base, centres.dtype)[None, None]
             levels.append(anchors.reshape(-1, 4))
         return tuple(levels)
+
+    def at(
+        self,
+        level: int,
+        index: Int[Array, " k"],
+        canvas: ArrayLike,
+        extent: ArrayLike,
+        shape: tuple[int, int],
+        dtype: Any = jnp.float32,
+    ) -> Float[Array, "k 4"]:
+        """Some anchors of one level: ``generator(...)[level][index]`` without the other anchors in memory.
+
+        Args:
+            level: which level.
+            index: the k anchors, numbered by row, then column, then anchor.
+            canvas: as for ``__call__``.
+            extent: [2] int32, the (rows, columns) of the level's map that the canvas fills.
+            shape: the static (h, w) of the level's map.
+            dtype: of the anchors; at least float32.
+
+        Returns:
+            [k, 4] xyxy in pixels of the canvas, not clipped.
+        """
+        base = self.base_anchors()[level]
+        cell, anchor = jnp.divmod(index, len(base))
+        centres = _centres(*jnp.divmod(cell, shape[1]), canvas, extent, dtype)
+        return centres + select_anchor(jnp.asarray(base, centres.dtype)[None], anchor)
 
     def valid(self, extents: LevelExtents, shapes: Sequence[tuple[int, int]]) -> tuple[Bool[Array, " hwA"], ...]:
         """Which anchors belong to the image's own canvas.
@@ -142,7 +165,7 @@ class AnchorGenerator:
         Raises:
             ValueError: if ``extents`` or ``shapes`` have another number of levels than ``sizes``.
         """
-        self._check_levels(extents, shapes)
+        self.check_levels(extents, shapes)
         levels = []
         for count, extent, (h, w) in zip(self.num_anchors_per_location(), extents, shapes, strict=True):
             extent = jnp.asarray(extent, jnp.int32)
@@ -152,9 +175,26 @@ class AnchorGenerator:
             levels.append(jnp.broadcast_to(inside, (h, w, count)).reshape(-1))
         return tuple(levels)
 
-    def _check_levels(self, extents: LevelExtents, shapes: Sequence[tuple[int, int]]) -> None:
+    def check_levels(self, extents: LevelExtents, shapes: Sequence[tuple[int, int]]) -> None:
+        """Raises ValueError if ``extents`` or ``shapes`` have another number of levels than ``sizes``."""
         if not len(self.sizes) == len(extents) == len(shapes):
             raise ValueError(
                 f"the anchor generator has sizes for {len(self.sizes)} levels, "
                 f"found {len(extents)} extents and {len(shapes)} shapes: one of each is needed a level"
             )
+
+
+def _centres(row: Array, column: Array, canvas: ArrayLike, extent: ArrayLike, dtype: Any) -> Float[Array, "*cells 4"]:
+    """(x, y, x, y) of the cells of a level in pixels of the canvas, which the anchors lie around."""
+    # an empty padding slot of a batch has extent 0; any finite anchor will do there
+    stride = jnp.asarray(canvas, jnp.int32) // jnp.maximum(jnp.asarray(extent, jnp.int32), 1)
+    y, x = row * stride[0], column * stride[1]
+    return jnp.stack((x, y, x, y), axis=-1).astype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
+
+
+def select_anchor(values: Float[Array, "#k A C"], anchor: Int[Array, " k"]) -> Float[Array, "k C"]:
+    """``values[i, anchor[i]]`` of the few anchors at a location, by selects: a TPU gathers single rows slowly."""
+    chosen = values[:, 0]
+    for number in range(1, values.shape[1]):
+        chosen = jnp.where((anchor == number)[:, None], values[:, number], chosen)
+    return jnp.broadcast_to(chosen, (len(anchor), chosen.shape[1]))

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +61,20 @@ def test_matches_torchvision_bit_for_bit(config, canvas, shapes, dtype):
             ]
             assert all(level.dtype == dtype for level in levels)
             np.testing.assert_array_equal(np.concatenate(levels), expected)
+
+
+@pytest.mark.parametrize("config", [FCOS, RPN, MANY, (((8,),), ((1.0,),))])
+def test_some_anchors_of_a_level_are_those_of_torchvision(config):
+    """The first, the last and repeated ones in any order, where every level has strides of its own."""
+    generator, canvas = AnchorGenerator(*config), (800, 1088)
+    shapes = fcos_shapes(*canvas)[-len(config[0]) :]
+    expected = torchvision_anchors(config, canvas, shapes, np.float32)
+    ends = np.cumsum([0] + [h * w * n for (h, w), n in zip(shapes, generator.num_anchors_per_location(), strict=True)])
+    for level, (start, end) in enumerate(itertools.pairwise(ends)):
+        index = np.concatenate([[end - start - 1, 0, 0], np.random.default_rng(level).permutation(end - start)[:60]])
+        run = jax.jit(functools.partial(generator.at, level, shape=shapes[level]))
+        found = run(jnp.asarray(index, jnp.int32), jnp.asarray(canvas), jnp.asarray(shapes[level]))
+        np.testing.assert_array_equal(found, expected[start:end][index])
 
 
 def test_a_bucket_changes_no_anchor_of_the_canvas():
