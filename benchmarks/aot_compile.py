@@ -29,6 +29,7 @@ from flaxdet.inference.folded import folded
 from flaxdet.models.initial import initial_variables
 from flaxdet.registry import make_model
 from flaxdet.train import create_state, make_mesh, make_train_step, sgd, shard_batch
+from flaxdet.xla.layouts import weight_format
 from flaxdet.xla.mesh import by_rows, on_mesh, replicated
 from flaxdet.xla.routes import routes_for
 
@@ -98,11 +99,13 @@ def main() -> None:
     out = rows if asked["program"] == "infer" else whole
     with routes_for(device.routes):
         _, function, args, donated = make(asked, mesh)
+        infers = asked["program"] == "infer"
+        weights = jax.tree.map(lambda x: weight_format(x.shape, whole), args[0]) if infers else whole
 
         def aot_program(*args: Any) -> Any:  # the name by which XLA dumps it
             return function(*args)
 
-        jitted = jax.jit(aot_program, in_shardings=(whole, rows), out_shardings=out, donate_argnums=donated)
+        jitted = jax.jit(aot_program, in_shardings=(weights, rows), out_shardings=out, donate_argnums=donated)
         start = time.perf_counter()
         lowered = jitted.lower(*args)
         lowering = time.perf_counter() - start

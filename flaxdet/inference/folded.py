@@ -10,6 +10,7 @@ import jax
 
 from flaxdet.models.detector import Detector
 from flaxdet.models.folding import fold_batch_norm, store_in_compute_dtype
+from flaxdet.xla.layouts import put_weights
 
 # The folded model and variables, by the model and the ids of the leaves of the variables. An entry has references to
 # the leaves that folding does not replace, so these ids stay valid. When the first of the replaced leaves is deleted,
@@ -66,6 +67,5 @@ def _fold(model: Detector, variables: Any) -> tuple[Detector, Any]:
     if folded_model is model and all(id(leaf) in original for leaf in jax.tree.leaves(prepared)):
         return model, variables
     if leaves:  # the variables are on one device, or replicated over several devices
-        sharding = leaves[0].sharding
-        prepared = jax.tree.map(lambda leaf: leaf if id(leaf) in original else jax.device_put(leaf, sharding), prepared)
+        prepared = put_weights(prepared, leaves[0].sharding)
     return folded_model, prepared

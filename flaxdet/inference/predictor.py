@@ -21,6 +21,7 @@ from flaxdet.inference.programs import CompiledPrograms
 from flaxdet.inference.samples import Sample, place
 from flaxdet.models.detector import Detector
 from flaxdet.xla import routes
+from flaxdet.xla.layouts import put_weights
 from flaxdet.xla.mesh import DATA_AXIS, replicated
 
 Source = np.ndarray | str | Path | Callable[[], np.ndarray]
@@ -86,7 +87,7 @@ class Predictor:
         self.model, variables = folded(model, variables) if fold else (model, variables)
         self._programs = CompiledPrograms(
             self.model,
-            jax.device_put(variables, None if mesh is None else replicated(mesh)),
+            jax.device_put(variables) if mesh is None else put_weights(variables, replicated(mesh)),
             batch_size=1 if mesh is None and routes.platform() == "cpu" else batch_size,
             masked=masked,
             raw_sizes=self.raw_sizes,

@@ -21,8 +21,10 @@ from flaxdet.images.transform import transform
 from flaxdet.inference import folded as module
 from flaxdet.inference.detect import jitted_detect, unpad
 from flaxdet.inference.folded import folded
+from flaxdet.xla.routes import routes_for
 from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, small_model, tiny_model, tiny_variables, write_coco
+from tests.tolerances import BOXES_F32
 
 pytestmark = pytest.mark.xdist_group("folded")
 
@@ -99,6 +101,26 @@ def test_weights_lie_in_the_dtype_of_the_computation(resnet):
             np.dtype("float32"),
             np.dtype(other.dtype),
         }
+
+
+def test_on_gpus_kernels_lie_as_cudnn_reads_them(resnet):
+    """Output channels slowest in memory; the numbers and the detections are the same, and a program takes the order."""
+    model, variables = resnet[0], jax.tree.map(jnp.array, resnet[1])  # copies: what is folded already is kept
+    _, plain = folded(*resnet)
+    with routes_for("gpu"):
+        model, prepared = folded(model, variables)
+        assert folded(model, prepared)[1] is prepared
+    orders = {(leaf.ndim, leaf.format.layout.major_to_minor) for leaf in jax.tree.leaves(prepared)}
+    assert orders == {(1, (0,)), (4, (3, 0, 1, 2))}
+    jax.tree.map(np.testing.assert_array_equal, plain, prepared)
+    photo = np.random.default_rng(0).integers(0, 256, (64, 80, 3), np.uint8)
+    found, expected = (
+        unpad(jitted_detect(model, given, transform([photo], model.transform))) for given in (prepared, plain)
+    )
+    assert len(expected[0]["scores"]) > 3
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=BOXES_F32), found, expected)
+    program = jax.jit(lambda given: given["params"]["backbone"]["body"]["conv1"]["kernel"] + 1).lower(prepared)
+    assert "{2,1,0,3}" in program.as_text()
 
 
 def test_a_part_of_another_library_keeps_its_dtype():
