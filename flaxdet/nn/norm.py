@@ -13,6 +13,7 @@ from jax.nn.initializers import ones, zeros
 from jaxtyping import Bool, Float
 
 from flaxdet.nn.layers import Array, Dtype, TypedModule, at_least_float32
+from flaxdet.xla.routes import by_platform
 
 # Scale and shift of a norm x * scale + shift: [C] each, or [B, 1, 1, C] if the images have different values. In float32
 # at least, since the gradients of scale and shift are sums over whole maps, which are inaccurate in bfloat16.
@@ -116,7 +117,6 @@ class BatchNorm(Norm):
         else:
             if x.size == x.shape[-1]:
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
-            x = x.astype(wide)
             count = jnp.asarray(x.size // x.shape[-1], wide) if mask is None else jnp.sum(mask, dtype=wide)
             mean, var = mean_and_variance(None, x, mask, count)
             if not self.is_initializing() and self.is_mutable_collection("batch_stats"):
@@ -217,7 +217,7 @@ class GroupNorm(Norm):
             count = jnp.full((batch, 1), height * width * size, wide)
         else:
             count = (jnp.sum(mask, (1, 2), dtype=jnp.int32)[:, None] * size).astype(wide)
-        mean, var = mean_and_variance(self.num_groups, x.astype(wide), mask, count)
+        mean, var = mean_and_variance(self.num_groups, x, mask, count)
         factor = scale.astype(wide)[None] * lax.rsqrt(var + self.eps)
         shift = bias.astype(wide)[None] - mean * factor
         return factor[:, None, None], shift[:, None, None]
@@ -227,6 +227,9 @@ class GroupNorm(Norm):
 def mean_and_variance(groups: int | None, x: Array, mask: Array | None, count: Array) -> tuple[Array, Array]:
     """Mean and biased variance of the cells that count; zeros where no cell counts.
 
+    A GPU reads the map once. The others read it twice, for the mean and for the mean square of x - mean: a TPU would
+    move 2% more in a step of FCOS with one pass, by its own compiler's count.
+
     The derivative of the variance leaves out that the mean changes: the sum of x - mean is 0. jax's own derivative
     would read the map once more to compute that 0.
 
@@ -235,21 +238,57 @@ def mean_and_variance(groups: int | None, x: Array, mask: Array | None, count: A
             mean of each image and group.
         x: [..., C]; with groups [B, h, w, C].
         mask: [...], True for the cells that count; None for all.
-        count: number of the values of each mean, [] or [B, 1].
+        count: number of the values of each mean, [] or [B, 1], in the dtype of the results.
 
     Returns:
         [C] each; with groups [B, C] each, equal within a group.
     """
+    two, one = (functools.partial(route, groups) for route in (_in_two_passes, _in_one_pass))
+    return by_platform(x, mask, count, gpu=one if x.ndim == 4 else two, default=two)
+
+
+def _in_two_passes(groups: int | None, x: Array, mask: Array | None, count: Array) -> tuple[Array, Array]:
+    x = x.astype(count.dtype)
     mean = _mean(groups, x, mask, count)
     return mean, _mean(groups, jnp.square(x - _over_cells(mean, x)), mask, count)
+
+
+def _in_one_pass(groups: int | None, x: Array, mask: Array | None, count: Array) -> tuple[Array, Array]:
+    """By the sums of x - first and of its square for every image and channel, which one kernel computes.
+
+    The square of a sum is subtracted from the sum of the squares. ``first`` keeps the digits: the first cell of an
+    image is seldom more than a few standard deviations from the mean.
+    """
+    first = x[:, :1, :1].astype(count.dtype)
+    cells = jnp.full((x.shape[0], 1), x.shape[1] * x.shape[2], count.dtype)
+    if mask is not None:  # beyond the canvas the map is undefined
+        first = jnp.where(mask[:, :1, :1, None], first, 0)
+        cells = jnp.sum(mask, (1, 2), dtype=jnp.int32)[:, None].astype(count.dtype)
+    shifted = x.astype(count.dtype) - first
+    if mask is not None:
+        shifted = jnp.where(mask[..., None], shifted, 0)
+    total, squares = jnp.sum(shifted, (1, 2)), jnp.sum(jnp.square(shifted), (1, 2))  # [B, C]
+    off = total / jnp.maximum(cells, 1)
+    means, deviations = first[:, 0, 0] + off, jnp.maximum(squares - off * total, 0)
+
+    def over_all(values: Array) -> Array:  # the sum over images or over the channels of a group, divided by the count
+        if groups is None:
+            return jnp.sum(values, 0, keepdims=True) / jnp.maximum(count, 1)
+        size = values.shape[1] // groups
+        return jnp.repeat(values.reshape(-1, groups, size).sum(-1) / jnp.maximum(count, 1), size, axis=1)
+
+    mean = over_all(cells * means)
+    var = over_all(deviations + cells * jnp.square(means - mean))
+    return (mean, var) if groups else (mean[0], var[0])
 
 
 @mean_and_variance.defjvp
 def _mean_and_variance_jvp(groups: int | None, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     x, mask, count = primals
     mean, var = mean_and_variance(groups, x, mask, count)
-    of_mean = _mean(groups, tangents[0], mask, count)
-    of_var = _mean(groups, 2 * (x - _over_cells(mean, x)) * tangents[0], mask, count)
+    tangent = tangents[0].astype(count.dtype)
+    of_mean = _mean(groups, tangent, mask, count)
+    of_var = _mean(groups, 2 * (x.astype(count.dtype) - _over_cells(mean, x)) * tangent, mask, count)
     return (mean, var), (of_mean, of_var)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from flaxdet.nn import BatchNorm, FrozenBatchNorm, GroupNorm
 from flaxdet.nn.canvas import inside
+from flaxdet.xla.routes import routes_for
 from tests.tolerances import HAND_EPS_F32, HAND_F32, LARGE_MEAN_F32, LAYERS_F32, NET_F32, NORM_F32, OP_F64
 
 BARS = {"float32": NORM_F32, "float64": OP_F64}
@@ -26,6 +27,13 @@ def torch():
 def dtype(request):
     with jax.enable_x64(True) if request.param == "float64" else contextlib.nullcontext():
         yield request.param
+
+
+@pytest.fixture(params=["cpu", "gpu"])
+def route(request):
+    """Statistics in two passes over a map, and in one."""
+    with routes_for(request.param):
+        yield
 
 
 def random(seed: int, shape=SHAPE, dtype="float32", mean=0.0, std=1.0):
@@ -64,6 +72,7 @@ def close(found, expected, dtype):
     np.testing.assert_allclose(found, expected, rtol=BARS[dtype], atol=BARS[dtype])
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize(("momentum", "eps"), [(0.1, 1e-5), (0.4, 1e-2)])
 @pytest.mark.parametrize("train", [True, False])
 def test_batch_norm_is_torchs(torch, dtype, train, momentum, eps):
@@ -99,6 +108,7 @@ def masked_case(dtype):
     return x, extent, x[:, :4, :3]
 
 
+@pytest.mark.usefixtures("route")
 def test_masked_batch_norm_is_the_crops(dtype):
     values = vectors(dtype)
     x, extent, cropped = masked_case(dtype)
@@ -117,6 +127,7 @@ def test_masked_batch_norm_is_the_crops(dtype):
         close(state[name], expected_state[name], dtype)
 
 
+@pytest.mark.usefixtures("route")
 def test_unequal_extents_weigh_cells_and_not_images(dtype):
     x = random(2, (2, 4, 4, 3), dtype)
     mask = np.zeros((2, 4, 4), bool)
@@ -129,6 +140,7 @@ def test_unequal_extents_weigh_cells_and_not_images(dtype):
     close(state["batch_stats"]["var"], 0.9 + 0.1 * cells.var(0, ddof=1), dtype)
 
 
+@pytest.mark.usefixtures("route")
 def test_an_empty_mask_moves_nothing():
     """A batch whose proposals are all padding: nothing to normalise with, but no NaN, and statistics stay."""
     x = random(3)
@@ -162,6 +174,7 @@ def test_state_is_written_only_in_training_and_where_mutable():
     np.testing.assert_allclose(np.mean(alone, (0, 1, 2)), 0, atol=LAYERS_F32)
 
 
+@pytest.mark.usefixtures("route")
 def test_gradient_is_torchs(torch, dtype):
     values = vectors(dtype)
     x, weight = random(5, dtype=dtype), random(6, dtype=dtype)
@@ -180,6 +193,7 @@ def test_gradient_is_torchs(torch, dtype):
     close(grad_x, nhwc(there.grad), dtype)
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("norm", [BatchNorm(), GroupNorm(2)], ids=["batch", "group"])
 def test_gradient_under_a_mask_is_finite_and_the_crops(norm):
     x, extent, cropped = masked_case("float32")
@@ -231,6 +245,7 @@ def test_frozen_batch_norm_has_no_params_and_no_gradient():
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("groups", [1, 2, 8])
 def test_group_norm_is_torchs(torch, dtype, groups):
     values = vectors(dtype)
@@ -242,6 +257,7 @@ def test_group_norm_is_torchs(torch, dtype, groups):
     close(found, nhwc(theirs(nchw(torch, x))), dtype)
 
 
+@pytest.mark.usefixtures("route")
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_a_large_mean_cancels_no_digits(torch, norm):
     """float32 with a mean of 1000 deviations, in which E[x^2] - E[x]^2 would keep one digit of the variance."""
@@ -257,6 +273,7 @@ def test_a_large_mean_cancels_no_digits(torch, norm):
     np.testing.assert_allclose(found, expected, rtol=0, atol=LARGE_MEAN_F32)
 
 
+@pytest.mark.usefixtures("route")
 def test_group_norm_inside_an_extent_is_the_crops(dtype):
     """Every image has its own extent, and its statistics know of no other cell."""
     params = {name: vectors(dtype)[name] for name in ("scale", "bias")}
