@@ -193,7 +193,10 @@ class _Reader:
                 continue
             number, readers = int(parameter.operands[0]), _through_views(parameter, users)
             if readers and all(one.opcode in _READS_A_PART for one in readers):
-                read[number] = min(read[number], sum(size_in_bytes(one.shape) for one in readers))
+                ((_, dims), *_) = arrays(parameter.shape)
+                size = size_in_bytes(parameter.shape) // max(math.prod(dims), 1)  # of an element
+                elements = sum(math.prod(dims) for one in readers for _, dims in arrays(one.shape))
+                read[number] = min(read[number], size * elements)
             elif len(readers) == 1 and readers[0].is_root and readers[0].opcode in _WRITES_A_PART:
                 update = readers[0]
                 if _source(update.operands[0], inner) is not parameter:
@@ -236,9 +239,10 @@ def _source(name: str, instructions: dict[str, Instruction]) -> Instruction:
 
 
 def _through_views(value: Instruction, users: dict[str, list[Instruction]]) -> list[Instruction]:
+    """Who reads a value of a fusion, also in another shape or dtype: a fusion converts what it reads alone."""
     found: list[Instruction] = []
     for one in users.get(value.name, []):
-        found += _through_views(one, users) if one.opcode == "bitcast" else [one]
+        found += _through_views(one, users) if one.opcode in {"bitcast", "convert"} else [one]
     return found
 
 

@@ -90,6 +90,23 @@ def test_a_part_of_an_array_counts_alone(program):
     assert gather.bytes == 160 + 40 + 160  # rows read, which, rows written
 
 
+def test_a_part_that_is_converted_counts_in_the_dtype_of_the_array(compiled_hlo):
+    text = """
+%fused_slice (param_0: bf16[16,100,136,256]) -> f32[16,1,1,256] {
+  %param_0 = bf16[16,100,136,256]{3,2,1,0} parameter(0)
+  %wide = f32[16,100,136,256]{3,2,1,0} convert(%param_0)
+  ROOT %first = f32[16,1,1,256]{3,2,1,0} slice(%wide), slice={[0:16], [0:1], [0:1], [0:256]}
+}
+
+ENTRY %main (map: bf16[16,100,136,256]) -> f32[16,1,1,256] {
+  %map = bf16[16,100,136,256]{3,2,1,0} parameter(0)
+  ROOT %fusion = f32[16,1,1,256]{3,2,1,0} fusion(%map), kind=kLoop, calls=%fused_slice
+}
+"""
+    (kernel,) = compiled_hlo.read(text).kernels
+    assert kernel.bytes == 16 * 256 * (2 + 4)
+
+
 def test_sums_are_told_from_maxima(program):
     assert program.sums == {"f32": 1}
 
