@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -327,3 +330,34 @@ def test_equal_however_the_dtype_is_spelled():
         BatchNorm(dtype=jnp.float64)
     with pytest.raises(ValueError, match="dtype should be a floating point dtype, got int32"):
         GroupNorm(dtype=jnp.int32)
+
+
+@pytest.mark.parametrize("route", ["cpu", "gpu"])
+def test_a_batch_divided_over_devices_gives_the_same(route):
+    """Values and gradients of live BatchNorm and GroupNorm under a mask, in float64, against one device."""
+    code = f"""
+import jax, jax.numpy as jnp, numpy as np
+from flaxdet.nn import BatchNorm, GroupNorm
+from flaxdet.train import make_mesh
+from flaxdet.xla.mesh import by_rows
+from flaxdet.xla.routes import routes_for
+rng = np.random.default_rng(0)
+x, weights = rng.normal(3, 1, (4, 5, 6, 8)), rng.normal(size=(4, 5, 6, 8))
+mask = rng.random((4, 5, 6)) < 0.7
+mesh = make_mesh()
+with jax.enable_x64(True), routes_for("{route}"):
+    for norm in (BatchNorm(dtype=np.float64), GroupNorm(4, dtype=np.float64)):
+        variables = norm.init(jax.random.key(0), x)
+        def loss(x, mask, weights):
+            found = norm.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])[0]
+            return jnp.sum(jnp.where(mask[..., None], found * weights, 0)), found
+        run = jax.jit(jax.value_and_grad(loss, has_aux=True))
+        alone = run(x, mask, weights)
+        divided = run(*jax.device_put((x, mask, weights), by_rows(mesh)))
+        assert len(divided[1].sharding.device_set) == 4
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol={OP_F64}), divided, alone)
+"""
+    flags = "--xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": "."}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
