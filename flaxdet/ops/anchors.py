@@ -176,7 +176,15 @@ class AnchorGenerator:
         return tuple(levels)
 
     def check_levels(self, extents: LevelExtents, shapes: Sequence[tuple[int, int]]) -> None:
-        """Raises ValueError if ``extents`` or ``shapes`` have another number of levels than ``sizes``."""
+        """Checks the numbers of levels.
+
+        Args:
+            extents: as for ``__call__``.
+            shapes: as for ``__call__``.
+
+        Raises:
+            ValueError: if ``extents`` or ``shapes`` have another number of levels than ``sizes``.
+        """
         if not len(self.sizes) == len(extents) == len(shapes):
             raise ValueError(
                 f"the anchor generator has sizes for {len(self.sizes)} levels, "
