@@ -120,6 +120,7 @@ def test_the_plans_cover_both_models_and_every_function_exists(driver):
     assert small == {stage.function for stage in stages}
 
 
+@pytest.mark.ci  # a benchmark's driver, in several processes
 def test_stages_that_fail_or_hang_are_reported_and_the_rest_goes_on(driver, tmp_path, capsys):
     report = driver.accelerator.Report(tmp_path)
     first = [

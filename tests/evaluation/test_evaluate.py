@@ -70,6 +70,7 @@ def assert_same(found, expected):
         np.testing.assert_allclose(own["scores"], other["scores"], rtol=0, atol=INVARIANCE_F64)
 
 
+@pytest.mark.ci  # inference/test_predict has the same of a list of images
 def test_every_image_as_it_is_alone(dataset, x64, monkeypatch):
     monkeypatch.setattr(module, "_BUCKETS", 2)
     model = tiny_model(FCOS_NAME, dtype=np.float64, score_thresh=0.05, detections_per_img=20)

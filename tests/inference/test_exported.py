@@ -111,6 +111,7 @@ def test_one_canvas_of_any_size(tmp_path):
         flaxdet.export(tmp_path, model, variables, buckets=[(96, 64)])
 
 
+@pytest.mark.ci  # the other tests read and run programs of one batch size
 def test_a_program_for_each_batch_size(tmp_path):
     model = tiny_model(FCOS_NAME, score_thresh=0.05)
     variables = tiny_variables(model)

@@ -56,9 +56,8 @@ def fcos():
     return model, tiny_variables(model)
 
 
-@pytest.mark.parametrize(
-    ("name", "sizes"), [(FCOS_NAME, SIZES), pytest.param(V2_NAME, ONE_CANVAS, marks=pytest.mark.ci)]
-)
+@pytest.mark.ci  # test_engine has the order and the batches, parity/test_invariance the buckets
+@pytest.mark.parametrize(("name", "sizes"), [(FCOS_NAME, SIZES), (V2_NAME, ONE_CANVAS)])
 def test_the_answers_of_predict(name, sizes, x64):
     """In float64: every image as it is alone, in batches of three, as a list, as floats, and as a stream.
 

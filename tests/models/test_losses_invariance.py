@@ -45,7 +45,8 @@ def step(model, variables, batch, targets):
     return model.apply(variables, batch, targets, rngs={"sampling": jax.random.key(0)}, **options)
 
 
-@pytest.mark.parametrize("name", [FCOS_NAME, pytest.param(V2_NAME, marks=pytest.mark.ci)])
+@pytest.mark.ci  # parity/test_losses compares losses in canvases, parity/test_invariance detections in a bucket
+@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
 def test_bucket_and_padding(name, x64):
     model, variables = model_and_variables(name)
     results = []

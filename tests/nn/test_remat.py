@@ -69,6 +69,7 @@ def test_the_same_key_gives_the_same_values(short):
         (18, True, None, {"freeze_bn": True}),
     ],
 )
+@pytest.mark.ci  # test_rematerialisation has the numbers of smaller parts
 def test_same_numbers(depth, train, canvas, options, x64, short):
     """Outputs, running statistics and the gradient of every parameter; also where XLA really computes them twice."""
     plain, remat = bodies(depth, dtype=jnp.float64, **options)
