@@ -99,8 +99,9 @@ def main() -> None:
     out = rows if asked["program"] == "infer" else whole
     with routes_for(device.routes):
         _, function, args, donated = make(asked, mesh)
-        infers = asked["program"] == "infer"
-        weights = jax.tree.map(lambda x: weight_format(x.shape, whole), args[0]) if infers else whole
+        weights = whole  # of the train state, or of the weights in the layout that ``folded`` gives them
+        if asked["program"] == "infer":
+            weights = jax.tree.map(lambda x: weight_format(x.shape, whole), args[0])
 
         def aot_program(*args: Any) -> Any:  # the name by which XLA dumps it
             return function(*args)

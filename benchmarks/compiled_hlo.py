@@ -239,7 +239,10 @@ def _source(name: str, instructions: dict[str, Instruction]) -> Instruction:
 
 
 def _through_views(value: Instruction, users: dict[str, list[Instruction]]) -> list[Instruction]:
-    """Who reads a value of a fusion, also in another shape or dtype: a fusion converts what it reads alone."""
+    """The instructions of a fusion that read a value, directly or after a change of shape or dtype.
+
+    A fusion converts only the elements that these instructions read.
+    """
     found: list[Instruction] = []
     for one in users.get(value.name, []):
         found += _through_views(one, users) if one.opcode in {"bitcast", "convert"} else [one]

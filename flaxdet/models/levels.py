@@ -33,7 +33,7 @@ def feature_extents(features: Features, batch: ImageBatch) -> Extents:
 def filled_extents(
     generator: AnchorGenerator, batch: ImageBatch, shapes: Shapes
 ) -> tuple[Int[Array, "B 2"], Int[Array, "B L 2"]]:
-    """The canvases, and the part of every map that each fills, also where every canvas is the whole bucket.
+    """Sizes of each canvas and of the canvas's part of each feature map. Unlike ``feature_extents``, never None.
 
     Args:
         generator: generator of the anchors.
@@ -41,7 +41,8 @@ def filled_extents(
         shapes: (h, w) of each level's map.
 
     Returns:
-        (rows, columns) of each canvas in pixels, and of each canvas on each of the L maps; int32.
+        [B, 2] (rows, columns) of each canvas in pixels, and [B, L, 2] (rows, columns) of the canvas on each of the L
+        maps in cells; int32.
 
     Raises:
         ValueError: if the generator has another number of levels.

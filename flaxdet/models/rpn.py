@@ -164,19 +164,21 @@ def _filter_image(
     nms_thresh: float,
     score_thresh: float,
 ) -> Proposals:
-    admitted = generator.valid(extents, shapes)
+    admitted, anchors = generator.valid(extents, shapes), generator.num_anchors_per_location()
     candidates: list[tuple[Array, ...]] = []
-    for level, (logits, deltas, inside) in enumerate(zip(*outputs, admitted, strict=True)):
+    for level, (logits, deltas, inside, anchors_per_location) in enumerate(
+        zip(*outputs, admitted, anchors, strict=True)
+    ):
         count = min(pre_nms_top_n, logits.shape[0])
         logits = logits.astype(dtype)
         # -inf ranks padding last, after all anchors of the canvas. A score can't mark padding later on, since
         # sigmoid(-inf) = 0 passes a threshold of 0; the mask `inside` does.
         _, index = top_k(jnp.where(inside, logits, -jnp.inf), count)
-        # On TPUs an array [..., 4] takes 32 times its size: only the chosen offsets and anchors are brought into that
-        # form, the offsets from the rows of all anchors at a location.
-        cell, anchor = jnp.divmod(index, generator.num_anchors_per_location()[level])
-        offsets = deltas.reshape(shapes[level][0] * shapes[level][1], -1)[cell].astype(dtype)
-        offsets = select_anchor(offsets.reshape(count, -1, 4), anchor)
+        # On TPUs an array [..., 4] takes 32 times its size in memory. So offsets are gathered as rows [A * 4] of a
+        # location, and only the chosen offsets and anchors become arrays [count, 4].
+        cell, anchor = jnp.divmod(index, anchors_per_location)
+        offsets = deltas.reshape(-1, anchors_per_location * 4)[cell].astype(dtype)
+        offsets = select_anchor(offsets.reshape(count, anchors_per_location, 4), anchor)
         boxes = generator.at(level, index, canvas, extents[level], shapes[level], dtype)
         levels = jnp.full((count,), level, jnp.int32)
         candidates.append((offsets, boxes, logits[index], levels, inside[index]))

@@ -227,8 +227,8 @@ class GroupNorm(Norm):
 def mean_and_variance(groups: int | None, x: Array, mask: Array | None, count: Array) -> tuple[Array, Array]:
     """Mean and biased variance of the cells that count; zeros where no cell counts.
 
-    A GPU reads the map once. The others read it twice, for the mean and for the mean square of x - mean: a TPU would
-    move 2% more in a step of FCOS with one pass, by its own compiler's count.
+    CPUs and TPUs read the map twice, for the mean and then for the mean square of x - mean. GPUs read the map once. On
+    a TPU, one pass would move 2% more memory in a training step of FCOS, by the count of the TPU's compiler.
 
     The derivative of the variance leaves out that the mean changes: the sum of x - mean is 0. jax's own derivative
     would read the map once more to compute that 0.
@@ -254,10 +254,11 @@ def _in_two_passes(groups: int | None, x: Array, mask: Array | None, count: Arra
 
 
 def _in_one_pass(groups: int | None, x: Array, mask: Array | None, count: Array) -> tuple[Array, Array]:
-    """By the sums of x - first and of its square for every image and channel, which one kernel computes.
+    """Sums x - first and its square for each image and channel, in one kernel, and combines these sums.
 
-    The square of a sum is subtracted from the sum of the squares. ``first`` keeps the digits: the first cell of an
-    image is seldom more than a few standard deviations from the mean.
+    The variance is a difference of two sums. It would lose digits if the mean were many standard deviations from 0.
+    ``first`` is the first cell of each image, which is seldom many standard deviations from the mean. In a canvas, the
+    first cell counts if any cell counts.
     """
     first = x[:, :1, :1].astype(count.dtype)
     cells = jnp.full((x.shape[0], 1), x.shape[1] * x.shape[2], count.dtype)
@@ -268,10 +269,11 @@ def _in_one_pass(groups: int | None, x: Array, mask: Array | None, count: Array)
     if mask is not None:
         shifted = jnp.where(mask[..., None], shifted, 0)
     total, squares = jnp.sum(shifted, (1, 2)), jnp.sum(jnp.square(shifted), (1, 2))  # [B, C]
-    off = total / jnp.maximum(cells, 1)
-    means, deviations = first[:, 0, 0] + off, jnp.maximum(squares - off * total, 0)
+    offset = total / jnp.maximum(cells, 1)
+    means = first[:, 0, 0] + offset
+    deviations = jnp.maximum(squares - offset * total, 0)  # sum of (x - mean)^2 for each image and channel
 
-    def over_all(values: Array) -> Array:  # the sum over images or over the channels of a group, divided by the count
+    def over_all(values: Array) -> Array:  # the sum over images, or over the channels of a group, divided by the count
         if groups is None:
             return jnp.sum(values, 0, keepdims=True) / jnp.maximum(count, 1)
         size = values.shape[1] // groups

@@ -193,7 +193,7 @@ class AnchorGenerator:
 
 
 def _centres(row: Array, column: Array, canvas: ArrayLike, extent: ArrayLike, dtype: Any) -> Float[Array, "*cells 4"]:
-    """(x, y, x, y) of the cells of a level in pixels of the canvas, which the anchors lie around."""
+    """(x, y, x, y) of a level's cells, in pixels of the canvas. The anchors of a cell lie around this point."""
     # an empty padding slot of a batch has extent 0; any finite anchor will do there
     stride = jnp.asarray(canvas, jnp.int32) // jnp.maximum(jnp.asarray(extent, jnp.int32), 1)
     y, x = row * stride[0], column * stride[1]
@@ -201,7 +201,7 @@ def _centres(row: Array, column: Array, canvas: ArrayLike, extent: ArrayLike, dt
 
 
 def select_anchor(values: Float[Array, "#k A C"], anchor: Int[Array, " k"]) -> Float[Array, "k C"]:
-    """``values[i, anchor[i]]`` of the few anchors at a location, by selects: a TPU gathers single rows slowly."""
+    """``values[i, anchor[i]]``, by a select for each of the A anchors: TPUs gather single rows slowly."""
     chosen = values[:, 0]
     for number in range(1, values.shape[1]):
         chosen = jnp.where((anchor == number)[:, None], values[:, number], chosen)

@@ -1,4 +1,4 @@
-"""The order of weights in memory, where a device's convolutions read another order than jax stores by default."""
+"""Memory layouts of weights, for devices whose convolutions read another layout than jax's default."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ OUT_CHANNELS_SLOWEST = (3, 0, 1, 2)  # of a kernel [kh, kw, in, out]: cuDNN's or
 
 
 def weight_format(shape: tuple[int, ...], sharding: Sharding) -> Format | Sharding:
-    """Where a program for some devices wants a weight: on GPUs, convolution kernels in the order that cuDNN reads.
+    """The sharding of a weight, with the memory layout in which programs for these devices read the weight.
 
-    In the default order every call of the program would transpose every kernel, one launch each. ``jax.jit`` compiles
-    for the order of the arrays that it is called with.
+    For GPUs, a convolution kernel gets cuDNN's layout. In jax's default layout, every call of a program transposes
+    every kernel, with one launch each. ``jax.jit`` compiles for the layouts of its arguments.
 
     Args:
         shape: shape of the weight; four axes are a kernel [kh, kw, in, out].
         sharding: the devices, as ``jax.device_put`` takes them.
 
     Returns:
-        The format of a kernel for GPUs, else ``sharding``.
+        A ``Format`` of layout and sharding for a kernel on GPUs, else ``sharding`` itself.
     """
     with of_devices(platform_of(sharding)):
         transposed = platform() == "gpu" and len(shape) == len(OUT_CHANNELS_SLOWEST)
@@ -33,14 +33,14 @@ def weight_format(shape: tuple[int, ...], sharding: Sharding) -> Format | Shardi
 
 
 def put_weights(tree: Any, sharding: Sharding) -> Any:
-    """``jax.device_put`` of weights in their ``weight_format``. The numbers and the shapes are the same in any format.
+    """``jax.device_put`` of weights in their ``weight_format``. A format changes neither values nor shapes.
 
     Args:
         tree: pytree of arrays.
         sharding: where to put the arrays.
 
     Returns:
-        The tree of jax arrays; an array that is there already, in the default order, is the same object.
+        The tree of jax arrays. An array that has this sharding and the default layout already is returned itself.
     """
 
     def put(leaf: Any) -> jax.Array:

@@ -81,7 +81,7 @@ def test_the_whole_detector(name, x64):
     compare_whole(name, {})
 
 
-@pytest.mark.ci  # the options in parts, above
+@pytest.mark.ci  # test_fcos, test_rpn and test_box_head compare the options in parts
 @pytest.mark.repeated
 def test_the_whole_detector_of_unusual_options(name, x64):
     compare_whole(name, UNUSUAL)

@@ -245,7 +245,7 @@ def test_labels_of_the_first_batch(name):
                 step(None, batch=shard_batch(batch, None))
 
 
-@pytest.mark.ci  # a matter of memory
+@pytest.mark.ci  # a copy would cost memory and change no result
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA:CPU would copy")
 def test_parameters_are_updated_in_place():
     """XLA copied nearly each, since a gradient might still have read it after its update."""
