@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,17 @@ def route(request):
     """Statistics in two passes over a map, and in one."""
     with routes_for(request.param):
         yield
+
+
+def initialised(norm, x):
+    """As the module starts; in one program, since without jit each of the dozens of operations is a program."""
+    return jax.jit(norm.init)(jax.random.key(0), x)
+
+
+def applied(norm, variables, x, mask=None, *, train: bool):
+    """(values, new statistics), in one program."""
+    run = jax.jit(partial(norm.apply, train=train, mutable=["batch_stats"]))
+    return run(variables, x, mask=mask)
 
 
 def random(seed: int, shape=SHAPE, dtype="float32", mean=0.0, std=1.0):
@@ -97,8 +109,8 @@ def test_running_variance_is_unbiased():
     """Two values, 1 and 3: biased variance 1, unbiased 2, and momentum .1 from the initial 1."""
     norm = BatchNorm()
     x = jnp.asarray([1.0, 3.0])[:, None]
-    variables = norm.init(jax.random.key(0), x)
-    y, state = norm.apply(variables, x, train=True, mutable=["batch_stats"])
+    variables = initialised(norm, x)
+    y, state = applied(norm, variables, x, train=True)
     np.testing.assert_allclose(y[:, 0], [-1, 1], rtol=HAND_EPS_F32)
     np.testing.assert_allclose(state["batch_stats"]["mean"], [0.2], rtol=HAND_F32)
     np.testing.assert_allclose(state["batch_stats"]["var"], [0.9 + 0.2], rtol=HAND_F32)
@@ -137,8 +149,8 @@ def test_unequal_extents_weigh_cells_and_not_images(dtype):
     mask[0, :1, :2] = mask[1, :3, :4] = True
     cells = x[mask]
     norm = BatchNorm(dtype=dtype)
-    variables = norm.init(jax.random.key(0), x)
-    _, state = norm.apply(variables, x, train=True, mask=mask, mutable=["batch_stats"])
+    variables = initialised(norm, x)
+    _, state = applied(norm, variables, x, mask, train=True)
     close(state["batch_stats"]["mean"], 0.1 * cells.mean(0), dtype)
     close(state["batch_stats"]["var"], 0.9 + 0.1 * cells.var(0, ddof=1), dtype)
 
@@ -148,8 +160,8 @@ def test_an_empty_mask_moves_nothing():
     """A batch whose proposals are all padding: nothing to normalise with, but no NaN, and statistics stay."""
     x = random(3)
     norm = BatchNorm()
-    variables = norm.init(jax.random.key(0), x)
-    y, state = norm.apply(variables, x, train=True, mask=np.zeros(SHAPE[:3], bool), mutable=["batch_stats"])
+    variables = initialised(norm, x)
+    y, state = applied(norm, variables, x, np.zeros(SHAPE[:3], bool), train=True)
     assert np.isfinite(y).all()
     jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
 
@@ -159,7 +171,7 @@ def test_one_value_a_channel_raises_as_torch(torch):
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         torch.nn.BatchNorm2d(4).train()(nchw(torch, x))
     norm = BatchNorm()
-    variables = norm.init(jax.random.key(0), x)
+    variables = initialised(norm, x)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         norm.apply(variables, x, train=True, mutable=["batch_stats"])
     norm.apply(variables, x)  # evaluation doesn't mind
@@ -168,12 +180,14 @@ def test_one_value_a_channel_raises_as_torch(torch):
 def test_state_is_written_only_in_training_and_where_mutable():
     x = random(4, mean=5.0)
     norm = BatchNorm()
-    variables = norm.init(jax.random.key(0), x, train=True)
+    variables = jax.jit(partial(norm.init, train=True))(jax.random.key(0), x)
     np.testing.assert_array_equal(variables["batch_stats"]["mean"], 0)  # init leaves torch's initial state
     np.testing.assert_array_equal(variables["batch_stats"]["var"], 1)
-    _, state = norm.apply(variables, x, train=False, mutable=["batch_stats"])
+    _, state = applied(norm, variables, x, train=False)
     jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], variables["batch_stats"])
-    alone = norm.apply(variables, x, train=True)  # the batch's statistics, without a place to keep them
+    alone = jax.jit(partial(norm.apply, train=True))(
+        variables, x
+    )  # the batch's statistics, without a place to keep them
     np.testing.assert_allclose(np.mean(alone, (0, 1, 2)), 0, atol=LAYERS_F32)
 
 
@@ -200,7 +214,7 @@ def test_gradient_is_torchs(torch, dtype):
 @pytest.mark.parametrize("norm", [BatchNorm(), GroupNorm(2)], ids=["batch", "group"])
 def test_gradient_under_a_mask_is_finite_and_the_crops(norm):
     x, extent, cropped = masked_case("float32")
-    variables = norm.init(jax.random.key(0), x)
+    variables = initialised(norm, x)
 
     @jax.jit
     def gradient(x, extent):
@@ -231,7 +245,7 @@ def test_frozen_batch_norm_is_torchvisions(torch, dtype):
     theirs.load_state_dict({key: torch.tensor(values[name]) for key, name in names.items()})
     norm = FrozenBatchNorm(dtype=dtype)
     for train in (False, True):
-        found, state = norm.apply({"batch_stats": values}, x, train=train, mutable=["batch_stats"])
+        found, state = applied(norm, {"batch_stats": values}, x, train=train)
         close(found, nhwc(theirs(nchw(torch, x))), dtype)
         jax.tree.map(np.testing.assert_array_equal, state["batch_stats"], values)
 
@@ -239,12 +253,12 @@ def test_frozen_batch_norm_is_torchvisions(torch, dtype):
 def test_frozen_batch_norm_has_no_params_and_no_gradient():
     x = random(8)
     norm = FrozenBatchNorm()
-    variables = norm.init(jax.random.key(0), x)
+    variables = initialised(norm, x)
     assert set(variables) == {"batch_stats"}
     assert {name: leaf.shape for name, leaf in variables["batch_stats"].items()} == dict.fromkeys(
         ("scale", "bias", "mean", "var"), (SHAPE[-1],)
     )
-    grads = jax.grad(lambda v: jnp.sum(norm.apply(v, x) ** 2))(variables)
+    grads = jax.jit(jax.grad(lambda v: jnp.sum(norm.apply(v, x) ** 2)))(variables)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
@@ -267,11 +281,11 @@ def test_a_large_mean_cancels_no_digits(torch, norm):
     x = random(3, mean=1000.0, std=1.0)
     if norm == "batch":
         module, theirs = BatchNorm(), torch.nn.BatchNorm2d(SHAPE[-1]).train()
-        variables = module.init(jax.random.key(0), x)
-        found, _ = module.apply(variables, x, train=True, mutable=["batch_stats"])
+        variables = initialised(module, x)
+        found, _ = applied(module, variables, x, train=True)
     else:
         module, theirs = GroupNorm(num_groups=4), torch.nn.GroupNorm(4, SHAPE[-1])
-        found = module.apply(module.init(jax.random.key(0), x), x)
+        found = jax.jit(module.apply)(initialised(module, x), x)
     expected = nhwc(theirs.double()(nchw(torch, x).double()))
     np.testing.assert_allclose(found, expected, rtol=0, atol=LARGE_MEAN_F32)
 
@@ -287,7 +301,7 @@ def test_group_norm_inside_an_extent_is_the_crops(dtype):
     norm = GroupNorm(4, dtype=dtype)
     found = jax.jit(norm.apply)({"params": params}, x, mask=inside(jnp.asarray(extents), x.shape[1:3]))
     for i, (rows, columns) in enumerate(extents):
-        expected = norm.apply({"params": params}, x[i : i + 1, :rows, :columns])
+        expected = jax.jit(norm.apply)({"params": params}, x[i : i + 1, :rows, :columns])
         close(found[i : i + 1, :rows, :columns], expected, dtype)
 
 
@@ -301,11 +315,11 @@ def test_bfloat16_computes_and_float32_stores(norm):
     options = {"num_groups": 4} if norm is GroupNorm else {}
     x = random(12, mean=100.0)
     full, half = norm(**options), norm(dtype=jnp.bfloat16, **options)
-    variables = half.init(jax.random.key(0), x)
+    variables = initialised(half, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype("float32")}
-    found = half.apply(variables, jnp.asarray(x, jnp.bfloat16))
+    found = jax.jit(half.apply)(variables, jnp.asarray(x, jnp.bfloat16))
     assert found.dtype == jnp.bfloat16
-    expected = full.apply(variables, np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32))
+    expected = jax.jit(full.apply)(variables, np.asarray(jnp.asarray(x, jnp.bfloat16), np.float32))
     bar = 0.02 * max(1, np.abs(expected).max())  # 8 bits
     np.testing.assert_allclose(np.asarray(found, np.float32), expected, atol=bar)
 
@@ -316,9 +330,9 @@ def test_bfloat16_storage_is_widened_before_the_root():
     x = random(13)
     wide = {name: np.asarray(value, np.float32) for name, value in values.items()}
     for norm, arrange in ((BatchNorm, live), (FrozenBatchNorm, lambda v: {"batch_stats": v})):
-        found = norm(param_dtype=jnp.bfloat16).apply(arrange(values), x)
-        np.testing.assert_allclose(found, norm().apply(arrange(wide), x), rtol=HAND_F32, atol=HAND_F32)
-    _, state = BatchNorm(param_dtype=jnp.bfloat16).apply(live(values), x, train=True, mutable=["batch_stats"])
+        found = jax.jit(norm(param_dtype=jnp.bfloat16).apply)(arrange(values), x)
+        np.testing.assert_allclose(found, jax.jit(norm().apply)(arrange(wide), x), rtol=HAND_F32, atol=HAND_F32)
+    _, state = applied(BatchNorm(param_dtype=jnp.bfloat16), live(values), x, train=True)
     assert state["batch_stats"]["var"].dtype == jnp.bfloat16
 
 

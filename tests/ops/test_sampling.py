@@ -17,9 +17,13 @@ def labels_of(positives: int, negatives: int, ignored: int) -> np.ndarray:
     return np.random.default_rng(0).permutation(labels).astype(np.int32)
 
 
+sample = jax.jit(balanced_sample, static_argnums=(2, 3))
+
+
 @pytest.mark.parametrize(
     ("positives", "negatives", "ignored"),
-    [(50, 200, 30), (5, 200, 0), (50, 3, 9), (2, 3, 4), (0, 60, 0), (60, 0, 0), (0, 0, 7), (0, 0, 0)],
+    # of one length each but the last, so that XLA compiles once for all of them
+    [(50, 200, 30), (5, 200, 75), (50, 3, 227), (2, 3, 275), (0, 60, 220), (60, 0, 220), (0, 0, 280), (0, 0, 0)],
 )
 @pytest.mark.parametrize(("batch_size", "fraction"), [(32, 0.5), (31, 0.25), (16, 1.0), (16, 0.0), (0, 0.5)])
 def test_numbers_as_in_torchvision(positives, negatives, ignored, batch_size, fraction):
@@ -31,7 +35,7 @@ def test_numbers_as_in_torchvision(positives, negatives, ignored, batch_size, fr
     (theirs_positive,), (theirs_negative,) = BalancedPositiveNegativeSampler(batch_size, fraction)(
         [torch.tensor(labels)]
     )
-    ours = balanced_sample(jax.random.key(1), jnp.asarray(labels), batch_size, fraction)
+    ours = sample(jax.random.key(1), jnp.asarray(labels), batch_size, fraction)
     for mask, theirs, candidates in zip(
         ours, (theirs_positive, theirs_negative), (labels >= 1, labels == 0), strict=True
     ):
@@ -47,8 +51,8 @@ def test_numbers_as_in_torchvision(positives, negatives, ignored, batch_size, fr
 def test_every_candidate_is_as_likely_and_pairs_are_independent():
     labels = labels_of(12, 20, 5)
     draws = 4000
-    sample = jax.jit(jax.vmap(lambda key: balanced_sample(key, jnp.asarray(labels), 12, 0.5)))
-    positive, negative = (np.asarray(m) for m in sample(jax.random.split(jax.random.key(0), draws)))
+    draw = jax.jit(jax.vmap(lambda key: balanced_sample(key, jnp.asarray(labels), 12, 0.5)))
+    positive, negative = (np.asarray(m) for m in draw(jax.random.split(jax.random.key(0), draws)))
     for masks, candidates, expected in ((positive, labels >= 1, 6 / 12), (negative, labels == 0, 6 / 20)):
         chosen = masks[:, candidates].astype(float)
         frequency = chosen.mean(axis=0)
@@ -86,8 +90,8 @@ def test_same_choice_in_float64_mode():
 
 def test_images_of_a_batch_have_their_own_numbers():
     labels = np.stack((labels_of(50, 30, 0), labels_of(3, 7, 70)))
-    sample = jax.jit(jax.vmap(partial(balanced_sample, batch_size=16, positive_fraction=0.5)))
-    positive, negative = sample(jax.random.split(jax.random.key(0)), jnp.asarray(labels))
+    draw = jax.jit(jax.vmap(partial(balanced_sample, batch_size=16, positive_fraction=0.5)))
+    positive, negative = draw(jax.random.split(jax.random.key(0)), jnp.asarray(labels))
     np.testing.assert_array_equal(positive.sum(axis=1), [8, 3])
     np.testing.assert_array_equal(negative.sum(axis=1), [8, 7])
 
