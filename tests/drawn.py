@@ -27,6 +27,6 @@ def drawn(abstract: Any, seed: int = 0) -> Any:
             value = 0.7 + 0.6 * rng.random(leaf.shape)
         else:
             value = 0.2 * value + (name == "scale")
-        return jnp.asarray(value, leaf.dtype)
+        return jax.device_put(value.astype(leaf.dtype))
 
     return jax.tree_util.tree_map_with_path(draw, abstract)

@@ -41,10 +41,6 @@ def run(code: str) -> str:
     return result.stdout
 
 
-def modules_after(statement: str) -> set[str]:
-    return set(json.loads(run(f"{statement}\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))")))
-
-
 # What needs each package that comes with an extra alone, and that extra.
 NEEDS = {
     "torch": ("torch", "flaxdet.convert.reference.torchvision()"),
@@ -94,37 +90,45 @@ def test_works_without_and_says_what_to_install(package, without_any):
     assert not any(line.startswith(distribution + ">") for line in project["dependencies"])
 
 
-def test_changes_no_jax_config():
-    out = run(
-        "import jax\n"
-        "before = dict(jax.config.values)\n"
-        "import flaxdet, flaxdet.convert\n"
-        "after = dict(jax.config.values)\n"
-        "print({name: (before[name], after[name]) for name in before if before[name] != after[name]})"
-    )
-    assert out.strip() == "{}"
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory) -> dict:
+    """What the import changes in an interpreter that has jax, flax and optax; and what it prints."""
+    told = tmp_path_factory.mktemp("fresh") / "told.json"
+    code = f"""
+import json, pathlib, sys
+import flax.linen, jax, optax
+from jax._src import xla_bridge
+config, modules = dict(jax.config.values), set(sys.modules)
+import flaxdet, flaxdet.convert, flaxdet.cli.main
+changed = [name for name in config if config[name] != jax.config.values[name]]
+told = dict(
+    config=changed, modules=sorted(set(sys.modules) - modules), backends=xla_bridge.backends_are_initialized()
+)
+pathlib.Path({str(told)!r}).write_text(json.dumps(told))
+"""
+    options = ["-W", "error::DeprecationWarning:flaxdet"]
+    result = subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(told.read_text()) | {"printed": result.stdout + result.stderr}
 
 
-def test_starts_no_backend():
+def test_changes_no_jax_config(fresh):
+    assert fresh["config"] == []
+
+
+def test_starts_no_backend(fresh):
     """A program may still choose its platform, or call jax.distributed.initialize, after the import."""
-    out = run("import flaxdet\nfrom jax._src import xla_bridge\nprint(xla_bridge.backends_are_initialized())")
-    assert out.strip() == "False"
+    assert fresh["backends"] is False
 
 
-def test_takes_no_optional_import():
-    new = modules_after("import flaxdet, flaxdet.convert, flaxdet.cli.main") - modules_after("import flax.linen, optax")
-    taken = {name for name in new for optional in OPTIONAL if (name + ".").startswith(optional + ".")}
+def test_takes_no_optional_import(fresh):
+    assert "flaxdet.cli.main" in fresh["modules"]
+    taken = {name for name in fresh["modules"] for optional in OPTIONAL if (name + ".").startswith(optional + ".")}
     assert not taken
 
 
-def test_prints_nothing():
-    result = subprocess.run(
-        [sys.executable, "-W", "error::DeprecationWarning:flaxdet", "-c", "import flaxdet"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert (result.stdout, result.stderr) == ("", "")
+def test_prints_nothing(fresh):
+    assert fresh["printed"] == ""
 
 
 # From the bottom to the top. The longest name that fits a module counts; modules of one line may import each other.

@@ -74,7 +74,8 @@ def create_state(
         ValueError: if no parameter trains, for a mask that does not fit, or for a key of another kind than the default
             of ``jax.random.key``.
     """
-    copy = lambda tree: jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), dict(tree))  # noqa: E731
+    # jnp.array(leaf, copy=True) would compile a program for each shape
+    copy = lambda tree: jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=False), dict(tree))  # noqa: E731
     params, batch_stats = copy(variables["params"]), copy(variables.get("batch_stats", {}))
     trained, _ = split_trainable(model, params, trainable)
     if not trained:
@@ -117,4 +118,4 @@ def _key_data(key: Any) -> jax.Array:
     if data.shape != expected.shape or data.dtype != expected.dtype:
         given = f"{key.dtype}{list(key.shape)}"
         raise ValueError(f"key should be one random key as jax.random.key(seed) makes by default, got {given}")
-    return jnp.array(data, copy=True)
+    return jax.device_put(data, may_alias=False)

@@ -91,6 +91,7 @@ def test_workers_without_grain(data, monkeypatch):
     assert len(list(train_batches(data, CONFIG, batch_size=4, steps=5))) == 5
 
 
+@pytest.mark.ci  # processes of their own; test_loader_resume.py has workers in every run
 @needs_grain
 def test_an_error_in_a_worker_and_no_shared_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(streams_module, "_fits_shared_memory", lambda *_: False)
@@ -133,6 +134,7 @@ def run_script(tmp_path, *arguments: str):
     )
 
 
+@pytest.mark.ci  # processes of their own; test_loader_resume.py has workers in every run
 @needs_grain
 def test_workers_from_a_plain_script(tmp_path):
     """No absl, and a loader that nobody closes: it ends by itself, in silence."""
@@ -140,6 +142,7 @@ def test_workers_from_a_plain_script(tmp_path):
     assert (done.stdout, done.stderr, done.returncode) == ("6\n", "", 0)
 
 
+@pytest.mark.ci  # processes of their own; test_loader_resume.py has workers in every run
 @needs_grain
 def test_workers_die_with_the_process_that_reads(tmp_path):
     assert run_script(tmp_path, "kill").returncode == -signal.SIGKILL

@@ -85,9 +85,7 @@ def test_the_same_content_gives_the_same_bytes(tmp_path):
         "import sys, numpy as np; from flaxdet.convert import write_safetensors; "
         "write_safetensors(sys.argv[1], {'a': np.arange(3.0)}, dict(zip('abcdef', 'uvwxyz')))"
     )
-    for name in "xy":
-        subprocess.run([sys.executable, "-c", script, str(tmp_path / name)], check=True)
-    assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "x")], check=True)
     write_safetensors(tmp_path / "z", {"a": np.arange(3.0)}, dict(zip("fedcba", "zyxwvu", strict=True)))
     assert (tmp_path / "x").read_bytes() == (tmp_path / "z").read_bytes()
     assert safetensors.numpy.load_file(tmp_path / "z")["a"].tolist() == [0, 1, 2]  # by the library alone

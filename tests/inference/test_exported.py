@@ -97,6 +97,7 @@ def test_one_file_for_all_platforms_and_batches(artifact):
         )
 
 
+@pytest.mark.ci  # test_transform.py has canvases of any size, and the tests above run programs
 def test_one_canvas_of_any_size(tmp_path):
     """With ``fixed_size`` no canvas is smaller than its bucket, which need be no multiple of 32."""
     model = tiny_model(FCOS_NAME, score_thresh=0.05, fixed_size=(50, 70), size_divisible=1)
@@ -164,9 +165,9 @@ sys.meta_path.insert(0, Blocked())
 
 
 def test_the_command(tmp_path, capsys):
-    """A real builder's model, lowered and not compiled."""
+    """Of a builder's model, lowered and not compiled."""
     path = tmp_path / "model.safetensors"
-    model = make_model(FCOS_NAME, num_classes=3, min_size=64, max_size=96)
+    model = make_model("tiny_fcos", num_classes=3, min_size=64, max_size=96)
     variables = drawn(abstract_variables(model))
     flaxdet.save(path, model, variables, categories=["__background__", "cat", "dog"])
     out = tmp_path / "out"

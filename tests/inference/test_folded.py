@@ -24,7 +24,7 @@ from flaxdet.inference.folded import folded
 from flaxdet.xla.routes import routes_for
 from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, small_model, tiny_model, tiny_variables, write_coco
-from tests.tolerances import BOXES_F32
+from tests.tolerances import BOXES_F32, NET_F32
 
 pytestmark = pytest.mark.xdist_group("folded")
 
@@ -45,6 +45,7 @@ def test_predict_and_evaluation_fold(resnet, tmp_path):
     (given,) = unpad(jitted_detect(model, variables, batch))
     assert len(expected["scores"]) > 3
     assert not np.array_equal(expected["scores"], given["scores"])
+    np.testing.assert_allclose(expected["scores"], given["scores"], rtol=0, atol=NET_F32)
     (predicted,), (evaluated,) = flaxdet.predict(model, variables, [image]), detect_dataset(model, variables, dataset)
     for found in (predicted, evaluated):
         jax.tree.map(np.testing.assert_array_equal, found, expected)
@@ -52,11 +53,15 @@ def test_predict_and_evaluation_fold(resnet, tmp_path):
 
 def test_kept_as_long_as_the_variables_live(resnet):
     model, variables = resnet[0], jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), resnet[1])
+
+    def moved(leaf):
+        return jax.device_put(np.asarray(leaf) + 1)
+
     before = len(module._cache)
     first = folded(model, variables)
     assert first[0] != model
     assert folded(model.clone(), {**variables})[1] is first[1]  # an equal model, the same arrays
-    params = {**variables["params"], "backbone": jax.tree.map(lambda x: x + 1, variables["params"]["backbone"])}
+    params = {**variables["params"], "backbone": jax.tree.map(moved, variables["params"]["backbone"])}
     other = folded(model, {**variables, "params": params})[1]
     assert other is not first[1]
     assert len(module._cache) == before + 2
@@ -105,7 +110,9 @@ def test_weights_lie_in_the_dtype_of_the_computation(resnet):
 
 def test_on_gpus_kernels_lie_as_cudnn_reads_them(resnet):
     """Output channels slowest in memory; the numbers and the detections are the same, and a program takes the order."""
-    model, variables = resnet[0], jax.tree.map(jnp.array, resnet[1])  # copies: what is folded already is kept
+    model = resnet[0]
+    # copies: what is folded already is kept
+    variables = jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), resnet[1])
     _, plain = folded(*resnet)
     with routes_for("gpu"):
         model, prepared = folded(model, variables)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -73,17 +74,22 @@ def test_detections(both):
         assert 100 < len(ours["scores"]) <= 300
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def anchors_of_levels(generator):
+    return generator(np.asarray((64, 96)), np.asarray(SHAPES), SHAPES, jnp.float64)
+
+
 def our_anchors(model):
-    sizes = [np.asarray((64, 96)), np.asarray(SHAPES)]
-    return np.concatenate(model.anchor_generator(*sizes, SHAPES, jnp.float64))
+    return np.concatenate(anchors_of_levels(model.anchor_generator))
 
 
 def test_matches(both):
     model, theirs = both
     anchors, boxes = our_anchors(model), np.asarray([[10, 5, 40, 33], [0, 0, 90, 60], [50, 20, 62, 26.0]])
-    ious = torch.from_numpy(np.array(box_iou(boxes, anchors)))
+    ious = torch.from_numpy(np.array(jax.jit(box_iou)(boxes, anchors)))
     expected = theirs.proposal_matcher(ious).numpy()
-    found = model.match(anchors, np.ones(len(anchors), bool), boxes, np.ones(3, bool), COUNTS)
+    run = jax.jit(lambda *arrays: model.match(*arrays, COUNTS))
+    found = run(anchors, np.ones(len(anchors), bool), boxes, np.ones(3, bool))
     np.testing.assert_array_equal(found, expected)
     assert set(expected) == {-2, -1, 0, 1, 2}
 

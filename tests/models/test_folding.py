@@ -15,8 +15,8 @@ from tests.drawn import drawn
 from tests.tiny import FCOS_NAME, V2_NAME, small_model, tiny_model, tiny_variables
 from tests.tolerances import INVARIANCE_F64
 
-CASES = [
-    pytest.param("tiny_fcos", {"score_thresh": 0.1}, marks=pytest.mark.xdist_group("folding_tiny")),
+CASES = [  # inference/test_folded.py compares a folded detector in every run
+    pytest.param("tiny_fcos", {"score_thresh": 0.1}, marks=[pytest.mark.xdist_group("folding_tiny"), pytest.mark.ci]),
     pytest.param(FCOS_NAME, {}, marks=[pytest.mark.xdist_group("folding_fcos"), pytest.mark.release]),
     pytest.param(
         V2_NAME, {"rpn_post_nms_top_n_test": 40}, marks=[pytest.mark.xdist_group("folding_v2"), pytest.mark.ci]

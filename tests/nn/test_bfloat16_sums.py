@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,7 @@ from tests.tolerances import SUM_BF16
 CELLS = (1, 29, 290)  # 8410, which bfloat16 can't count
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def gradient(module, x, cotangent):
     variables = module.init(jax.random.key(0), x)
 
@@ -34,7 +37,7 @@ def gradient(module, x, cotangent):
 def test_gradient_of_a_bias(layer):
     """With a cotangent of one, the number of cells: bfloat16 stops counting at 256, and in pairs at 4096."""
     module = Conv(2, 1, dtype=jnp.bfloat16) if layer == "convolution" else Dense(2, dtype=jnp.bfloat16)
-    found = gradient(module, jnp.ones((*CELLS, 3), jnp.bfloat16), 1.0)["bias"]
+    found = gradient(module, np.ones((*CELLS, 3), jnp.bfloat16), 1.0)["bias"]
     np.testing.assert_array_equal(found, np.full(2, np.prod(CELLS), np.float32))
 
 
@@ -43,9 +46,9 @@ def test_gradient_of_a_bias(layer):
 def test_gradient_of_a_norm(kind, mean):
     """Against numpy's float64 on the same bfloat16 numbers, also where the terms nearly cancel."""
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, 40, 56, 32)), jnp.bfloat16)
-    cotangent = jnp.asarray(rng.normal(mean, size=x.shape), jnp.bfloat16)
-    found = gradient(kind(dtype=jnp.bfloat16), x, cotangent.astype(jnp.float32))
+    x = rng.normal(size=(2, 40, 56, 32)).astype(jnp.bfloat16)
+    cotangent = rng.normal(mean, size=x.shape).astype(jnp.bfloat16)
+    found = gradient(kind(dtype=jnp.bfloat16), x, cotangent.astype(np.float32))
     wide, weights = (np.asarray(value, np.float64) for value in (x, cotangent))
     # BatchNorm has fresh statistics: mean 0 and variance 1; GroupNorm's are those of each channel, a group of its own
     centre, spread = (wide.mean((1, 2), keepdims=True), wide.std((1, 2), keepdims=True))

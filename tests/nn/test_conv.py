@@ -38,6 +38,18 @@ LAYOUT = ("NHWC", "HWIO", "NHWC")
 PLAIN_3X3 = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1)), "dimension_numbers": LAYOUT}
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def values_and_gradients(function, stride, padding, groups, x, kernel, weights):
+    """The values alone, for which it may take another form than with a gradient; a loss and its gradients."""
+    options = {"window_strides": (stride,) * 2, "padding": ((padding,) * 2,) * 2, "feature_group_count": groups}
+    convolve = functools.partial(function, dimension_numbers=LAYOUT, **options)
+
+    def loss(x, kernel):
+        return jnp.sum(weights * jnp.sin(convolve(x, kernel)))
+
+    return convolve(x, kernel), jax.value_and_grad(loss, argnums=(0, 1))(x, kernel)
+
+
 @pytest.mark.parametrize(
     ("case", "platform"),
     [
@@ -52,38 +64,22 @@ PLAIN_3X3 = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1)), "dimension_n
 def test_values_and_gradients(case, platform, x64):
     size, stride, (channels, out), groups, shape = CASES[case]
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(2, *shape, channels)))
-    kernel = jnp.asarray(rng.normal(size=(size, size, channels // groups, out)))
-    padding = ((size // 2, size // 2),) * 2
-    options = {"dimension_numbers": LAYOUT, "feature_group_count": groups}
-    weights = jnp.asarray(rng.normal(size=lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, **options).shape))
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def value_and_gradients(function, x, kernel):
-        def loss(x, kernel):
-            return jnp.sum(weights * jnp.sin(function(x, kernel, (stride, stride), padding, **options)))
-
-        return jax.value_and_grad(loss, argnums=(0, 1))(x, kernel)
-
-    expected = value_and_gradients(lax.conv_general_dilated, x, kernel)
+    x = rng.normal(size=(2, *shape, channels))
+    kernel = rng.normal(size=(size, size, channels // groups, out))
+    weights = rng.normal(size=(2, *(-(-side // stride) for side in shape), out))
+    arguments = stride, size // 2, groups, x, kernel, weights
+    expected = values_and_gradients(lax.conv_general_dilated, *arguments)
     with routes_for(platform):
-        found = value_and_gradients(conv_general_dilated, x, kernel)
-        # without a gradient it may take another form
-        alone = jax.jit(
-            functools.partial(conv_general_dilated, window_strides=(stride,) * 2, padding=padding, **options)
-        )
-        alone = alone(x, kernel)
-    plain = lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, **options)
-    np.testing.assert_allclose(alone, plain, rtol=OP_F64, atol=OP_F64 * np.abs(plain).max() * 100)
+        found = values_and_gradients(conv_general_dilated, *arguments)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=OP_F64, atol=OP_F64 * np.abs(b).max() * 100)
 
 
-def maps(*shape: int, dtype: str = "float32") -> jax.Array:
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+def maps(*shape: int, dtype: str = "float32") -> np.ndarray:
+    return np.random.default_rng(0).normal(size=shape).astype(jnp.dtype(dtype))
 
 
-def convolutions(x: jax.Array, kernel: jax.Array, platform: str = "cpu", **options) -> int:
+def convolutions(x: np.ndarray, kernel: np.ndarray, platform: str = "cpu", **options) -> int:
     """How many XLA is asked for."""
     function = functools.partial(conv_general_dilated, **PLAIN_3X3, **options)
     lowered = jax.jit(function).trace(x, kernel).lower(lowering_platforms=(platform,))
@@ -114,7 +110,7 @@ def test_stem_over_cells():
         conv_general_dilated, window_strides=(2, 2), padding=((3, 3), (3, 3)), dimension_numbers=LAYOUT
     )
 
-    def kernels(x: jax.Array, kernel: jax.Array, platform: str = "cpu") -> list[str]:
+    def kernels(x: np.ndarray, kernel: np.ndarray, platform: str = "cpu") -> list[str]:
         text = jax.jit(stem).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
         lines = [line for line in text.splitlines() if "stablehlo.convolution" in line]
         return [line.split("tensor<")[2].split(">")[0] for line in lines]
@@ -145,11 +141,14 @@ def test_gradient_of_a_kernel_by_columns():
 
 def test_winograd_rounds_little_more_than_the_plain_sum(x64):
     x, kernel = maps(1, 40, 50, 256, dtype="float64"), maps(3, 3, 256, 256, dtype="float64")
-    truth = lax.conv_general_dilated(x, kernel, **PLAIN_3X3)
-    small = x.astype(jnp.float32), kernel.astype(jnp.float32)
-    plain, quick = (
-        jnp.sqrt(jnp.mean((function(*small, **PLAIN_3X3).astype(truth.dtype) - truth) ** 2))
+    run_plain, run_quick = (
+        jax.jit(functools.partial(function, **PLAIN_3X3))
         for function in (lax.conv_general_dilated, conv_general_dilated)
+    )
+    truth = np.asarray(run_plain(x, kernel))
+    small = x.astype(np.float32), kernel.astype(np.float32)
+    plain, quick = (
+        np.sqrt(np.mean((np.asarray(function(*small), np.float64) - truth) ** 2)) for function in (run_plain, run_quick)
     )
     assert 0 < quick < WINOGRAD_F32 * plain
 
@@ -158,7 +157,9 @@ def test_winograd_rounds_little_more_than_the_plain_sum(x64):
 def test_forward_mode(shape, x64):
     x, kernel = maps(*shape, dtype="float64"), maps(3, 3, 64, 64, dtype="float64")
     found, expected = (
-        jax.jvp(functools.partial(function, **PLAIN_3X3), (x, kernel), (jnp.cos(x), jnp.sin(kernel)))
+        jax.jit(functools.partial(jax.jvp, functools.partial(function, **PLAIN_3X3)))(
+            (x, kernel), (np.cos(x), np.sin(kernel))
+        )
         for function in (conv_general_dilated, lax.conv_general_dilated)
     )
     for a, b in zip(found, expected, strict=True):

@@ -87,7 +87,7 @@ def test_forms_on_cpus():
 
 
 def test_other_products_are_laxs():
-    lhs, rhs = jnp.ones((4, 2, 3)), jnp.ones((4, 3, 5))
+    lhs, rhs = np.ones((4, 2, 3), np.float32), np.ones((4, 3, 5), np.float32)
     batched = (((2,), (1,)), ((0,), (0,)))
     np.testing.assert_array_equal(dot_general(lhs, rhs, batched), lax.dot_general(lhs, rhs, batched))
     wide = dot_general(lhs[0], rhs[0], LAST_AND_FIRST, preferred_element_type=jnp.int32)
@@ -97,8 +97,8 @@ def test_other_products_are_laxs():
 def test_linear_layer(x64):
     """Leading axes are those of the input; the precision reaches the product."""
     layer = Dense(5, dtype=jnp.float64, precision=lax.Precision.HIGHEST)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3)))
-    variables = layer.init(jax.random.key(0), x)
-    kernel, bias = variables["params"]["kernel"], variables["params"]["bias"]
-    np.testing.assert_allclose(layer.apply(variables, x), x @ kernel + bias.reshape(1, 1, -1), rtol=OP_F64)
-    assert "precision = [HIGHEST, HIGHEST]" in jax.jit(layer.apply).lower(variables, x).as_text()
+    x = np.random.default_rng(0).normal(size=(2, 4, 3))
+    variables, run = jax.jit(layer.init)(jax.random.key(0), x), jax.jit(layer.apply)
+    kernel, bias = (np.asarray(variables["params"][name]) for name in ("kernel", "bias"))
+    np.testing.assert_allclose(run(variables, x), x @ kernel + bias, rtol=OP_F64)
+    assert "precision = [HIGHEST, HIGHEST]" in run.lower(variables, x).as_text()

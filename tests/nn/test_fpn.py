@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,7 +47,7 @@ def nhwc(x):
 def test_upsample_nearest_is_torchs(torch, size, shape):
     x = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
     expected = torch.nn.functional.interpolate(nchw(torch, x), size=shape, mode="nearest")
-    np.testing.assert_array_equal(upsample_nearest(jnp.asarray(x), shape), nhwc(expected))
+    np.testing.assert_array_equal(jax.jit(upsample_nearest, static_argnums=1)(x, shape), nhwc(expected))
 
 
 def test_upsample_nearest_is_torchs_at_every_size(torch):
@@ -132,6 +134,11 @@ def test_pyramid_is_torchvisions(torch, x64, extra, use_norm, train, size):
         )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def levels_in_training(fpn, variables, x, canvas, bucket):
+    return fpn.apply(variables, x, canvas=canvas, bucket=bucket, train=True, mutable=["batch_stats"])
+
+
 @pytest.mark.parametrize("extra", [LastLevelMaxPool(), LastLevelP6P7(WIDTH, WIDTH), LastLevelP6P7(14, WIDTH)])
 @pytest.mark.parametrize("canvas", [(64, 96), (96, 32)])
 def test_canvas_is_the_crop(extra, canvas):
@@ -143,18 +150,11 @@ def test_canvas_is_the_crop(extra, canvas):
         for stride, (name, x) in zip((8, 16, 32), inputs.items(), strict=True)
     }
     variables = drawn(jax.eval_shape(lambda x: ours.init(jax.random.key(0), x, bucket=canvas), cropped))
-    run = jax.jit(
-        lambda x, canvas, bucket: ours.apply(
-            variables, x, canvas=canvas, bucket=bucket, train=True, mutable=["batch_stats"]
-        ),
-        static_argnums=2,
-    )
-    alone, alone_state = run(cropped, None, canvas)
-    found, state = run(inputs, jnp.asarray([canvas] * 2, jnp.int32), (128, 128))
+    alone, alone_state = levels_in_training(ours, variables, cropped, None, canvas)
+    found, state = levels_in_training(ours, variables, inputs, np.asarray([canvas] * 2, np.int32), (128, 128))
     for name, level in alone.items():
-        np.testing.assert_allclose(
-            found[name][:, : level.shape[1], : level.shape[2]], level, rtol=0, atol=LAYERS_F32, err_msg=name
-        )
+        inner = np.asarray(found[name])[:, : level.shape[1], : level.shape[2]]
+        np.testing.assert_allclose(inner, level, rtol=0, atol=LAYERS_F32, err_msg=name)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=LAYERS_F32), state, alone_state)
 
 
@@ -162,7 +162,7 @@ def test_max_pool_level_is_subsampling():
     """torchvision pools with a kernel of 1: every second cell, not the largest of two."""
     p5 = jnp.arange(15, dtype=jnp.float32).reshape(1, 3, 5, 1)
     out = LastLevelMaxPool().apply({}, {"p4": p5 + 1, "p5": p5}, {}, canvas=None, bucket=(96, 160))
-    np.testing.assert_array_equal(out["pool"][0, :, :, 0], [[0, 2, 4], [10, 12, 14]])
+    np.testing.assert_array_equal(np.asarray(out["pool"])[0, :, :, 0], [[0, 2, 4], [10, 12, 14]])
 
 
 def test_level_names():
@@ -174,7 +174,7 @@ def test_backbone_reads_the_stages_it_is_told():
     model = BackboneWithFPN(ResNet(18), FeaturePyramidNetwork(WIDTH, LastLevelP6P7(WIDTH, WIDTH)), ("c4", "c5"))
     assert model.out_channels == WIDTH
     levels = jax.eval_shape(
-        lambda x: model.init_with_output(jax.random.key(0), x)[0], jnp.zeros((1, 64, 96, 3), jnp.float32)
+        lambda x: model.init_with_output(jax.random.key(0), x)[0], np.zeros((1, 64, 96, 3), np.float32)
     )
     assert {name: level.shape[1:3] for name, level in levels.items()} == {
         "p4": (4, 6),
@@ -213,16 +213,17 @@ def test_level_extent_of_another_stride(shape):
 
 
 def test_mask_beyond():
-    x = jnp.ones((2, 3, 4, 2), jnp.bfloat16)
+    x = jnp.asarray(np.ones((2, 3, 4, 2), jnp.bfloat16))
     extent = jnp.asarray([[2, 3], [3, 1]], jnp.int32)
-    found = mask_beyond(x, extent)
+    run, run_inside = jax.jit(mask_beyond), jax.jit(inside, static_argnums=1)
+    found = run(x, extent)
     assert found.dtype == x.dtype
     expected = np.zeros((2, 3, 4))
     expected[0, :2, :3] = expected[1, :, :1] = 1
-    np.testing.assert_array_equal(inside(extent, (3, 4)), expected.astype(bool))
-    np.testing.assert_array_equal(found.astype(jnp.float32), np.broadcast_to(expected[..., None], x.shape))
+    np.testing.assert_array_equal(run_inside(extent, (3, 4)), expected.astype(bool))
+    np.testing.assert_array_equal(np.asarray(found, np.float32), np.broadcast_to(expected[..., None], x.shape))
     assert mask_beyond(x, None) is x
-    rubbish = jnp.where(inside(extent, (3, 4))[..., None], x, jnp.nan)
-    assert np.isfinite(mask_beyond(rubbish, extent).astype(jnp.float32)).all()
-    grad = jax.grad(lambda x: jnp.sum(mask_beyond(x, extent).astype(jnp.float32)))(rubbish)
-    np.testing.assert_array_equal(grad.astype(jnp.float32), np.broadcast_to(expected[..., None], x.shape))
+    rubbish = np.where(expected[..., None], x, np.asarray(np.nan, x.dtype))
+    assert np.isfinite(np.asarray(run(rubbish, extent), np.float32)).all()
+    grad = jax.jit(jax.grad(lambda x: jnp.sum(mask_beyond(x, extent).astype(jnp.float32))))(rubbish)
+    np.testing.assert_array_equal(np.asarray(grad, np.float32), np.broadcast_to(expected[..., None], x.shape))

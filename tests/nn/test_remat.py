@@ -90,6 +90,7 @@ def size_of(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.ci  # traces whole ResNet-50s
 def test_keeps_less_for_the_gradient():
     """Of a ResNet-50 on two images of 320x448, besides the parameters: 203 MB of 845."""
     kept = []

@@ -52,7 +52,8 @@ def gradient(module, kwargs):
 MARKS: dict[str, list[pytest.MarkDecorator]] = {
     "body": [pytest.mark.release],  # parity/test_losses.py has the gradients of a whole v2 beside torchvision's
     "frozen body": [pytest.mark.release],
-    "FCOS head": [pytest.mark.ci],
+    "FCOS head": [pytest.mark.ci],  # the smallest, the head without convolutions, runs always
+    "box head": [pytest.mark.ci],
 }
 
 

@@ -100,6 +100,7 @@ def test_images_of_one_batch_have_their_own_strides():
         return generator(canvas, extents, bucket), generator.valid(extents, bucket)
 
     anchors, valid = jax.jit(jax.vmap(run))(jnp.array(canvases, jnp.int32), jnp.array(extents, jnp.int32))
+    anchors, valid = jax.tree.map(np.asarray, (anchors, valid))
     single = jax.jit(run)
     for i in range(3):
         for batched, alone in zip((anchors, valid), single(canvases[i], extents[i]), strict=True):
@@ -111,7 +112,7 @@ def test_images_of_one_batch_have_their_own_strides():
 
 
 def test_half_precision_gets_float32():
-    (level,) = AnchorGenerator((32,), (1.0,))((64, 64), [(2, 2)], [(2, 2)], jnp.bfloat16)
+    (level,) = jax.jit(lambda: AnchorGenerator((32,), (1.0,))((64, 64), [(2, 2)], [(2, 2)], jnp.bfloat16))()
     assert level.dtype == jnp.float32
 
 

@@ -18,6 +18,11 @@ from tests.tolerances import HAND_F32
 PAIRWISE = ("box_iou", "generalized_box_iou", "distance_box_iou", "complete_box_iou")
 FORMATS = ("xyxy", "xywh", "cxcywh")
 
+# Shared, so that cases of one shape share a compiled program.
+area_jit = jax.jit(ops.box_area, static_argnames="fmt")
+iou_jit = jax.jit(ops.box_iou, static_argnames="fmt")
+convert_jit = jax.jit(ops.box_convert, static_argnames=("in_fmt", "out_fmt"))
+
 
 @pytest.fixture
 def rng():
@@ -83,27 +88,28 @@ def test_area_and_iou_in_every_format(fmt, kind, dtype, rng):
     # of integers its answers for int64, since differences of its narrow ones wrap around
     own = {"float": str(np.dtype(dtype)), "bfloat16": "bfloat16"}.get(kind, "int64")
     theirs = torch.tensor(boxes, dtype=getattr(torch, own))
-    ours = jnp.asarray(boxes.astype(np.int32)).astype(dtype if kind == "float" else kind)
-    area = ops.box_area(ours, fmt)
+    ours = boxes.astype(np.int32).astype(dtype if kind == "float" else jnp.dtype(kind))
+    area = area_jit(ours, fmt)
     np.testing.assert_array_equal(area, tv.ops.box_area(theirs, fmt).numpy())
     integer = jnp.int64 if dtype == np.float64 else jnp.float32  # the float64 cases run with 64-bit types
     assert area.dtype == {"float": dtype, "bfloat16": jnp.float32}.get(kind, integer)
-    result = jax.jit(ops.box_iou, static_argnums=2)(ours, ours[::2], fmt)
+    result = iou_jit(ours, ours[::2], fmt)
     assert_close(result, tv.ops.box_iou(theirs, theirs[::2], fmt), dtype if kind == "float" else np.float32)
 
 
 @pytest.mark.parametrize("kind", ["int32", "uint16"])
 def test_large_integer_boxes(kind):
     """A square of 50,000 pixels: its area, 2.5e9, is no int32."""
-    boxes = jnp.asarray([[0, 0, 50_000, 50_000], [25_000, 0, 60_000, 1], [55_000, 5, 60_000, 9]], kind)
-    np.testing.assert_array_equal(ops.box_area(boxes), np.float32([2.5e9, 35_000, 20_000]))
-    assert float(ops.box_iou(boxes[:1], boxes[2:])[0, 0]) == 0.0
-    squares = jnp.asarray([[0, 0, 50_000, 50_000], [25_000, 0, 65_000, 50_000]], kind)
+    boxes = np.array([[0, 0, 50_000, 50_000], [25_000, 0, 60_000, 1], [55_000, 5, 60_000, 9]], kind)
+    np.testing.assert_array_equal(area_jit(boxes), np.float32([2.5e9, 35_000, 20_000]))
+    assert float(np.asarray(iou_jit(boxes[:1], boxes[2:]))[0, 0]) == 0.0
+    squares = np.array([[0, 0, 50_000, 50_000], [25_000, 0, 65_000, 50_000]], kind)
     # 25,000 x 50,000 of 65,000 x 50,000
-    np.testing.assert_allclose(ops.box_iou(squares[:1], squares[1:]), [[25 / 65]], rtol=HAND_F32)
-    np.testing.assert_allclose(ops.generalized_box_iou(squares[:1], squares[1:]), [[25 / 65]], rtol=HAND_F32)
+    np.testing.assert_allclose(iou_jit(squares[:1], squares[1:]), [[25 / 65]], rtol=HAND_F32)
+    generalized = jax.jit(ops.generalized_box_iou)(squares[:1], squares[1:])
+    np.testing.assert_allclose(generalized, [[25 / 65]], rtol=HAND_F32)
     with jax.enable_x64(True):
-        wide = ops.box_area(jnp.asarray(boxes))
+        wide = area_jit(boxes)
         assert wide.dtype == jnp.int64
         np.testing.assert_array_equal(wide, [2_500_000_000, 35_000, 20_000])
 
@@ -120,12 +126,12 @@ def test_convert_matches_torchvision(in_fmt, out_fmt, dtype, rng):
     import torch
 
     boxes = random_boxes(rng, 20, dtype)
-    ours = ops.box_convert(jnp.asarray(boxes), in_fmt, out_fmt)
+    ours = convert_jit(jnp.asarray(boxes), in_fmt, out_fmt)
     assert_close(ours, tv.ops.box_convert(torch.tensor(boxes), in_fmt, out_fmt), dtype)
-    assert_close(ops.box_convert(ours, out_fmt, in_fmt), torch.tensor(boxes), dtype)
+    assert_close(convert_jit(ours, out_fmt, in_fmt), torch.tensor(boxes), dtype)
     whole = rng.integers(0, 60, (7, 4))
     theirs = tv.ops.box_convert(torch.tensor(whole, dtype=torch.int32), in_fmt, out_fmt).numpy()
-    ours = ops.box_convert(jnp.asarray(whole.astype(np.int32)), in_fmt, out_fmt)
+    ours = convert_jit(jnp.asarray(whole.astype(np.int32)), in_fmt, out_fmt)
     np.testing.assert_array_equal(ours, theirs)
     assert ours.dtype == theirs.dtype
 
@@ -144,15 +150,15 @@ def test_clip_matches_torchvision(dtype, rng):
         np.testing.assert_array_equal(clipped, expected.detach().numpy())
         assert clipped.dtype == dtype
     on_border = np.array([[0, 0, 200, 120]], dtype)
-    gradient = jax.grad(lambda b: jnp.sum(ops.clip_boxes_to_image(b, (120, 200))))
-    np.testing.assert_array_equal(gradient(jnp.asarray(boxes))[:-1], theirs.grad.numpy()[:-1])
+    gradient = jax.jit(jax.grad(lambda b: jnp.sum(ops.clip_boxes_to_image(b, (120, 200)))))
+    np.testing.assert_array_equal(np.asarray(gradient(jnp.asarray(boxes)))[:-1], theirs.grad.numpy()[:-1])
     np.testing.assert_array_equal(gradient(jnp.asarray(on_border)), np.ones((1, 4)))
 
 
 def test_clip_sizes_differ_under_vmap(rng):
-    boxes = jnp.asarray(random_boxes(rng, 8, np.float32))
+    boxes = random_boxes(rng, 8, np.float32)
     sizes = jnp.array([[100, 50], [30, 300]], jnp.int32)
-    clipped = jax.vmap(ops.clip_boxes_to_image, in_axes=(None, 0))(boxes, sizes)
+    clipped = np.asarray(jax.jit(jax.vmap(ops.clip_boxes_to_image, in_axes=(None, 0)))(boxes, sizes))
     for i, (rows, columns) in enumerate([(100, 50), (30, 300)]):
         limit = np.array([columns, rows, columns, rows], np.float32)
         np.testing.assert_array_equal(clipped[i], np.clip(boxes, 0, limit))
@@ -189,12 +195,12 @@ def test_resize_boxes_matches_torchvision(dtype, rng):
 
 
 def test_no_boxes():
-    none, some = jnp.zeros((0, 4)), jnp.zeros((3, 4))
+    none, some = np.zeros((0, 4), np.float32), np.zeros((3, 4), np.float32)
     for name in PAIRWISE:
-        assert getattr(ops, name)(none, some).shape == (0, 3)
-    assert ops.box_area(none).shape == (0,)
-    assert ops.remove_small_boxes(none, 1).shape == (0,)
-    assert ops.clip_boxes_to_image(none, (5, 5)).shape == (0, 4)
+        assert jax.jit(getattr(ops, name))(none, some).shape == (0, 3)
+    assert area_jit(none).shape == (0,)
+    assert jax.jit(ops.remove_small_boxes)(none, 1).shape == (0,)
+    assert jax.jit(ops.clip_boxes_to_image)(none, (5, 5)).shape == (0, 4)
 
 
 @pytest.mark.parametrize(

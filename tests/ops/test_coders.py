@@ -102,17 +102,19 @@ def test_transforms(coder, rng):
 
 
 def test_boxes_follow_the_dtype_of_the_codes_and_half_precision_is_float32(x64):
-    codes = jnp.ones((2, 4))
-    boxes = jnp.asarray(random_boxes(np.random.default_rng(0), 2, np.float64))
+    codes = np.ones((2, 4))
+    boxes = random_boxes(np.random.default_rng(0), 2, np.float64)
+    narrow = boxes.astype(jnp.bfloat16)
     for coder in (BoxCoder(), BoxLinearCoder()):
-        assert coder.decode(codes.astype(jnp.float32), boxes).dtype == jnp.float32
-        assert coder.decode(codes.astype(jnp.float64), boxes).dtype == jnp.float64
-        assert coder.decode(codes.astype(jnp.bfloat16), boxes).dtype == jnp.float32
-        assert coder.encode(boxes.astype(jnp.bfloat16), boxes.astype(jnp.bfloat16)).dtype == jnp.float32
+        decode = jax.jit(coder.decode)
+        assert decode(codes.astype(np.float32), boxes).dtype == jnp.float32
+        assert decode(codes, boxes).dtype == jnp.float64
+        assert decode(codes.astype(jnp.bfloat16), boxes).dtype == jnp.float32
+        assert jax.jit(coder.encode)(narrow, narrow).dtype == jnp.float32
 
 
 def test_padding_encodes_to_infinity_as_documented():
-    codes = BoxCoder().encode(jnp.zeros((1, 4)), jnp.array([[0.0, 0, 8, 8]]))
+    codes = jax.jit(BoxCoder().encode)(jnp.zeros((1, 4)), jnp.array([[0.0, 0, 8, 8]]))
     np.testing.assert_array_equal(codes, [[-0.5, -0.5, -np.inf, -np.inf]])
 
 

@@ -26,7 +26,7 @@ def dtype(request):
 def load(name, dtype):
     """(arguments of nms or batched_nms, threshold, indices kept) of one golden case."""
     case = {key.split("/")[1]: value for key, value in GOLDEN.items() if key.startswith(name + "/")}
-    args = [jnp.asarray(case["boxes"], dtype), jnp.asarray(case["scores"], dtype)]
+    args = [jnp.asarray(case[key].astype(dtype)) for key in ("boxes", "scores")]
     if "idxs" in case:
         args.append(jnp.asarray(case["idxs"]))
     return args, float(case["threshold"]), case[dtype]
@@ -51,7 +51,7 @@ run_vmap = jax.jit(
 def run_among_padding(args, threshold, valid):
     """Three boxes behind that must not count, two more output slots than boxes, and a traced threshold."""
     n, fill = len(args[0]) + 3, (np.nan, np.inf, 1)
-    args = [jnp.concatenate([a, jnp.full((3, *a.shape[1:]), v, a.dtype)]) for a, v in zip(args, fill, strict=False)]
+    args = [np.concatenate([a, np.full((3, *a.shape[1:]), v, a.dtype)]) for a, v in zip(args, fill, strict=False)]
     with jax.enable_x64(True):  # in float32 a traced threshold would be its rounding
         valid = jnp.asarray(np.concatenate([valid, np.zeros(3, bool)]))
         return run_jit(args, jnp.asarray(threshold, jnp.float64), valid, n + 2)
@@ -92,12 +92,12 @@ class TestGolden:
         args, threshold, kept = load(name, dtype)
         n = len(args[0])
         size = max(1, n // 4)
-        batch = [jnp.stack([a, a, a]) for a in args]
+        batch = [np.stack([a, a, a]) for a in args]
         valid = np.ones((3, n), bool)
         valid[1] = False
         valid[2, kept[:1]] = False
         with jax.enable_x64(True), routes_for("gpu"):
-            result = run_vmap(batch, jnp.asarray(threshold, jnp.float64), jnp.asarray(valid), size)
+            result = np.asarray(run_vmap(batch, jnp.asarray(threshold, jnp.float64), jnp.asarray(valid), size))
         np.testing.assert_array_equal(result[0], padded(kept, size))
         np.testing.assert_array_equal(result[1], np.full(size, -1))
         alone = np.asarray(run_among_padding(args, threshold, valid[2]))
@@ -109,14 +109,15 @@ class TestGolden:
 def test_images_do_not_meet(name):
     """A batch in which one image is done long before the others, and one has no box: each has its own answer."""
     args, threshold, kept = load(name, "float32")
+    args = [np.asarray(a) for a in args]
     n = len(args[0])
-    batch = [jnp.stack([a, a, a, a[::-1]]) for a in args]
+    batch = [np.stack([a, a, a, a[::-1]]) for a in args]
     valid = np.ones((4, n), bool)
     valid[1] = False
     valid[2, kept[1:]] = False
-    found = run_vmap(batch, threshold, jnp.asarray(valid), n)
-    alone = run_among_padding(args, threshold, valid[2])[:n]
-    turned = run_among_padding([a[::-1] for a in args], threshold, valid[3])[:n]
+    found = np.asarray(run_vmap(batch, threshold, jnp.asarray(valid), n))
+    alone = np.asarray(run_among_padding(args, threshold, valid[2]))[:n]
+    turned = np.asarray(run_among_padding([a[::-1] for a in args], threshold, valid[3]))[:n]
     for row, expected in zip(found, (padded(kept, n), np.full(n, -1), alone, turned), strict=True):
         np.testing.assert_array_equal(row, expected)
 
@@ -250,8 +251,8 @@ class TestTransformations:
     @pytest.mark.parametrize("narrow", ["bfloat16", "float16"])
     def test_narrow_floats_are_computed_in_float32(self, narrow):
         (boxes, scores), threshold, _ = load("random", "float32")
-        boxes, scores = boxes.astype(narrow), scores.astype(narrow)
-        expected = nms(boxes.astype(jnp.float32), scores.astype(jnp.float32), threshold)
+        boxes, scores = (np.asarray(a, jnp.dtype(narrow)) for a in (boxes, scores))
+        expected = nms(boxes.astype(np.float32), scores.astype(np.float32), threshold)
         np.testing.assert_array_equal(nms(boxes, scores, threshold), expected)
 
 

@@ -108,6 +108,7 @@ def test_float32_in_a_bucket(name):
         assert found["labels"].dtype == np.int32
 
 
+@pytest.mark.ci  # nn/test_bfloat16_sums.py and inference/test_predictor.py compute in bfloat16 in every run
 @pytest.mark.repeated
 def test_bfloat16(name):
     """bfloat16 computes, but boxes and scores are float32, and the answer stays near torchvision's in float32."""

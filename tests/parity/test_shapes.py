@@ -30,6 +30,7 @@ def test_elongated_at_full_size(name, x64):
     assert match.count > 5
 
 
+@pytest.mark.ci  # inference/test_predict.py has the shared canvas in every run
 @pytest.mark.repeated
 def test_torchvisions_batch(name, x64):
     """canvas="batch" reproduces what torchvision answers for this very list of images."""

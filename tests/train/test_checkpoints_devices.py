@@ -8,6 +8,7 @@ import socket
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from flaxdet.train.checkpoints import Checkpoints
 from tests.train.states import assert_same, make_state, names, run
@@ -73,6 +74,7 @@ jax.distributed.shutdown()
 """
 
 
+@pytest.mark.ci  # other numbers of devices, above, run always
 def test_two_processes_save_together(tmp_path):
     with socket.socket() as listener:
         listener.bind(("localhost", 0))

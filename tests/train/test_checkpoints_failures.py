@@ -126,6 +126,7 @@ def test_ctrl_c_while_reading_is_not_taken_for_damage(tmp_path, monkeypatch):
     assert_same(checkpoints.restore(make_state())[0], make_state(1))
 
 
+@pytest.mark.ci  # a process of its own; a full disk is played above
 def test_a_folder_that_cannot_be_made_leaves_no_thread_waiting(tmp_path):
     # orbax's default would keep the process for 20 minutes; run() has a timeout
     script = """
@@ -200,6 +201,7 @@ for moment in sys.argv[2:]:
 """
 
 
+@pytest.mark.ci  # what a kill leaves behind is removed in the test above
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_killed_in_the_middle_of_a_save(tmp_path):
     survivors = {"config": None, "begun": 2, "writing": 2, "written": 2, "committed": 3, "removing": 3}
@@ -244,6 +246,7 @@ print(names(folder))
 """
 
 
+@pytest.mark.ci  # a full disk is played above
 @pytest.mark.skipif(sys.platform == "win32", reason="needs resource limits")
 def test_a_real_failure_to_write_leaves_stderr_clean(tmp_path):
     message = f"the checkpoint of step 2 could not be saved: {os.strerror(errno.EFBIG)}"

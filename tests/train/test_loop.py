@@ -306,6 +306,7 @@ def test_a_step_that_does_not_know_its_labels(training):
         fit(lambda state, batch: (state, {"loss": np.nan}), STATE, batches, steps=1, progress=False)
 
 
+@pytest.mark.ci  # test_step.py has the averages, and test_checkpoints.py their way there and back
 def test_averages_are_what_is_evaluated(training):
     state = create_state(training.model, training.variables, training.tx, key=jax.random.key(0), ema=True)
     step = make_train_step(training.model, training.tx, ema_decay=0.5)

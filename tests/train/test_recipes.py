@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,16 +52,17 @@ def test_every_rate(steps_per_epoch, kind, x64):
     else:
         schedule = warmup_cosine_schedule(peak, steps_per_epoch, epochs, per_epoch=True)
         expected = torch_rates(steps_per_epoch, epochs, peak, lambda s, o: s.CosineAnnealingLR(o, epochs))
-    found = jax.vmap(schedule)(jnp.arange(len(expected), dtype=jnp.int32))
+    found = jax.jit(jax.vmap(schedule))(jnp.arange(len(expected), dtype=jnp.int32))
     assert found.dtype == jnp.float64
     np.testing.assert_allclose(found, expected, rtol=LR_F64)
 
 
 def test_schedules_by_hand():
     schedule = warmup_multistep_schedule(1.0, 10, [3], warmup_steps=4, warmup_factor=0.2)
-    found = [float(schedule(step)) for step in (0, 1, 3, 4, 29, 30, 1000)]
+    rate = jax.jit(schedule)
+    found = [float(rate(step)) for step in (0, 1, 3, 4, 29, 30, 1000)]
     np.testing.assert_allclose(found, [0.2, 0.4, 0.8, 1, 1, 0.1, 0.1], rtol=HAND_F32)
-    cosine = warmup_cosine_schedule(1.0, 10, 2, end_lr=0.5, warmup_steps=0)
+    cosine = jax.jit(warmup_cosine_schedule(1.0, 10, 2, end_lr=0.5, warmup_steps=0))
     np.testing.assert_allclose(
         [float(cosine(step)) for step in (0, 5, 10, 20, 99)],
         [1, 0.75 + math.cos(math.pi / 4) / 4, 0.75, 0.5, 0.5],
@@ -88,6 +90,9 @@ OPTIONS = {
     "only norms decay": {"norm_weight_decay": 0.3},
 }
 
+SCHEDULE = warmup_multistep_schedule(0.1, 10, [2])
+rate_of = jax.jit(SCHEDULE)  # one program of all cases
+
 
 @pytest.mark.parametrize("case", OPTIONS)
 def test_sgd_is_torchs(case, x64):
@@ -100,7 +105,6 @@ def test_sgd_is_torchs(case, x64):
         "norm": {"scale": rng.normal(size=3), "bias": rng.normal(size=3)},
     }
     pull = jax.tree.map(lambda x: rng.uniform(0.1, 3, x.shape), start)
-    schedule = warmup_multistep_schedule(0.1, 10, [2])
 
     tensors = jax.tree.map(lambda x: torch.nn.Parameter(torch.tensor(x)), start)
     decay = options.get("weight_decay", 0.0)
@@ -112,20 +116,24 @@ def test_sgd_is_torchs(case, x64):
     rest = {"momentum": 0.9} | {key: value for key, value in options.items() if key in ("momentum", "nesterov")}
     optimizer = torch.optim.SGD(groups, lr=0.1, **rest)
 
-    tx = sgd(schedule, **options)
-    params, state = jax.tree.map(jnp.asarray, start), None
+    tx = sgd(SCHEDULE, **options)
+
+    @jax.jit
+    def update(params, state):
+        gradients = jax.tree.map(lambda c, p: 2 * c * (p - 1), pull, params)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params: Any = jax.tree.map(jnp.asarray, start)
     state = tx.init(params)
-    update = jax.jit(tx.update)
     for step in range(30):
         for group in optimizer.param_groups:
-            group["lr"] = float(schedule(step))
+            group["lr"] = float(rate_of(step))
         optimizer.zero_grad()
         loss = sum((torch.tensor(pull[a][b]) * (tensors[a][b] - 1) ** 2).sum() for a in start for b in start[a])
         loss.backward()
         optimizer.step()
-        gradients = jax.tree.map(lambda c, p: 2 * c * (p - 1), pull, params)
-        updates, state = update(gradients, state, params)
-        params = optax.apply_updates(params, updates)
+        params, state = update(params, state)
     for a, b in itertools.chain.from_iterable([(a, b) for b in start[a]] for a in start):
         assert params[a][b].dtype == jnp.float64
         np.testing.assert_allclose(params[a][b], tensors[a][b].detach().numpy(), rtol=SGD_F64)

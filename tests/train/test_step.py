@@ -35,6 +35,10 @@ from tests.train.cases import random_batch
 from tests.train.toy import Toy, assert_trees_close, assert_trees_equal, gradients_at, only_second, run, toy_variables
 
 
+def by_sgd(params, gradients, rate=0.1):
+    return jax.tree.map(lambda p, g: p - rate * g, *jax.device_get((params, gradients)))
+
+
 def test_metrics_and_update():
     states, metrics = run(optax.sgd(0.1), 2)
     for before, after, found, seed in zip(states[:-1], states[1:], metrics, (0, 1), strict=True):
@@ -45,7 +49,7 @@ def test_metrics_and_update():
         assert found["noise"] == pytest.approx(float(losses["noise"]), rel=STEP_F32)
         norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(gradients)))
         assert found["grad_norm"] == pytest.approx(norm, rel=STEP_F32)
-        assert_trees_close(after.params, jax.tree.map(lambda p, g: p - 0.1 * g, before.params, gradients), 1e-5)
+        assert_trees_close(after.params, by_sgd(before.params, gradients), 1e-5)
         assert_trees_close(after.batch_stats, batch_stats, 1e-5)
     assert [int(state.step) for state in states] == [0, 1, 2]
 
@@ -110,9 +114,10 @@ def test_keys():
 def test_averages():
     states, _ = run(optax.sgd(0.5), 3, ema=0.75)
     expected = {"params": states[0].params, "batch_stats": states[0].batch_stats}
+    moved = jax.jit(optax.incremental_update)
     for state in states[1:]:
         new = {"params": state.params, "batch_stats": state.batch_stats}
-        expected = optax.incremental_update(new, expected, 0.25)
+        expected = moved(new, expected, 0.25)
     assert_trees_close(states[-1].ema, expected)
     with pytest.raises(ValueError, match="go together, got ema_decay and no averages"):
         make_train_step(Toy(), optax.sgd(0.1), ema_decay=0.9)(run(optax.sgd(0.1), 0)[0][0], random_batch(2, size=8))
@@ -127,7 +132,7 @@ def test_loss_weights():
     assert metrics[0]["loss"] == pytest.approx(3 * metrics[0]["fit"], rel=HAND_F32)
     assert metrics[0]["noise"] != 0
     _, gradients = gradients_at(states[0], 0, {"noise": 0.0, "fit": 3.0})
-    assert_trees_close(states[1].params, jax.tree.map(lambda p, g: p - 0.1 * g, states[0].params, gradients), 1e-5)
+    assert_trees_close(states[1].params, by_sgd(states[0].params, gradients), 1e-5)
     with pytest.raises(ValueError, match="loss_weights has fits; the model's losses are fit, noise"):
         run(optax.sgd(0.1), 1, loss_weights={"fits": 1.0})
 
@@ -138,15 +143,15 @@ def test_accumulation():
         states, _ = run(optax.MultiSteps(sgd(0.1), 2), 2)
     assert_trees_equal(states[1].params, states[0].params)
     gradients = [gradients_at(state, seed)[1] for seed, state in enumerate(states[:2])]
-    mean = jax.tree.map(lambda a, b: (a + b) / 2, *gradients)
-    assert_trees_close(states[2].params, jax.tree.map(lambda p, g: p - 0.1 * g, states[0].params, mean), 1e-5)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *jax.device_get(gradients))
+    assert_trees_close(states[2].params, by_sgd(states[0].params, mean), 1e-5)
 
 
 def test_clipping():
     states, metrics = run(optax.chain(optax.clip_by_global_norm(0.01), sgd(1.0, momentum=0)), 1)
     assert metrics[0]["grad_norm"] > 0.02
-    moved = jax.tree.map(lambda a, b: a - b, states[1].params, states[0].params)
-    assert float(optax.tree.norm(moved)) == pytest.approx(0.01, rel=CLIPPED_F32)
+    moved = by_sgd(states[1].params, states[0].params, 1)
+    assert float(jax.jit(optax.tree.norm)(moved)) == pytest.approx(0.01, rel=CLIPPED_F32)
 
 
 CHAINS = {
@@ -263,5 +268,6 @@ def test_losses_inside_a_users_own_jit():
     loss_step = make_loss_step(Toy())
     found = jax.jit(lambda: loss_step(variables, batch))()
     images, targets = batch_inputs(Toy(), batch)
-    expected = Toy().apply(variables, images, targets, train=False, rngs={"sampling": jax.random.key(0)})
+    apply = jax.jit(Toy().apply, static_argnames="train")
+    expected = apply(variables, images, targets, train=False, rngs={"sampling": jax.random.key(0)})
     assert_trees_close(found, {**expected, "loss": expected["fit"] + expected["noise"]})

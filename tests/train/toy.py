@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -31,6 +32,8 @@ class Toy(nn.Module):
         return {"fit": jnp.mean(jnp.square(x - targets.boxes.mean())), "noise": noise * jnp.mean(x[::3])}
 
 
+@functools.cache
+@jax.jit
 def toy_variables() -> Any:
     batch = random_batch(2, size=8)
     keys = {"params": jax.random.key(0), "sampling": jax.random.key(1)}
@@ -41,6 +44,10 @@ def only_second(params):
     return {name: dict.fromkeys(leaves, name == "second") for name, leaves in params.items()}
 
 
+def copied(leaf: jax.Array) -> jax.Array:
+    return jax.device_put(leaf, may_alias=False)
+
+
 def run(tx, steps=3, *, variables=None, key=None, trainable=None, ema=None, **options):
     variables = toy_variables() if variables is None else variables
     key = jax.random.key(2) if key is None else key
@@ -48,9 +55,9 @@ def run(tx, steps=3, *, variables=None, key=None, trainable=None, ema=None, **op
     train_step = make_train_step(Toy(), tx, trainable=trainable, ema_decay=ema, **options)
     states, metrics = [state], []
     for i in range(steps):
-        before = jax.tree.map(jnp.array, states[-1])  # a copy: the step donates its own
+        before = jax.tree.map(copied, states[-1])  # a copy: the step donates its own
         states[-1] = before
-        state, found = train_step(jax.tree.map(jnp.array, before), random_batch(2, size=8, seed=i))
+        state, found = train_step(jax.tree.map(copied, before), random_batch(2, size=8, seed=i))
         states.append(state)
         metrics.append({name: float(value) for name, value in found.items()})
     return states, metrics
@@ -58,17 +65,24 @@ def run(tx, steps=3, *, variables=None, key=None, trainable=None, ema=None, **op
 
 def gradients_at(state, seed, weights=None):
     """((loss, (losses, batch_stats)), gradients) of the step's batch, by jax's own means."""
-    images, targets = batch_inputs(Toy(), random_batch(2, size=8, seed=seed))
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    batch = random_batch(2, size=8, seed=seed)
+    del batch["image_id"]  # int64, of the pipeline alone
+    weights = {"fit": 1.0, "noise": 1.0} | (weights or {})
+    return _gradients(state.params, state.batch_stats, state.key, state.step, batch, weights)
+
+
+@jax.jit  # one program for all seeds and weights
+def _gradients(params, batch_stats, key, step, batch, weights):
+    images, targets = batch_inputs(Toy(), batch)
+    key = jax.random.fold_in(jax.random.wrap_key_data(key), step)
 
     def total(params):
-        variables = {"params": params, "batch_stats": state.batch_stats}
+        variables = {"params": params, "batch_stats": batch_stats}
         options = {"train": True, "rngs": {"sampling": key}, "mutable": ["batch_stats"]}
         losses, updates = Toy().apply(variables, images, targets, **options)
-        weighted = {name: loss * (weights or {}).get(name, 1.0) for name, loss in losses.items()}
-        return weighted["fit"] + weighted["noise"], (losses, updates["batch_stats"])
+        return weights["fit"] * losses["fit"] + weights["noise"] * losses["noise"], (losses, updates["batch_stats"])
 
-    return jax.value_and_grad(total, has_aux=True)(state.params)
+    return jax.value_and_grad(total, has_aux=True)(params)
 
 
 def assert_trees_close(actual, expected, rtol=HAND_F32, atol=STEP_FLOOR_F32):
