@@ -148,6 +148,7 @@ def test_a_part_of_another_library_keeps_its_dtype():
     )
 
 
+@pytest.mark.ci  # a process with several devices
 def test_on_the_devices_of_the_variables():
     """Replicated over two devices they stay so; divided over them they are not folded."""
     code = f"""

@@ -44,7 +44,8 @@ def test_stages_and_collections(name):
     assert isinstance(plain, Detections)
 
 
-@pytest.mark.parametrize("name", [FCOS_NAME, pytest.param(V2_NAME, marks=pytest.mark.ci)])
+@pytest.mark.ci  # whole ResNet-50s; the small forms are below
+@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
 def test_builders_are_abstract_too(name):
     build = getattr(flaxdet, name)
     variables = jax.eval_shape(lambda: build(weights_backbone=None)[1])

@@ -122,7 +122,8 @@ def test_initialisation_is_torchvisions():
             )
 
 
-@pytest.mark.parametrize("name", [FCOS_NAME, pytest.param(V2_NAME, marks=pytest.mark.ci)])
+@pytest.mark.ci  # whole ResNet-50s; the tests above have small ones
+@pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
 def test_the_builders_models(name):
     """Full size, frozen or live: the model is the builder's for that many classes, and torchvision takes it."""
     options = {"frozen_bn": True} if name == FCOS_NAME else {"freeze_bn": True, "remat": True}

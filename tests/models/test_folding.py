@@ -46,7 +46,9 @@ def test_the_same_detections(name, options, x64):
             assert verify.match_detections(own, other, INVARIANCE_F64, INVARIANCE_F64).same
 
 
-@pytest.mark.parametrize(("name", "frozen"), [(FCOS_NAME, False), (FCOS_NAME, True), (V2_NAME, False)])
+@pytest.mark.parametrize(
+    ("name", "frozen"), [pytest.param(FCOS_NAME, False, marks=pytest.mark.ci), (FCOS_NAME, True), (V2_NAME, False)]
+)
 def test_every_batch_norm_of_the_builders_goes(name, frozen):
     """By names and shapes, so that none of the ResNet-50 is computed."""
     from flaxdet.models.detector import example_batch

@@ -17,7 +17,14 @@ from tests.parity.sides import FCOS_NAME, V2_NAME
 from tests.tiny import build_small_models
 
 NAMES = pytest.mark.parametrize("name", [FCOS_NAME, V2_NAME])
-OPTIONS = pytest.mark.parametrize("options", [{"freeze_bn": True}, {"remat": True}, {"freeze_bn": True, "remat": True}])
+OPTIONS = pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"freeze_bn": True}, marks=pytest.mark.ci),
+        pytest.param({"remat": True}, marks=pytest.mark.ci),
+        {"freeze_bn": True, "remat": True},
+    ],
+)
 
 
 def options_of(model: Any) -> dict[str, bool]:

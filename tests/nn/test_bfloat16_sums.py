@@ -69,7 +69,12 @@ def sums(jaxpr: Jaxpr):
 
 
 @pytest.mark.parametrize(
-    ("name", "frozen"), [(FCOS_NAME, False), pytest.param(FCOS_NAME, True, marks=pytest.mark.ci), (V2_NAME, False)]
+    ("name", "frozen"),
+    [
+        (FCOS_NAME, False),
+        pytest.param(FCOS_NAME, True, marks=pytest.mark.ci),
+        pytest.param(V2_NAME, False, marks=pytest.mark.ci),
+    ],
 )
 def test_a_step_sums_maps_in_float32(name, frozen):
     model = sides.flax_detector(name, frozen=frozen, dtype=jnp.bfloat16, min_size=128, max_size=160)

@@ -346,6 +346,7 @@ def test_equal_however_the_dtype_is_spelled():
         GroupNorm(dtype=jnp.int32)
 
 
+@pytest.mark.ci  # a process with four devices
 def test_a_batch_divided_over_devices_gives_the_same():
     """Values and gradients of live BatchNorm and GroupNorm under a mask, in float64, against one device."""
     code = f"""

@@ -1,8 +1,8 @@
 """Default and unusual keyword arguments against torchvision, float64, on the small forms.
 
 torchvision runs whole with every option. Our network runs twice for each detector, the second time on a canvas with
-an odd side and another number of classes. Options of postprocessing are tried on the outputs of the network, options
-of geometry without a network.
+an odd side and another number of classes. Options of postprocessing are tried on the outputs of torchvision's network,
+options of geometry without a network.
 """
 
 from __future__ import annotations
@@ -99,15 +99,20 @@ def compare_whole(name: str, options: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="module")
 def outputs():
-    """By the builder's name: what the network with the default options gives, [1, ...], and the batch it was given."""
+    """By the builder's name: what torchvision's network with the default options gives, [1, ...], and our batch."""
     made: dict[str, Any] = {}
 
     def get(name: str):
         if name not in made:
-            model, variables, _ = detector(name)
+            model, _, theirs = detector(name)
             batch = transform([sides.photo(PHOTO)], model.transform, canvas="batch", dtype=np.float64)
-            _, sown = jax.device_get(stages._apply(model, variables, batch))
-            made[name] = sown, level_shapes({level: sown[level] for level in sides.levels_of(model)}), batch
+            _, given = stages.run_reference(theirs, [sides.photo(PHOTO)])
+            np.testing.assert_allclose(batch.pixels, given["pixels"], rtol=0, atol=PIXELS_F64)
+            if "proposals" in given:
+                boxes, real = given["proposals"][None], np.ones((1, len(given["proposals"])), bool)
+                given |= {name: given[name][None] for name in ("class_logits", "box_regression")}
+                given["proposals"] = Proposals(boxes, np.zeros(real.shape), real)  # their scores are read by nobody
+            made[name] = given, level_shapes({level: given[level] for level in sides.levels_of(model)}), batch
         return made[name]
 
     return get
@@ -126,8 +131,8 @@ def part(model, method, shapes, batch, *args):
 def test_fcos(case, outputs, x64):
     model, _, theirs = detector(sides.TINY_NAME, **FCOS_CASES[case])
     (expected,), _ = stages.run_reference(theirs, [sides.photo(PHOTO)], keep_stages=False)
-    sown, shapes, batch = outputs(sides.TINY_NAME)
-    head = {name: sown[name] for name in ("cls_logits", "bbox_regression", "bbox_ctrness")}
+    given, shapes, batch = outputs(sides.TINY_NAME)
+    head = {name: given[name] for name in ("cls_logits", "bbox_regression", "bbox_ctrness")}
     (found,) = unpad(part(model, "postprocess", shapes, batch, head))
     assert (assert_same(found, expected) == 0) == (case == "zero detections")
 
@@ -137,8 +142,8 @@ def test_fcos(case, outputs, x64):
 def test_box_head(case, outputs, x64):
     model, _, theirs = detector(sides.V2_NAME, **BOX_CASES[case])
     (expected,), _ = stages.run_reference(theirs, [sides.photo(PHOTO)], keep_stages=False)
-    sown, _, batch = outputs(sides.V2_NAME)
-    arguments = (sown[name] for name in ("class_logits", "box_regression", "proposals"))
+    given, _, batch = outputs(sides.V2_NAME)
+    arguments = (given[name] for name in ("class_logits", "box_regression", "proposals"))
     # postprocess takes the batch last and no shapes
     (found,) = unpad(part(model, "postprocess", None, batch, *arguments))
     assert (assert_same(found, expected) == 0) == (case == "zero detections")
@@ -150,19 +155,19 @@ def test_rpn(case, outputs, x64):
     """The proposals; and where there is none, no detection either."""
     model, _, theirs = detector(sides.V2_NAME, **RPN_CASES[case])
     (expected,), recorded = stages.run_reference(theirs, [sides.photo(PHOTO)])
-    sown, shapes, batch = outputs(sides.V2_NAME)
+    given, shapes, batch = outputs(sides.V2_NAME)
     ends = np.cumsum([3 * h * w for h, w in shapes])[:-1]
-    levels = [np.split(sown[name], ends, axis=1) for name in ("objectness", "pred_bbox_deltas")]
+    levels = [np.split(given[name], ends, axis=1) for name in ("objectness", "pred_bbox_deltas")]
     proposals: Proposals = part(model, "filter_proposals", shapes, batch, *levels)
     np.testing.assert_allclose(proposals.boxes[proposals.valid], recorded["proposals"], rtol=0, atol=BOXES_F64)
     if case == "zero proposals":
         assert not proposals.valid.any()
         assert not len(expected["scores"])
         model, *_ = detector(sides.V2_NAME)
-        found = part(model, "postprocess", None, batch, sown["class_logits"], sown["box_regression"], proposals)
+        found = part(model, "postprocess", None, batch, given["class_logits"], given["box_regression"], proposals)
         assert not found.valid.any()
     else:
-        assert 5 < len(recorded["proposals"]) < sown["proposals"].valid.sum()  # the options bind
+        assert 5 < len(recorded["proposals"]) < given["proposals"].valid.sum()  # the options bind
 
 
 @pytest.mark.parametrize("case", GEOMETRY)

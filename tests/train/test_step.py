@@ -67,6 +67,7 @@ def test_frozen_parameters_are_left_alone():
     assert_trees_equal(run(tx, 3, trainable=mask)[0][-1].params, states[-1].params)
 
 
+@pytest.mark.ci  # traces two whole steps; the test above shows that frozen layers stay
 def test_frozen_layers_have_no_backward_pass():
     """Arithmetic of the whole step, as JAX hands it to XLA; maps are too small for Winograd's form with less of it."""
     model = flax_detector(FCOS_NAME, 4)
