@@ -34,8 +34,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """Leaves out what only continuous integration runs, or only someone who prepares a release."""
+    """Leaves out what only continuous integration runs, or only someone who prepares a release.
+
+    The rest of a file runs in one worker, unless marked otherwise: its tests share what they compile.
+    """
     level = os.environ.get("FLAXDET_CI")
     skipped = {}
     if level != "release":
@@ -43,6 +47,8 @@ def pytest_collection_modifyitems(items):
     if level is None:
         skipped["ci"] = "a whole model, or takes minutes: .ci/run runs it, or pytest with FLAXDET_CI=1"
     for item in items:
+        if not item.get_closest_marker("xdist_group"):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
         for mark, reason in skipped.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))

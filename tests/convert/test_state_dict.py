@@ -144,6 +144,7 @@ def test_imagenet_weights_go_into_the_backbone():
     }
 
 
+@pytest.mark.ci  # whole ResNet-50s
 def test_shared_checkpoints(shared):
     for name, model in (("fcos_resnet50_fpn", fcos()), ("fasterrcnn_resnet50_fpn_v2", faster_rcnn_v2())):
         path = shared / "checkpoints" / f"{name}_bccd.pth"

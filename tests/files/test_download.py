@@ -346,6 +346,7 @@ def test_threads_at_once(url, cache):
     assert contents(cache) == [NAME]
 
 
+@pytest.mark.ci  # two processes
 def test_processes_at_once(url, cache):
     code = "import sys; from flaxdet.files import download; download.fetch(sys.argv[1], progress=False)"
     command = [sys.executable, "-c", code, url("slow")]

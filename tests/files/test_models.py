@@ -21,10 +21,8 @@ from tests.parity.sides import FCOS_NAME, V2_NAME, flax_detector, known
 from tests.tiny import build_small_models
 
 FILES = pytest.mark.xdist_group("fcos_files")
-# whole detectors: one of them outside of CI
-FCOS_AND_OTHERS = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == FCOS_NAME else [pytest.mark.ci]) for name in registry.names()]
-)
+# whole detectors in CI alone; test_hub.py saves and loads one in every run, and so do the tests of torchvision's file
+WHOLE = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.ci) for name in registry.names()])
 
 
 @pytest.fixture
@@ -49,7 +47,7 @@ OPTIONS = {
 
 
 @FILES
-@FCOS_AND_OTHERS
+@WHOLE
 def test_safetensors_round_trip(name, folder, drawn_models):
     """Model, options, names of labels and every bit of every tensor."""
     options = {"min_size": (96, 128), "fixed_size": (64, 32), "trainable_backbone_layers": 2, **known(name, OPTIONS)}
@@ -80,7 +78,7 @@ def test_safetensors_round_trip(name, folder, drawn_models):
 
 
 @FILES
-@FCOS_AND_OTHERS
+@WHOLE
 def test_pth_round_trip(name, folder, drawn_models):
     """What a .pth holds is told from its tensors; the rest has torchvision's defaults, or is given."""
     model, variables = drawn_models(name, 4)

@@ -36,7 +36,9 @@ def lowered(function, *args) -> jax.export.Exported:
     return exported
 
 
-@pytest.mark.parametrize("canvas", [False, True], ids=["whole bucket", "canvas"])
+@pytest.mark.parametrize(
+    "canvas", [pytest.param(False, id="whole bucket", marks=pytest.mark.ci), pytest.param(True, id="canvas")]
+)
 @pytest.mark.parametrize("name", registry.names())
 def test_detectors_lower(name, canvas):
     """At 800x1088, weights as arguments."""
@@ -49,6 +51,7 @@ def test_detectors_lower(name, canvas):
     assert len(exported.mlir_module_serialized) < 5e6  # no weights inside
 
 
+@pytest.mark.ci  # the test above lowers whole models in float32
 @pytest.mark.parametrize("name", registry.names())
 def test_bfloat16_lowers(name):
     model = registry.make_model(name, num_classes=3, small=True, dtype=jnp.bfloat16)
