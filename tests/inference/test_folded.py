@@ -108,6 +108,7 @@ def test_weights_lie_in_the_dtype_of_the_computation(resnet):
         }
 
 
+@pytest.mark.ci  # a layout that CPUs don't use
 def test_on_gpus_kernels_lie_as_cudnn_reads_them(resnet):
     """Output channels slowest in memory; the numbers and the detections are the same, and a program takes the order."""
     model = resnet[0]

@@ -171,6 +171,7 @@ def test_the_same_shapes_do_not_compile_again(variables, images):
     assert detect_program(np.float32)._cache_size() == before + 1  # 32x96
 
 
+@pytest.mark.ci  # tests/parity computes in float64 throughout
 def test_float64(images, variables, x64):
     variables = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables)
     (found,) = flaxdet.predict(detector(jnp.float64), variables, images[:1])

@@ -47,7 +47,12 @@ def test_the_same_detections(name, options, x64):
 
 
 @pytest.mark.parametrize(
-    ("name", "frozen"), [pytest.param(FCOS_NAME, False, marks=pytest.mark.ci), (FCOS_NAME, True), (V2_NAME, False)]
+    ("name", "frozen"),
+    [
+        pytest.param(FCOS_NAME, False, marks=pytest.mark.ci),
+        (FCOS_NAME, True),
+        pytest.param(V2_NAME, False, marks=pytest.mark.ci),
+    ],
 )
 def test_every_batch_norm_of_the_builders_goes(name, frozen):
     """By names and shapes, so that none of the ResNet-50 is computed."""

@@ -52,6 +52,7 @@ def test_variables_have_the_same_names(frozen):
     assert remat == plain
 
 
+@pytest.mark.ci  # the test above shows that the variables have the same names
 def test_the_same_key_gives_the_same_values(short):
     plain, remat = (
         jax.jit(model.init, compiler_options={"xla_backend_optimization_level": 0})(
