@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-jupytext: Any = pytest.importorskip("jupytext", reason="needs jupytext: pip install '.[dev]'")
-nbformat: Any = pytest.importorskip("nbformat", reason="needs nbformat: pip install '.[dev]'")
+jupytext: Any = pytest.importorskip("jupytext", reason="needs jupytext: pip install '.[test]'")
+nbformat: Any = pytest.importorskip("nbformat", reason="needs nbformat: pip install '.[test]'")
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "build")
