@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items):
     if level != "release":
         skipped["release"] = "repeats smaller tests for minutes: FLAXDET_CI=release runs it"
     if level is None:
-        skipped["ci"] = "a whole model, or takes minutes: .ci/run runs it, or pytest with FLAXDET_CI=1"
+        skipped["ci"] = "repeats a smaller test at greater cost: .ci/run runs it, or pytest with FLAXDET_CI=1"
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))

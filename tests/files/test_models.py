@@ -21,8 +21,7 @@ from tests.parity.sides import FCOS_NAME, V2_NAME, flax_detector, known
 from tests.tiny import build_small_models
 
 FILES = pytest.mark.xdist_group("fcos_files")
-# whole detectors in CI alone; test_hub.py saves and loads one in every run, and so do the tests of torchvision's file
-WHOLE = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.ci) for name in registry.names()])
+EVERY = pytest.mark.parametrize("name", registry.names())
 
 
 @pytest.fixture
@@ -46,8 +45,9 @@ OPTIONS = {
 }
 
 
+@pytest.mark.ci  # whole ResNet-50s; test_hub.py saves and loads one in every run
 @FILES
-@WHOLE
+@EVERY
 def test_safetensors_round_trip(name, folder, drawn_models):
     """Model, options, names of labels and every bit of every tensor."""
     options = {"min_size": (96, 128), "fixed_size": (64, 32), "trainable_backbone_layers": 2, **known(name, OPTIONS)}
@@ -77,8 +77,9 @@ def test_safetensors_round_trip(name, folder, drawn_models):
         flaxdet.load(path, num_classes=5)
 
 
+@pytest.mark.ci  # whole ResNet-50s; the next test reads one from torchvision's file in every run
 @FILES
-@WHOLE
+@EVERY
 def test_pth_round_trip(name, folder, drawn_models):
     """What a .pth holds is told from its tensors; the rest has torchvision's defaults, or is given."""
     model, variables = drawn_models(name, 4)
