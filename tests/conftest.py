@@ -38,7 +38,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_collection_modifyitems(items):
     """Leaves out what only continuous integration runs, or only someone who prepares a release.
 
-    The rest of a file runs in one worker, unless marked otherwise: its tests share what they compile.
+    Tests without an ``xdist_group`` of their own are grouped by file: one worker runs them, so that they share compiled
+    programs.
     """
     level = os.environ.get("FLAXDET_CI")
     skipped = {}

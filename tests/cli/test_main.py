@@ -142,7 +142,7 @@ def test_the_status_reaches_the_shell(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes")
-@pytest.mark.parametrize("stream", ["stdout", pytest.param("stderr", marks=pytest.mark.ci)])
+@pytest.mark.parametrize("stream", ["stdout", pytest.param("stderr", marks=pytest.mark.ci)])  # a second stream
 def test_output_that_nobody_reads_ends_quietly(stream):
     """As of ``flaxdet ... | head``, and of ``flaxdet ... 2>&1 | head``."""
     arguments = ["--help"] if stream == "stdout" else []  # without a command, the help goes to stderr

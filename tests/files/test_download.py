@@ -346,7 +346,7 @@ def test_threads_at_once(url, cache):
     assert contents(cache) == [NAME]
 
 
-@pytest.mark.ci  # two processes
+@pytest.mark.ci  # two processes; the test above has threads at once
 def test_processes_at_once(url, cache):
     code = "import sys; from flaxdet.files import download; download.fetch(sys.argv[1], progress=False)"
     command = [sys.executable, "-c", code, url("slow")]

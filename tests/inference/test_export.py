@@ -36,7 +36,7 @@ def lowered(function, *args) -> jax.export.Exported:
     return exported
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # the form with canvases has more operations
     "canvas", [pytest.param(False, id="whole bucket", marks=pytest.mark.ci), pytest.param(True, id="canvas")]
 )
 @pytest.mark.parametrize("name", registry.names())

@@ -35,6 +35,11 @@ def resnet():
     return model, drawn(abstract_variables(model))
 
 
+def copied(variables):
+    """Equal variables in new arrays, for which nothing is folded yet."""
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=False), variables)
+
+
 def test_predict_and_evaluation_fold(resnet, tmp_path):
     """By the bits: the answers of the folded model, which are not those of the model as given."""
     model, variables = resnet
@@ -52,7 +57,7 @@ def test_predict_and_evaluation_fold(resnet, tmp_path):
 
 
 def test_kept_as_long_as_the_variables_live(resnet):
-    model, variables = resnet[0], jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), resnet[1])
+    model, variables = resnet[0], copied(resnet[1])
 
     def moved(leaf):
         return jax.device_put(np.asarray(leaf) + 1)
@@ -108,12 +113,9 @@ def test_weights_lie_in_the_dtype_of_the_computation(resnet):
         }
 
 
-@pytest.mark.ci  # a layout that CPUs don't use
 def test_on_gpus_kernels_lie_as_cudnn_reads_them(resnet):
     """Output channels slowest in memory; the numbers and the detections are the same, and a program takes the order."""
-    model = resnet[0]
-    # copies: what is folded already is kept
-    variables = jax.tree.map(lambda leaf: jax.device_put(np.array(leaf)), resnet[1])
+    model, variables = resnet[0], copied(resnet[1])
     _, plain = folded(*resnet)
     with routes_for("gpu"):
         model, prepared = folded(model, variables)
@@ -149,7 +151,7 @@ def test_a_part_of_another_library_keeps_its_dtype():
     )
 
 
-@pytest.mark.ci  # a process with several devices
+@pytest.mark.ci  # a process of several devices; the tests above fold on one device
 def test_on_the_devices_of_the_variables():
     """Replicated over two devices they stay so; divided over them they are not folded."""
     code = f"""

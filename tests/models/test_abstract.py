@@ -62,7 +62,7 @@ def test_builders_are_abstract_too(name):
 # Dtypes
 
 
-# (dtype, param_dtype, stored)
+# (dtype, param_dtype, stored); the less usual mixtures run in CI alone
 DTYPES = [
     ("float32", None, "float32"),
     pytest.param("float32", "bfloat16", "bfloat16", marks=pytest.mark.ci),

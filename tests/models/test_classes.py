@@ -54,7 +54,7 @@ def rows(variables, name):
 
 @functools.cache
 def fresh_rows(name):
-    """Of nine classes, as in other tests here: what initialises that many is compiled once."""
+    """Fresh rows of nine classes, as many as other tests draw: the initialisation is compiled once."""
     return rows(replace_classes(*trained(name), 9)[1], name)
 
 

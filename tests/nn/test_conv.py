@@ -40,7 +40,7 @@ PLAIN_3X3 = {"window_strides": (1, 1), "padding": ((1, 1), (1, 1)), "dimension_n
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def values_and_gradients(function, stride, padding, groups, x, kernel, weights):
-    """The values alone, for which it may take another form than with a gradient; a loss and its gradients."""
+    """Values without a gradient, for which ``function`` may take another form; then a loss and its gradients."""
     options = {"window_strides": (stride,) * 2, "padding": ((padding,) * 2,) * 2, "feature_group_count": groups}
     convolve = functools.partial(function, dimension_numbers=LAYOUT, **options)
 
@@ -59,6 +59,7 @@ def values_and_gradients(function, stride, padding, groups, x, kernel, weights):
         ("1x1 of stride 2", "gpu"),
         ("7x7 of stride 2", "gpu"),
         ("7x7 of stride 2", "tpu"),
+        # other sizes of the same form
         *(pytest.param(case, "tpu", marks=pytest.mark.ci) for case in CASES if case.startswith("7x7 of stride 2,")),
     ],
 )

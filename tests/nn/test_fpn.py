@@ -140,7 +140,7 @@ def levels_in_training(fpn, variables, x, canvas, bucket):
 
 
 @pytest.mark.parametrize("extra", [LastLevelMaxPool(), LastLevelP6P7(WIDTH, WIDTH), LastLevelP6P7(14, WIDTH)])
-@pytest.mark.parametrize("canvas", [(64, 96), pytest.param((96, 32), marks=pytest.mark.ci)])
+@pytest.mark.parametrize("canvas", [(64, 96), pytest.param((96, 32), marks=pytest.mark.ci)])  # a second size
 def test_canvas_is_the_crop(extra, canvas):
     """Levels inside a canvas don't see what the bucket holds beyond it."""
     ours = FeaturePyramidNetwork(WIDTH, extra, use_norm=True)

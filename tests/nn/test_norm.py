@@ -41,12 +41,12 @@ def route(request):
 
 
 def initialised(norm, x):
-    """As the module starts; in one program, since without jit each of the dozens of operations is a program."""
+    """Initial variables of the module, from one program: without jit, each operation would be compiled alone."""
     return jax.jit(norm.init)(jax.random.key(0), x)
 
 
 def applied(norm, variables, x, mask=None, *, train: bool):
-    """(values, new statistics), in one program."""
+    """(values, new statistics) of the module, from one program."""
     run = jax.jit(partial(norm.apply, train=train, mutable=["batch_stats"]))
     return run(variables, x, mask=mask)
 
@@ -346,7 +346,7 @@ def test_equal_however_the_dtype_is_spelled():
         GroupNorm(dtype=jnp.int32)
 
 
-@pytest.mark.ci  # a process with four devices
+@pytest.mark.ci  # a process with four devices; the tests above compare each route on one device
 def test_a_batch_divided_over_devices_gives_the_same():
     """Values and gradients of live BatchNorm and GroupNorm under a mask, in float64, against one device."""
     code = f"""

@@ -176,7 +176,7 @@ def test_takes_no_memory_but_the_gradient():
     assert compiled.memory_analysis().temp_size_in_bytes < 1.2 * (gradient + chunk) < 10e6
 
 
-@pytest.mark.ci  # a process with eight devices
+@pytest.mark.ci  # a process of several devices; the tests above compare gradients on one device
 def test_a_sharded_batch_stays_where_it_is():
     """Each of four devices pools its own images: the same gradients, and no word between devices."""
     program = """

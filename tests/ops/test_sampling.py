@@ -22,7 +22,7 @@ sample = jax.jit(balanced_sample, static_argnums=(2, 3))
 
 @pytest.mark.parametrize(
     ("positives", "negatives", "ignored"),
-    # of one length each but the last, so that XLA compiles once for all of them
+    # 280 labels in each case but the last, so that XLA compiles one program for these cases
     [(50, 200, 30), (5, 200, 75), (50, 3, 227), (2, 3, 275), (0, 60, 220), (60, 0, 220), (0, 0, 280), (0, 0, 0)],
 )
 @pytest.mark.parametrize(("batch_size", "fraction"), [(32, 0.5), (31, 0.25), (16, 1.0), (16, 0.0), (0, 0.5)])

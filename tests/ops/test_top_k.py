@@ -13,7 +13,7 @@ from flaxdet.ops import top_k as module
 from flaxdet.ops.top_k import top_k
 from flaxdet.xla.routes import routes_for
 
-# Shared, so that cases of one shape share a compiled program; of `test_groups` alone, whose routes have other sizes.
+# Compiled once for all cases of a shape. For `test_groups` alone: a compiled program keeps the patched sizes of groups.
 in_groups = jax.jit(top_k, static_argnames="k")
 
 

@@ -111,7 +111,7 @@ def outputs():
             if "proposals" in given:
                 boxes, real = given["proposals"][None], np.ones((1, len(given["proposals"])), bool)
                 given |= {name: given[name][None] for name in ("class_logits", "box_regression")}
-                given["proposals"] = Proposals(boxes, np.zeros(real.shape), real)  # their scores are read by nobody
+                given["proposals"] = Proposals(boxes, np.zeros(real.shape), real)  # postprocess reads no scores
             made[name] = given, level_shapes({level: given[level] for level in sides.levels_of(model)}), batch
         return made[name]
 

@@ -91,7 +91,7 @@ OPTIONS = {
 }
 
 SCHEDULE = warmup_multistep_schedule(0.1, 10, [2])
-rate_of = jax.jit(SCHEDULE)  # one program of all cases
+rate_of = jax.jit(SCHEDULE)  # compiled once for all cases
 
 
 @pytest.mark.parametrize("case", OPTIONS)

@@ -44,8 +44,8 @@ def only_second(params):
     return {name: dict.fromkeys(leaves, name == "second") for name, leaves in params.items()}
 
 
-def copied(leaf: jax.Array) -> jax.Array:
-    return jax.device_put(leaf, may_alias=False)
+def copied(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.device_put(leaf, may_alias=False), tree)
 
 
 def run(tx, steps=3, *, variables=None, key=None, trainable=None, ema=None, **options):
@@ -55,9 +55,9 @@ def run(tx, steps=3, *, variables=None, key=None, trainable=None, ema=None, **op
     train_step = make_train_step(Toy(), tx, trainable=trainable, ema_decay=ema, **options)
     states, metrics = [state], []
     for i in range(steps):
-        before = jax.tree.map(copied, states[-1])  # a copy: the step donates its own
+        before = copied(states[-1])  # a copy: the step donates its own
         states[-1] = before
-        state, found = train_step(jax.tree.map(copied, before), random_batch(2, size=8, seed=i))
+        state, found = train_step(copied(before), random_batch(2, size=8, seed=i))
         states.append(state)
         metrics.append({name: float(value) for name, value in found.items()})
     return states, metrics

@@ -240,7 +240,7 @@ def in_a_process(code: str, *arguments: object, **environment: str) -> str:
 KEEP = "import sys; from flaxdet.xla.compilation_cache import keep_compiled; print(keep_compiled(sys.argv[1]))"
 
 
-@pytest.mark.ci  # two processes
+@pytest.mark.ci  # three processes; the next test uses a cache of the user's
 def test_the_cache_is_the_users_own_where_there_is_one(tmp_path):
     assert Path(in_a_process(KEEP, tmp_path)).parent == tmp_path
     assert in_a_process(KEEP, tmp_path, JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
