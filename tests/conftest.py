@@ -34,12 +34,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_configure(config):
+    # by default pytest-xdist hands out the groups of most tests first, and a file of one long test last
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Leaves out what only continuous integration runs, or only someone who prepares a release.
 
     Tests without an ``xdist_group`` of their own are grouped by file: one worker runs them, so that they share compiled
-    programs.
+    programs. Groups with tests that continuous integration alone runs are the longest: they come first, so that at the
+    end no worker waits long for another.
     """
     level = os.environ.get("FLAXDET_CI")
     skipped = {}
@@ -47,12 +54,20 @@ def pytest_collection_modifyitems(items):
         skipped["release"] = "repeats smaller tests for minutes: FLAXDET_CI=release runs it"
     if level is None:
         skipped["ci"] = "repeats a smaller test at greater cost: .ci/run runs it, or pytest with FLAXDET_CI=1"
+    long = set()
     for item in items:
         if not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+        if item.get_closest_marker("ci"):
+            long.add(group_of(item))
         for mark, reason in skipped.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: group_of(item) not in long)
+
+
+def group_of(item: pytest.Item) -> str:
+    return item.get_closest_marker("xdist_group").args[0]
 
 
 @pytest.fixture(autouse=True, scope="module")
