@@ -3,7 +3,7 @@
     python tests/train/kill_and_resume.py [--trials 10] [--kills 2] [--seed 0]
 
 A tiny FCOS is trained on synthetic images, saving every other step, so that many of the kills fall into a save, and
-evaluated every eighth, so that some fall into an evaluation. Each trial begins a run anew, kills it ``--kills`` times,
+evaluated every fourth, so that some fall into an evaluation. Each trial begins a run anew, kills it ``--kills`` times,
 resumes it after each, and compares everything in the last checkpoint (parameters, statistics, optimiser, key, place in
 the data), the best checkpoint's step and the log with those of a run that nothing happened to.
 Exit status 0: every trial ended in the same bits.
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS, SAVE_EVERY, EVALUATE_EVERY = 40, 2, 8
+STEPS, SAVE_EVERY, EVALUATE_EVERY = 16, 2, 4
 
 
 def train(data: Path, run: Path) -> None:
