@@ -106,9 +106,9 @@ def swapped(variables):
 
 
 def moved(variables):
-    """The means of one BatchNorm are off."""
-    statistics = variables["batch_stats"]["backbone"]["body"]["layer3_0"]["bn2"]
-    statistics["mean"] = statistics["mean"] + 1
+    """One mean of one BatchNorm is off."""
+    mean = variables["batch_stats"]["backbone"]["body"]["layer3_0"]["bn2"]
+    mean["mean"] = mean["mean"].at[7].add(0.5)
 
 
 @pytest.mark.parametrize(("fault", "stage"), [(swapped, "bbox_regression"), (moved, "c4")])
@@ -127,7 +127,8 @@ def test_a_wrong_weight_gives_another_verdict(run, photo, tmp_path, monkeypatch,
     assert (found.status, found.err) == (1, "")
     assert "  verdict: DIFFERENT" in found.out
     assert f"  first stage that differs: {stage}" in found.out
-    assert "(100%)" not in found.out
+    if fault is swapped:  # one mean moves random boxes by hundredths of a pixel: there the stages alone tell
+        assert "(100%)" not in found.out
     assert (tmp_path / "out" / f"verify_{FCOS}.png").exists()  # to see what is wrong
 
 
