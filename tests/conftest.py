@@ -35,7 +35,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 def pytest_configure(config):
-    # by default pytest-xdist hands out the groups of most tests first, and a file of one long test last
+    # by default pytest-xdist starts with the group of the most tests, and so ends with a file of one long test
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 

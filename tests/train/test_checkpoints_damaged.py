@@ -13,7 +13,7 @@ from flaxdet.train.checkpoints import Checkpoints
 from tests.train.states import assert_same, make_state
 
 CONFIG = {"epochs": 3, "seed": 0}
-FLIPS = 60 if os.environ.get("FLAXDET_CI") == "release" else 6  # of each file; each takes two restores
+FLIPS = 60 if os.environ.get("FLAXDET_CI") == "release" else 6  # of each file; each flip takes two restores
 # tensorstore answers late, when orbax has closed the loop it should answer to
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

@@ -16,7 +16,7 @@ import pytest
 @pytest.mark.ci  # test_checkpoints_failures.py kills a save outside of CI too
 def test_a_run_killed_once():
     script = Path(__file__).with_name("kill_and_resume.py")
-    command = [sys.executable, str(script), "--trials", "1", "--kills", "1", "--seed", "5"]
+    command = [sys.executable, str(script), "--trials", "1", "--kills", "1", "--steps", "16", "--seed", "5"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1500)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("same bits") == 1
