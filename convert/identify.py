@@ -36,7 +36,7 @@ class Identified(NamedTuple):
         architecture: the registered architecture.
         num_classes: number of classes, including the background.
         state_dict: the tensors of the detector, by torchvision's names.
-        prefix: what the names begin with in the given state_dict.
+        prefix: the prefix of the names in the given state_dict.
     """
 
     architecture: registry.Architecture
@@ -128,7 +128,7 @@ def identify(state_dict: Mapping[str, Any], *, source: str = "state_dict") -> tu
 
 
 def find_or_raise(state_dict: Mapping[str, Any], *, source: str) -> Identified:
-    """As ``find``; raises CheckpointError, which tells what the state_dict holds, if there is no detector."""
+    """As ``find``; if there is no detector, raises CheckpointError, which describes the content of the state_dict."""
     if (found := find(state_dict, source=source)) is not None:
         return found
     content = describe(state_dict) or "none of torchvision's detectors"

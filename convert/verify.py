@@ -245,7 +245,7 @@ def both_sides(
     progress: bool = True,
     **options: Any,
 ) -> tuple[Detector, Any, torch.nn.Module, list[str] | None]:
-    """The same detector with the same weights in flaxdet and in torchvision.
+    """One detector, built in flaxdet and in torchvision with equal weights.
 
     Args:
         name: name of the builder.

@@ -1,4 +1,4 @@
-"""torchvision's FCOS and Faster R-CNN v2 detectors in JAX/Flax: the same answers, convertible both ways."""
+"""torchvision's FCOS and Faster R-CNN detectors in JAX/Flax: the same answers, convertible both ways."""
 
 from flaxdet import convert, data, ops, train
 from flaxdet._version import __version__

@@ -1,4 +1,4 @@
-"""Padded arrays with validity masks, as pytrees: what goes in and out of the models.
+"""Padded arrays with validity masks, as pytrees: the inputs and outputs of the models.
 
 Letters used throughout the library:
 

@@ -67,7 +67,7 @@ class DataOptions(PhotoOptions):
         """``read_coco`` with these options; prints the summary of the data set on stderr.
 
         Args:
-            kind: what the lines begin with, "train".
+            kind: first word of each line, "train".
             images: as for ``read_coco``.
             annotations: as for ``read_coco``.
             **options: further options of ``read_coco``.

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None:  # run as a program: the next run of the program can use what this run compiles
+    if arguments is None:  # run as a program: the next run can use the programs that this run compiles
         keep_compiled(cache_dir() / "compiled")
         if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may lack letters of class names and paths
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError as error:
         if _drop_unread_output():
-            return 141  # what a shell reports of a program that SIGPIPE ended
+            return 141  # the status that a shell reports for a program that SIGPIPE ended
         print(f"flaxdet {given[0]}: error: {error}", file=sys.stderr)
         return 2
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""What ``flaxdet train`` leaves in its folder: the best model with its figures, the last model, pictures."""
+"""The results that ``flaxdet train`` writes: the best model with its figures, the last model, pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``flaxdet train --resume`` checks: the options, and the image files."""
+"""The checks of ``flaxdet train --resume``: the options, and the image files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_options(options: TrainOptions, checkpoints: Checkpoints) -> int | None
         checkpoints: of the run, with the config of these options.
 
     Returns:
-        The run's number of epochs, if it is less than that of the options.
+        The run's number of epochs, if it is less than the number in the options.
 
     Raises:
         ValueError: if another option differs; names each, and says what to do.
@@ -55,7 +55,7 @@ def check_options(options: TrainOptions, checkpoints: Checkpoints) -> int | None
 
 
 def say_more_epochs(options: TrainOptions, before: int, step: int, rates: tuple[float, float]) -> None:
-    """Prints what more epochs do to the learning rate.
+    """Prints how more epochs change the learning rate.
 
     Args:
         options: of this command.
@@ -73,7 +73,7 @@ def say_more_epochs(options: TrainOptions, before: int, step: int, rates: tuple[
 
 
 def check_images(options: TrainOptions, checkpoints: Checkpoints, datasets: Mapping[str, CocoDataset | None]) -> None:
-    """Notes the image files of a new run; compares those of a resumed run with what was noted.
+    """Notes the image files of a new run; compares the image files of a resumed run with the note.
 
     Args:
         options: of this command.
@@ -105,8 +105,8 @@ def check_images(options: TrainOptions, checkpoints: Checkpoints, datasets: Mapp
         raise ValueError(f"{path}: is damaged ({error}); without this file, images are not compared") from None
     if faults:
         raise ValueError(
-            f"{checkpoints.folder}: the images are not those of the run: {'; '.join(faults)}. To continue the run, put "
-            f"them back. For a new run that begins with its model: --weights {options.out} --out ANOTHER"
+            f"{checkpoints.folder}: the images have changed since the run began: {'; '.join(faults)}. To continue the "
+            f"run, put them back. For a new run that begins with its model: --weights {options.out} --out ANOTHER"
         )
     for text in dates:
         say(f"warning: {text}")

@@ -21,7 +21,7 @@ from flaxdet.images.decode import ImageError, PixelRange, check_pixel_options, d
 
 
 class DatasetWarning(UserWarning):
-    """A data set is probably not what its user takes it for; the message says why."""
+    """A data set probably has another meaning than the user thinks; the message says why."""
 
 
 class Record(NamedTuple):
@@ -74,7 +74,7 @@ class CocoDataset:
             at most one pixel. "doubled": boxes that repeat the box and category of another one of their image.
             "repeated_ids": annotations whose id another one has. "repeated_files": images with the file of another one.
             "oriented": photos with an EXIF orientation.
-        summary: what to know before a run: ``print(dataset.summary)``.
+        summary: counts and probable faults, to read before a run: ``print(dataset.summary)``.
     """
 
     def __init__(

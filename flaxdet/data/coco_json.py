@@ -44,7 +44,7 @@ class Content(NamedTuple):
     """The content of a COCO file, checked.
 
     Attributes:
-        source: what errors call the content: the file.
+        source: name of the file, for errors.
         images: entries by id, in the order of the file.
         annotations: in the order of the file.
         categories: entries by id, in the order of the file.

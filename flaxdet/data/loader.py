@@ -247,7 +247,7 @@ def _layout(
     max_boxes: int | None,
     canvas: BucketCanvas,
 ) -> _Layout:
-    """What is the same for every batch: the images' canvases (the largest of each), the buckets, G, and masks."""
+    """The shapes of all batches: the canvases of the images (the largest of each), the buckets, G, and masks."""
     check_canvas(canvas, ("image", "bucket"))
     records = [dataset[i] for i in range(len(dataset))]
     if not records:

@@ -1,4 +1,4 @@
-"""Image files that a COCO file names and a folder does not have: which, and what they are called there."""
+"""Image files that a COCO file names and a folder does not have, and similar names that the folder has."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _common_tail(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def _difference(folder: Path, name: str, found: str) -> str:
-    """What makes a name another than the file's: each step of the way from the one to the other."""
+    """The differences between a name in the annotations and the name of a file: "letter case, and in its extension"."""
     steps, plain = [], name
     if "\\" in plain and "\\" not in found:
         plain = plain.replace("\\", "/")

@@ -23,7 +23,7 @@ class Frames(NamedTuple):
     Attributes:
         sizes: (rows, columns) of each image that boxes and detections refer to, by key.
         oriented: number of photos with an orientation that is not upright.
-        untold: number of those of which nothing tells how their boxes were drawn.
+        untold: number of oriented photos for which nothing tells in which frame their boxes were drawn.
         contradicting: number of images with boxes that fit the other frame alone; 0 unless the user chose the frame.
     """
 
@@ -40,7 +40,7 @@ def wrong_sizes(
     headers: Mapping[Any, Header],
     stated: Mapping[Any, Size | None],
 ) -> dict[Any, str]:
-    """What is wrong with the images, by key, whose stated size is neither the stored nor the upright size.
+    """Errors for the images whose stated size is neither the stored nor the upright size, by key.
 
     Args:
         source: the annotation file.

@@ -20,12 +20,12 @@ _DEEP_DECODED = 4  # images of 16 bits that are decoded, to see how much of thei
 
 
 class Photos(NamedTuple):
-    """What the files say.
+    """The headers of the image files, and their faults.
 
     Attributes:
         headers: by key of the image; without those that can't be read.
-        broken: what is wrong with each image that can't be read, by key.
-        narrow: what to warn of: images that use under 1% of their range.
+        broken: the fault of each image that can't be read, by key.
+        narrow: a warning of images that use under 1% of their range, or None.
     """
 
     headers: dict

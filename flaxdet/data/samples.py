@@ -110,7 +110,7 @@ class BatchSource:
         return self.count
 
     def after(self, count: int) -> BatchSource:
-        """The same run without its first ``count`` batches."""
+        """The batches of this source without the first ``count``."""
         return BatchSource(
             self.dataset, self.plan, self.options, self.rows, self.start + count, max(self.count - count, 0)
         )

@@ -1,4 +1,4 @@
-"""What to know of a data set before a run: what was left out or changed, and what looks wrong."""
+"""The summary of a data set before a run: counts, boxes that were left out or changed, and probable faults."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flaxdet.data.orientation import Frames
 
 Size = tuple[int, int]
 
-_MOST = 0.5  # share of boxes from which on a fault is that of the file
+_MOST = 0.5  # share of faulty boxes from which on the whole file is probably wrong
 _MANY = 0.1  # the same, where another reading of the boxes fits
 _NEARLY_ALL = 0.95  # share of boxes that another reading must fit
 _CLOSE = 1.0  # pixels by which a box may reach out of its image by rounding
@@ -24,13 +24,13 @@ _MAX_CLASSES = 20
 
 @dataclass(frozen=True)
 class Summary:
-    """What to know of a data set; as text, one line for each entry.
+    """The summary of a data set; as text, one line for each entry.
 
     Attributes:
-        lines: counts of images and boxes, boxes of each class, what was clipped or dropped, orientations.
-        warnings: what looks wrong.
+        lines: counts of images and boxes, boxes of each class, clipped and dropped boxes, orientations.
+        warnings: probable faults.
         skipped: each photo that ``skip_broken`` left out, and why.
-        unused: what to know of classes that no annotation uses, or None. ``read_coco`` does not warn of them.
+        unused: a note on the classes that no annotation uses, or None. ``read_coco`` does not warn of them.
     """
 
     lines: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ def suspicions(
         images: boxes as the file has them, by key.
         taken: how the photos are taken.
         upright: as for ``read_coco``.
-        narrow: what to warn of in images of 16 bits, or None.
+        narrow: a warning of 16-bit images, or None.
     """
     faults = None if taken.contradicting else faulty_boxes(images, taken.sizes)
     found = [text for text in (faults, narrow) if text]
@@ -144,7 +144,7 @@ def suspicions(
 
 
 def unused_classes(names: Sequence[str]) -> str:
-    """What to know of new classes that no annotation uses."""
+    """A note on the new classes that no annotation uses."""
     return (
         f"{counted_names(names)} that no annotation uses will be a class all the same, unless --drop-unused "
         "(drop_unused=True)"
@@ -152,7 +152,7 @@ def unused_classes(names: Sequence[str]) -> str:
 
 
 def faulty_boxes(images: Mapping[Any, ImageBoxes], sizes: Mapping[Any, Size]) -> str | None:
-    """What is wrong with most boxes of a file: all crowds, normalised, corners instead of sizes, or outside."""
+    """The fault of most boxes of a file: all crowds, normalised, corners instead of sizes, or outside; else None."""
     crowds = sum(image.crowds for image in images.values())
     boxes = np.concatenate([np.zeros((0, 4)), *(image.xywh for image in images.values())])
     if not len(boxes):

@@ -59,7 +59,7 @@ def error_of(path: str | os.PathLike[str], message: object) -> CheckpointError:
 
     Args:
         path: the file.
-        message: what is wrong; it follows the path and a colon.
+        message: the fault; it follows the path and a colon.
     """
     return CheckpointError(f"{os.fspath(path)}: {message}")
 

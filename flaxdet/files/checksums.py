@@ -84,7 +84,7 @@ def check(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None
 
 
 def differing(arrays: Mapping[str, np.ndarray], stored: Mapping[str, str]) -> list[str]:
-    """The names of arrays that are not what they were when their checksums were stored, and of missing ones.
+    """The names of missing arrays, and of arrays that have changed since the checksums were stored.
 
     Args:
         arrays: by name.

@@ -16,7 +16,7 @@ from flaxdet.models.detector import Detector
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
-_EXPECTED = "what flaxdet.save_pretrained writes"
+_EXPECTED = "the config.json of flaxdet.save_pretrained"
 _CARD = """\
 ---
 library_name: flaxdet

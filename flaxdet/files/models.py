@@ -1,4 +1,4 @@
-"""Models of the builders in files: ``load`` and ``save``. ``variables.py`` stores those of any other model.
+"""Models of the builders in files: ``load`` and ``save``. ``variables.py`` stores the variables of any other model.
 
 Every file holds a state_dict with torchvision's keys and layouts. Our own .safetensors also describe the model:
 builder, options and names of the labels, as JSON in the metadata, with the number of this format and the flaxdet that
@@ -87,7 +87,7 @@ class ModelFile(NamedTuple):
 
 
 def read_model(path: str | Path, *, key: str | None = None) -> ModelFile:
-    """Reads what ``load`` makes a model from; the tensors are read once.
+    """Reads the file of a model for ``load``; the tensors are read once.
 
     Args:
         path: the file.
@@ -234,7 +234,7 @@ def read_description(path: str, text: str | bytes, expected: str) -> dict[str, A
     Args:
         path: the file that holds it, for messages.
         text: the JSON.
-        expected: what it should be, for messages.
+        expected: a description of the expected text, for messages.
 
     Returns:
         {"builder": name, "options": {name: value}, "categories": list of names or None}.
@@ -283,7 +283,7 @@ def describe(model: Detector, categories: Sequence[str] | None) -> dict[str, Any
     try:
         architecture, options = registry.describe(model)
     except ValueError as error:
-        message = f"a .safetensors file of flaxdet.save holds what a builder makes: {error}; {_OWN_WRITER}"
+        message = f"a .safetensors file of flaxdet.save holds a model of a builder: {error}; {_OWN_WRITER}"
         raise ValueError(message) from None
     return {
         "format": FORMAT,

@@ -1,4 +1,4 @@
-"""What flaxdet's JSON may hold: the description of a model, the signature of an export, metrics, names of labels.
+"""Checks of flaxdet's JSON: the description of a model, the signature of an export, metrics, names of labels.
 
 A check is a function ``(value, where)`` that raises ValueError with one line, which names the place in the JSON, what
 was expected there and what was found.
@@ -27,8 +27,8 @@ def refuse(where: str, expected: str, value: Any) -> None:
 
     Args:
         where: place in the JSON, such as "options.min_size".
-        expected: what should be there.
-        value: what is there.
+        expected: a description of the expected value.
+        value: the value found.
     """
     shown = value if isinstance(value, (bool, int, float, str)) or value is None else type(value).__name__
     text = repr(shown) if isinstance(shown, str) and shown is value else str(shown)
@@ -235,6 +235,6 @@ def check_names(names: Sequence[Any], where: str) -> None:
 
     Args:
         names: the names, label 0 first.
-        where: what holds them, for the message.
+        where: the place in the JSON that holds them, for the message.
     """
     CATEGORIES(list(names), where)

@@ -118,7 +118,7 @@ def _json(file: BinaryIO) -> tuple[dict[str, Any], int, int]:
         header = json_text.loads(file.read(length))
         schema.record({})(header, "")
     except ValueError as error:
-        raise ValueError(f"is damaged: its header is not that of a .safetensors: {error}") from None
+        raise ValueError(f"is damaged: it does not begin with the header of a .safetensors file: {error}") from None
     return header, 8 + length, size
 
 
@@ -130,7 +130,7 @@ def _header(file: BinaryIO) -> tuple[dict[str, Any], dict[str, str], int, int]:
         for name, entry in header.items():
             _ENTRY(entry, name[:80])
     except ValueError as error:
-        raise ValueError(f"is damaged: its header is not that of a .safetensors: {error}") from None
+        raise ValueError(f"is damaged: it does not begin with the header of a .safetensors file: {error}") from None
     return header, texts, begins, size
 
 

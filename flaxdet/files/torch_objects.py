@@ -217,7 +217,7 @@ FUNCTIONS = {
 
 
 def call(function: Any, args: Any) -> Any:
-    """What the instruction REDUCE gives.
+    """Calls a function of the pickle, as the instruction REDUCE does.
 
     The arguments of a placeholder are not even unpacked: one long tuple, given many times, would be copied each time.
 

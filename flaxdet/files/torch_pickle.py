@@ -165,7 +165,7 @@ class _Unpickler(_PICKLE._Unpickler):
         self.load_newobj()
 
     def load_build(self) -> None:
-        """Only notes what the attributes tell; an OrderedDict that is a state_dict has the attribute _metadata."""
+        """Sets no attribute (a state_dict brings _metadata), but marks a placeholder that has the state of a module."""
         state, target = self.stack.pop(), self.stack[-1]
         if isinstance(target, Placeholder) and isinstance(state, dict) and {"_parameters", "_modules"} <= state.keys():
             target.is_module = True

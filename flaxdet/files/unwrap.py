@@ -158,7 +158,7 @@ def _under(root: Mapping[Any, Any], path: str, depth: int = _DEPTH) -> Iterator[
 
 
 def _choices(root: Mapping[Any, Any], state: Mapping[str, Any]) -> str:
-    """What ``key`` could be."""
+    """The possible values of ``key``, for an error."""
     named = _names_with_tensors(root)
     prefixes = {name.partition(".")[0] for name, value in state.items() if is_tensor(value) and "." in name}
     return _listed([*named, *sorted(prefixes - {*named})])

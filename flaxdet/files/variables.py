@@ -1,6 +1,6 @@
 """Variables of any model in a file, under the names that Flax has for them: ``save_variables``, ``load_variables``.
 
-``flaxdet.save`` writes what torchvision knows; a model with parts of the user's own goes this way.
+``flaxdet.save`` writes models that torchvision has too; a model with parts of the user's own is stored by this module.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _abstract(model: Detector) -> dict[tuple[str, ...], Any]:
 
 
 def _faults(arrays: Mapping[str, Any], abstract: Mapping[tuple[str, ...], Any]) -> dict[str, list[str]]:
-    """What keeps arrays from being the model's variables, by kind."""
+    """The faults of arrays that should be the model's variables, by kind of fault."""
     expected = {"/".join(at): leaf for at, leaf in abstract.items()}
     faults: dict[str, list[str]] = {
         "missing": [name for name in expected if name not in arrays],

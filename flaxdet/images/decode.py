@@ -42,7 +42,7 @@ class Decoded(NamedTuple):
 
     Attributes:
         pixels: [H, W, 3] uint8 RGB.
-        narrow: what to warn of, if the image uses under 1% of its range; else None.
+        narrow: a warning, if the image uses under 1% of its range; else None.
     """
 
     pixels: UInt8[np.ndarray, "H W 3"]
@@ -213,7 +213,7 @@ def _is_narrow(samples: np.ndarray, extent: float) -> bool:
 
 
 def _narrow_colour(pixels: np.ndarray) -> str | None:
-    """What to warn of in an image that had 16 bits a channel."""
+    """A warning if a 16-bit image uses under 1% of its range, so that few levels are left in 8 bits; else None."""
     rows, columns = pixels.shape[:2]
     if not _is_narrow(pixels[:: max(1, rows // _SAMPLES), :: max(1, columns // _SAMPLES)].ravel(), 255):
         return None

@@ -25,7 +25,7 @@ _FOREIGN = {
 
 
 class Found(NamedTuple):
-    """What folders and patterns hold.
+    """The files that folders and patterns lead to.
 
     Attributes:
         images: image files.
@@ -54,7 +54,7 @@ def find_images(arguments: Iterable[str | os.PathLike[str]]) -> list[Path]:
 
 
 def find(arguments: Iterable[str | os.PathLike[str]]) -> Found:
-    """``find_images``, with what was left out of folders and patterns: formats that can't be read, closed folders.
+    """``find_images``, and the files left out of folders and patterns: formats that can't be read, closed folders.
 
     Args:
         arguments: as for ``find_images``.

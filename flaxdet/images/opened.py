@@ -102,7 +102,7 @@ def _open(file: Any, path: Path) -> Any:
 
 
 def _what_else(head: bytes) -> str:
-    """What a file is whose first bytes are of no image that Pillow can read."""
+    """The kind of a file that is no image for Pillow, told by the first bytes, as a clause for an error."""
     if head[4:8] == b"ftyp" and head[8:12] in _HEIC:
         return "is HEIC, which Pillow reads only with pillow-heif: convert it to JPEG"
     other = None if head.lstrip().startswith(b"<?xml") else foreign_kind(head)  # XML may be a drawing in SVG

@@ -26,7 +26,7 @@ from flaxdet.inference.samples import Sample, place, raw_squares, size_arrays
 from flaxdet.structures import Detections, TransformConfig
 from flaxdet.xla.options import NAMES, known
 
-_GUARANTEED = 180  # days for which jax runs what it exported
+_GUARANTEED = 180  # days for which jax runs an exported program
 _LONGEST = 300  # characters of an error of jax
 
 
@@ -244,11 +244,11 @@ def _unreadable(folder: Path, signature: dict[str, Any], part: dict[str, Any], r
 
 
 def _advice(signature: dict[str, Any]) -> str:
-    """What to do about an artifact that this jax doesn't run."""
+    """Advice for the user, if this version of jax can't run an artifact."""
     version = signature.get("jax", "of an unknown version")
     known_version = f", or pip install 'jax=={version}'" if "jax" in signature else ""
     return (
-        f"The artifact was exported {_when(signature)}by jax {version}, and jax runs what it exported for "
+        f"The artifact was exported {_when(signature)}by jax {version}, and jax runs an exported program for "
         f"{_GUARANTEED} days: export it again from the weights of the model (flaxdet export OUT --weights FILE)"
         f"{known_version}"
     )

@@ -1,4 +1,4 @@
-"""What inference does to variables once: BatchNorm goes into the convolutions, weights into the compute dtype."""
+"""Prepares variables for inference, once: folds BatchNorm into the convolutions, casts weights to the compute dtype."""
 
 from __future__ import annotations
 

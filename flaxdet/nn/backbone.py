@@ -46,7 +46,7 @@ class ConvNorm:
     eps: float = 1e-5
 
     def below(self, *names: str) -> ConvNorm:
-        """The same pair, as declared by a module that contains this module.
+        """The pair as a module that contains this module declares it.
 
         Args:
             *names: path of this module in the variables of the containing module.
@@ -91,7 +91,7 @@ class Foldable(Protocol):
         ...
 
     def without_norms(self) -> Any:
-        """The same module with biases in place of the norms."""
+        """A copy of this module that has biases in place of the norms."""
         ...
 
 

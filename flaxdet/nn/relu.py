@@ -1,4 +1,4 @@
-"""ReLU with a gradient that reads the result, and not what the ReLU was given."""
+"""ReLU with a gradient that is computed from the output instead of the input."""
 
 from __future__ import annotations
 

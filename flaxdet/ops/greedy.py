@@ -145,8 +145,8 @@ def _resolve_tile(tile: _Boxes, alive: jax.Array, threshold: jax.Array, earlier:
             before, after = after, alive & ~jnp.any(suppressed_by & after[:, None, :], axis=2)
         return after, jnp.any(after != before)
 
-    # Box i is decided once all boxes before it are, so each round decides at least one more: T rounds at most,
-    # and those of the last turn.
+    # Box i is decided once all boxes before it are, so each round decides at least one more box: at most T rounds, and
+    # the extra rounds of the last turn, which change nothing.
     keep, _ = lax.while_loop(lambda state: state[1], body, (alive, jnp.any(suppressed_by)))
     return keep
 

@@ -72,7 +72,7 @@ def missing_letters(text: str, font: str | os.PathLike[str] | None) -> str:
 
 
 def what_is_missing(texts: Iterable[str], font: str | os.PathLike[str] | None) -> str | None:
-    """What to warn of, if no font at hand has the letters of some text; else None.
+    """A warning, if no font at hand has the letters of some text; else None.
 
     Args:
         texts: class names.

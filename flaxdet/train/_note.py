@@ -1,7 +1,7 @@
-"""What a checkpoint holds beside its arrays: the position in the data, metrics, and checksums of everything.
+"""The note of a checkpoint, beside the arrays: the position in the data, metrics, and checksums of arrays and note.
 
 The note is the ``custom_metadata`` of orbax's checkpoint. Metrics that are known after the save are in a file of their
-own, which replaces those of the note. Older checkpoints have no checksums, and are read without.
+own, which replaces the metrics of the note. Older checkpoints have no checksums, and are read without.
 """
 
 from __future__ import annotations

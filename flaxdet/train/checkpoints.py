@@ -285,7 +285,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self.close()
 
     def _open(self) -> None:
-        """Locks the folder, and removes what a killed run left, unless this was done or another process does it."""
+        """Locks the folder and removes the files of a killed run, unless this was done or another process does it."""
         if self._read_only or not self._primary or self._lock is not None:
             return
         with self._explained("cannot be opened"):
@@ -346,7 +346,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return self._metrics[step]
 
     def _read_metadata(self, step: int) -> tuple[Any, _note.Note]:
-        """Shapes and dtypes of the state, and what is stored with it."""
+        """Shapes and dtypes of the state and of the values that are stored with it."""
         with self._reading(step):
             metadata = self._orbax.checkpointables_metadata(self.folder / str(step))
             state = metadata.metadata.get(_STATE)
@@ -377,7 +377,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         except CheckpointError as error:
             others = [other for other in self.steps if other != step]
             if others:
-                error.args = (f"{error}. To use that of step {others[-1]}, remove {self.folder / str(step)}",)
+                error.args = (f"{error}. To use the checkpoint of step {others[-1]}, remove {self.folder / str(step)}",)
             raise
 
     @contextlib.contextmanager

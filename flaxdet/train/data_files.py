@@ -1,4 +1,4 @@
-"""What the image files of a run were at the beginning, to notice on resume that they have changed."""
+"""Sizes, dates and checksums of the image files of a run, to notice on resume that a file has changed."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def without_broken(stored: Mapping[str, Files], datasets: Mapping[str, Dataset |
 
 
 def with_mended(stored: Mapping[str, Files], found: Mapping[str, Files]) -> dict[str, Files]:
-    """The first result of ``describe_files`` with what the second has of files that were broken.
+    """The first result of ``describe_files``, with the entries of the second for files that were broken.
 
     Args:
         stored: at the beginning of the run.

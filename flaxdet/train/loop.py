@@ -287,7 +287,7 @@ def _check_finite(
     if checkpoints is not None:
         checkpoints.wait()
     last = None if checkpoints is None else checkpoints.last
-    saved = "nothing has been saved yet" if last is None else f"the last good checkpoint is that of step {last}"
+    saved = "nothing has been saved yet" if last is None else f"the last good checkpoint is of step {last}"
     raise NonFiniteLossError(
         f"step {step}: {', '.join(bad)}{named}; {saved}. A lower learning rate, a longer warm-up or clipping may help"
         f"{advice}"

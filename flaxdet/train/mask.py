@@ -96,7 +96,7 @@ def split(params: Params, mask: Params) -> tuple[Tree, Tree]:
 
     Returns:
         (trainable, frozen), nested dicts that lack the other's leaves, so that an optimiser keeps no state and
-        autodiff computes no gradient for what is frozen. ``merge`` is the inverse.
+        autodiff computes no gradient for frozen leaves. ``merge`` is the inverse.
 
     Raises:
         ValueError: if the mask is of another structure.
@@ -111,7 +111,7 @@ def split(params: Params, mask: Params) -> tuple[Tree, Tree]:
 
 
 def merge(trainable: Params, frozen: Params) -> Tree:
-    """Puts together what ``split`` divided.
+    """Puts the two trees of ``split`` together.
 
     Args:
         trainable: nested dicts of arrays.

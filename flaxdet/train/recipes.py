@@ -184,8 +184,8 @@ class Recipe:
     Attributes:
         tx: the optimiser, its schedule within.
         schedule: updates made so far -> learning rate.
-        steps_per_epoch: updates in an epoch, that of ``train_batches``, which fills up the last batch (torchvision's
-            loader leaves it out).
+        steps_per_epoch: updates in an epoch of ``train_batches``, which fills up the last batch (torchvision's loader
+            leaves that batch out).
         epochs: how many.
         batch_size: images of an update, on all devices together.
         data: options of ``flaxdet.data.train_batches`` that make the recipe's augmentation.

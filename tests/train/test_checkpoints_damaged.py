@@ -74,7 +74,7 @@ def test_values_that_changed_are_named_and_the_other_checkpoint(tmp_path, monkey
         monkeypatch.setattr(checkpoints._orbax, "load_checkpointables", flip)
         with pytest.raises(ValueError, match="damaged: params/head/bias changed since the save") as error:
             checkpoints.restore(make_state())
-    assert str(error.value).endswith(f"To use that of step 1, remove {tmp_path / '2'}")
+    assert str(error.value).endswith(f"To use the checkpoint of step 1, remove {tmp_path / '2'}")
 
 
 def test_checksums_of_arrays_on_devices_and_hosts_are_the_same(tmp_path):

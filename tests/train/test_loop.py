@@ -245,7 +245,7 @@ def test_nan_stops_names_the_batch_and_keeps_the_last_good_checkpoint(training, 
             training.fit(checkpoints, batches=batches(), save_every=2)
         message = str(caught.value)
         assert message.startswith("step 4: ")
-        for part in ("loss nan", f"images {poisoned[0]}", "the last good checkpoint is that of step 2"):
+        for part in ("loss nan", f"images {poisoned[0]}", "the last good checkpoint is of step 2"):
             assert part in message
         assert checkpoints.last == 2
     with pytest.raises(NonFiniteLossError, match="nothing has been saved yet"):
