@@ -276,7 +276,7 @@ class Train(TrainOptions):
 
 
 def _check_evaluation(val: CocoDataset | None) -> None:
-    """Checks before the first step that evaluation can run: its packages are installed, its annotations are valid."""
+    """Checks before the first step that evaluation can run: packages are installed and annotations are valid."""
     from flaxdet.evaluation.coco_metrics import read_annotations, require_pycocotools
 
     if importlib.util.find_spec("matplotlib") is None:

@@ -1,7 +1,7 @@
 """The detectors' training losses on padded batches, after torchvision.models.detection.{fcos,rpn,roi_heads}.
 
-Losses are summed over the whole batch before they are divided, so under ``jit`` with a sharded batch the sums and
-normalisers count the global batch. Anchors beyond an image's canvas and padded slots are masked with ``where``
+Losses are summed over the whole batch and then divided by a count. Under ``jit`` with a sharded batch, the sums and the
+counts are over the global batch. Anchors beyond an image's canvas and padded slots are masked with ``where``
 before they could reach a sum or a gradient.
 """
 

@@ -107,8 +107,8 @@ def swapped(variables):
 
 def moved(variables):
     """One mean of one BatchNorm is off."""
-    mean = variables["batch_stats"]["backbone"]["body"]["layer3_0"]["bn2"]
-    mean["mean"] = mean["mean"].at[7].add(0.5)
+    statistics = variables["batch_stats"]["backbone"]["body"]["layer3_0"]["bn2"]
+    statistics["mean"] = statistics["mean"].at[7].add(0.5)
 
 
 @pytest.mark.parametrize(("fault", "stage"), [(swapped, "bbox_regression"), (moved, "c4")])
